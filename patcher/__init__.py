@@ -1,0 +1,104 @@
+"""patcher: change the code of a native Linux program while it runs, from outside, like a debugger.
+
+    import patcher
+
+    with patcher.attach(4711) as session:
+        generation = session.apply("physics.o")
+        print([f.name for f in generation.functions], generation.timings.stop)
+        session.revert()
+
+Everything raised on purpose is a `PatcherError`, with a `message`, a `hint` and a stable `code`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from patcher.errors import (
+    AttachDenied,
+    BuildError,
+    LinkError,
+    NoCompileCommand,
+    ObjectError,
+    PatcherError,
+    RelocationOverflow,
+    TargetBusy,
+    TargetError,
+    TargetGone,
+    UnresolvedSymbol,
+    UnsafeChange,
+    UnsupportedRelocation,
+)
+
+if TYPE_CHECKING:
+    from patcher.session import Generation, Session, Status
+
+__version__ = "0.1.0"
+
+
+def attach(
+    pid: int,
+    *,
+    compile_commands: str | Path | None = None,
+    watched: Sequence[str | Path] = (),
+    force: bool = False,
+    dry_run: bool = False,
+) -> Session:
+    """Open a session on a running process. Nothing is stopped or written before `apply`.
+
+    `compile_commands` and `watched` say where commands for source files are to be found. Raises `TargetGone`
+    or `AttachDenied`, with what to do about it.
+    """
+    from patcher.session import Options, Session
+    from patcher.target import Target
+
+    options = Options(
+        compile_commands=Path(compile_commands) if compile_commands is not None else None,
+        watched=tuple(Path(w) for w in watched),
+        force=force,
+        dry_run=dry_run,
+    )
+    return Session(Target.attach(pid), options)
+
+
+def spawn(
+    program: str | Path,
+    arguments: Sequence[str] = (),
+    *,
+    aslr: bool = False,
+    compile_commands: str | Path | None = None,
+    watched: Sequence[str | Path] = (),
+    force: bool = False,
+) -> Session:
+    """Start a program and open a session on it. The caller is its parent, and waits for it.
+
+    Its pid is `session.target.pid`. Raises `PatcherError` when it cannot be started.
+    """
+    from patcher.target import spawn as start
+
+    child = start(str(program), list(arguments), aslr=aslr)
+    return attach(child.pid, compile_commands=compile_commands, watched=watched, force=force)
+
+
+__all__ = [
+    "AttachDenied",
+    "BuildError",
+    "Generation",
+    "LinkError",
+    "NoCompileCommand",
+    "ObjectError",
+    "PatcherError",
+    "RelocationOverflow",
+    "Session",
+    "Status",
+    "TargetBusy",
+    "TargetError",
+    "TargetGone",
+    "UnresolvedSymbol",
+    "UnsafeChange",
+    "UnsupportedRelocation",
+    "attach",
+    "spawn",
+]
