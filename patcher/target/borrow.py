@@ -1,0 +1,512 @@
+"""Borrowing: raw system calls and functions of the target, run on one of its own threads.
+
+Decides which thread, where its state is kept meanwhile, and how it gets it back. Does not decide what is
+called, nor whether a function is safe to call there (`accept` of the caller does).
+
+The order of the steps is what makes this safe against a controller that is killed at any instant. The thread's
+state goes, as a signal frame, onto its own stack, below the red zone; the instructions that it then executes
+end in rt_sigreturn on that frame. So from the one SETREGS that sends it away until the one SETREGS that brings
+it back, it needs nobody. We stop it at the entry of that rt_sigreturn, call the system call off, and put the
+registers back by hand, because only that way does a restarted nanosleep or poll keep its remaining time.
+
+Signals are blocked for the thread meanwhile and stay pending: a handler that ran on top of the stub would turn
+"interrupted by a handler" into "restarted" for the call the thread was in. A function that creates threads
+therefore hands them a blocked mask.
+
+Specification: ptrace(2), sigreturn(2), rseq(2).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from patcher.errors import AttachDenied, PatcherError, TargetBusy, TargetGone
+from patcher.target.frame import FRAME_SIZE, floating_frame, signal_frame
+from patcher.target.maps import Mapping
+from patcher.target.memory import Memory
+from patcher.target.process import read_status
+from patcher.target.steps import RT_SIGRETURN, SYSTEM_CALL_REGISTERS, Step, SystemCall, assemble, check_steps
+from patcher.target.stop import Lingering, StoppedThread, is_restarting, list_threads, stopped_thread
+from patcher.target.tracing import Halt, Registers, Tracee
+
+CODE_SIZE = 1024
+
+_ALL_BITS = (1 << 64) - 1
+_CALL_TIMEOUT = "call-timeout"
+_RED_ZONE = 128
+_ROOM_TO_CALL = 64 * 1024
+_SCANNED_STACK = 64 * 1024
+_STOP_SECONDS = 0.5
+_DEFAULT_MXCSR = 0x1F80
+_FAULTS = frozenset({4, 5, 7, 8, 11, 31})  # SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV, SIGSYS
+_BLOCKED = _ALL_BITS & ~sum(1 << (number - 1) for number in _FAULTS)
+# Trap flag, direction flag, alignment check: none of them belongs into code that is not the thread's own.
+_FOREIGN_FLAGS = 0x100 | 0x400 | 0x40000
+
+_CALL_RETURN = b"\x0f\x05\xc3"  # syscall; ret
+_SIGRETURN = (
+    b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05",  # mov $15, %rax; syscall
+    b"\xb8\x0f\x00\x00\x00\x0f\x05",  # mov $15, %eax; syscall
+)
+_POP_RETURN = b"\x58\xc3"  # pop %rax; ret
+# syscall; again: mov $15, %eax; syscall; jmp again
+_WHOLE_STUB = b"\x0f\x05\xb8\x0f\x00\x00\x00\x0f\x05\xeb\xf7"
+
+
+class Unsuitable(Exception):
+    """Why a thread cannot be borrowed just now."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a single system call reaches rt_sigreturn: where it starts, and the stack words that lead on."""
+
+    start: int
+    chain: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where everything lies on the borrowed stack, and the bytes from `bottom` up."""
+
+    bottom: int
+    frame: int
+    results: int
+    blobs: tuple[int, ...]
+    image: bytes
+
+
+class Borrowing:
+    """The borrowed calls of one target."""
+
+    def __init__(self, pid: int, memory: Memory, lingering: Lingering) -> None:
+        self._pid = pid
+        self._memory = memory
+        self._lingering = lingering
+        self._unused_code: set[int] = set()
+
+    def run(
+        self,
+        steps: tuple[Step, ...],
+        mappings: Sequence[Mapping],
+        code: int | None,
+        timeout: float,
+        accept: Callable[[StoppedThread], bool] | None,
+    ) -> tuple[int, ...]:
+        """Do `steps` on some thread; see Target.inject."""
+        check_steps(steps)
+        if not steps:
+            return ()
+        if code is None and (len(steps) != 1 or not isinstance(steps[0], SystemCall)):
+            raise ValueError("without memory for a stub, only one system call can be done")
+        self._refuse_confined()
+        deadline = time.monotonic() + timeout
+        while True:
+            reasons = []
+            for tid in self._candidates():
+                try:
+                    if code is not None and code not in self._unused_code:
+                        self._check_code_unused(code, mappings)
+                    return self._run_on(tid, steps, mappings, code, timeout, accept)
+                except Unsuitable as error:
+                    reasons.append(f"thread {tid} {error}")
+            if not reasons:
+                raise TargetGone(f"process {self._pid} has ended")
+            if time.monotonic() > deadline:
+                raise _none_to_borrow(self._pid, reasons)
+            time.sleep(0.005)
+
+    def _candidates(self) -> list[int]:
+        return sorted(list_threads(self._pid), key=lambda tid: tid != self._pid)
+
+    def _run_on(
+        self,
+        tid: int,
+        steps: tuple[Step, ...],
+        mappings: Sequence[Mapping],
+        code: int | None,
+        timeout: float,
+        accept: Callable[[StoppedThread], bool] | None,
+    ) -> tuple[int, ...]:
+        way = self._find_way(mappings) if code is None else None
+        with self._standing(tid) as tracee:
+            self._bring_to_event_stop(tracee)
+            self._check_suitable(tracee, mappings, code, accept)
+            if code is not None:
+                return _Loan(self._pid, self._memory, tracee, steps).run_stub(mappings, code, timeout)
+            if way is not None:
+                return _Loan(self._pid, self._memory, tracee, steps).run_call(mappings, way, timeout)
+            with self._written_stub(mappings) as start:
+                return _Loan(self._pid, self._memory, tracee, steps).run_call(mappings, _Way(start, ()), timeout)
+
+    @contextmanager
+    def _standing(self, tid: int) -> Iterator[Tracee]:
+        with ExitStack() as stack:
+            try:
+                tracee = stack.enter_context(stopped_thread(self._pid, tid, self._lingering, _STOP_SECONDS))
+            except TargetBusy as error:
+                raise Unsuitable(f"cannot be stopped ({error.message})") from error
+            except TargetGone as error:
+                raise Unsuitable("has ended") from error
+            yield tracee
+
+    def _bring_to_event_stop(self, tracee: Tracee) -> None:
+        # Registers may only be replaced where the kernel will still decide about restarting the call. A signal
+        # that was on its way is delivered first: the thread then stands at the start of its handler.
+        deadline = time.monotonic_ns() + int(_STOP_SECONDS * 1e9)
+        while tracee.signal:
+            tracee.interrupt()
+            tracee.resume()
+            if tracee.wait(deadline) in (Halt.GONE, Halt.ZOMBIE):
+                raise Unsuitable("has ended")
+            tracee.read_registers()
+        if not tracee.standing:
+            raise Unsuitable("does not stop")
+
+    def _check_suitable(
+        self,
+        tracee: Tracee,
+        mappings: Sequence[Mapping],
+        code: int | None,
+        accept: Callable[[StoppedThread], bool] | None,
+    ) -> None:
+        registers = tracee.registers
+        if registers.cs != 0x33:
+            raise Unsuitable("runs 32-bit code just now")
+        if self._in_restartable_sequence(tracee):
+            raise Unsuitable("is inside a restartable sequence")
+        if code is not None and self._uses_code(registers.rip, registers.rsp, code, mappings):
+            raise Unsuitable("still runs the stub of an earlier call")
+        if accept is not None and not accept(StoppedThread(tracee.tid, registers.rip, registers.rsp)):
+            raise Unsuitable("is not at a safe point")
+
+    def _in_restartable_sequence(self, tracee: Tracee) -> bool:
+        area = tracee.restartable_sequence()
+        if not area:
+            return False
+        sequence = self._memory.read_u64(area + 8)
+        if not sequence:
+            return False
+        start, length = struct.unpack("<QQ", self._memory.read(sequence + 8, 16))
+        return bool(start <= tracee.registers.rip < start + length)
+
+    def _uses_code(self, pc: int, sp: int, code: int, mappings: Sequence[Mapping]) -> bool:
+        if code <= pc < code + CODE_SIZE:
+            return True
+        stack = next((mapping for mapping in mappings if sp in mapping), None)
+        if stack is None or not stack.readable:
+            return False
+        begin = sp & ~7
+        data = self._memory.read(begin, min(stack.end - begin, _SCANNED_STACK) & ~7)
+        return any(code < word < code + CODE_SIZE for (word,) in struct.iter_unpack("<Q", data))
+
+    def _check_code_unused(self, code: int, mappings: Sequence[Mapping]) -> None:
+        # A stub of a controller that died may still be running on some thread; later ones are only ours.
+        for tid in list_threads(self._pid):
+            try:
+                with stopped_thread(self._pid, tid, self._lingering, _STOP_SECONDS) as tracee:
+                    used = self._uses_code(tracee.registers.rip, tracee.registers.rsp, code, mappings)
+            except TargetGone:
+                continue
+            except TargetBusy as error:
+                raise Unsuitable(f"cannot be stopped ({error.message})") from error
+            if used:
+                raise Unsuitable(f"must wait: thread {tid} still runs a call that an earlier patcher left to it")
+        self._unused_code.add(code)
+
+    def _refuse_confined(self) -> None:
+        status = read_status(self._pid)
+        if status.get("Seccomp") == "1":
+            raise AttachDenied(
+                f"process {self._pid} is under strict seccomp: any system call but read, write and exit kills it"
+            )
+        if "shstk" in status.get("x86_Thread_features", ""):
+            raise AttachDenied(
+                f"process {self._pid} runs with a shadow stack, which ends it when a borrowed thread returns",
+                "start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off",
+            )
+
+    def _find_way(self, mappings: Sequence[Mapping]) -> _Way | None:
+        texts = [mapping for mapping in mappings if _holds_program_text(mapping)]
+        texts.sort(key=lambda mapping: mapping.path != "[vdso]")
+        found: dict[bytes, int] = {}
+        for mapping in texts:
+            data = self._memory.read(mapping.start, mapping.size)
+            for pattern in (_CALL_RETURN, *_SIGRETURN, _POP_RETURN):
+                position = data.find(pattern)
+                if position >= 0:
+                    found.setdefault(pattern, mapping.start + position)
+            way = _way(found)
+            if way is not None:
+                return way
+        return None
+
+    @contextmanager
+    def _written_stub(self, mappings: Sequence[Mapping]) -> Iterator[int]:
+        for mapping in mappings:
+            if not _holds_program_text(mapping) or mapping.path == "[vdso]":
+                continue
+            start = mapping.end - 16
+            before = self._memory.read(start, 16)
+            left_behind = before.startswith(_WHOLE_STUB)
+            if any(before) and not left_behind:
+                continue
+            if not left_behind:
+                self._memory.write(start, _WHOLE_STUB)
+            yield start
+            # Only now, with the thread back in its own code; and never what an earlier patcher left behind,
+            # since a thread that it borrowed may still be there. In the padding it is in nobody's way.
+            if not left_behind:
+                self._memory.write(start, before)
+            return
+        raise Unsuitable("has no instructions in its program with which a system call could be done")
+
+
+class _Loan:
+    """One thread, standing at an event stop, lent for `steps`."""
+
+    def __init__(self, pid: int, memory: Memory, tracee: Tracee, steps: tuple[Step, ...]) -> None:
+        self.pid = pid
+        self.memory = memory
+        self.tracee = tracee
+        self.steps = steps
+        self.own = _copied(tracee.registers)
+        self.alone = _as_left_alone(tracee.registers)
+        self.mask = tracee.read_signal_mask()
+        self.vector_state = tracee.read_vector_state()
+
+    def run_call(self, mappings: Sequence[Mapping], way: _Way, timeout: float) -> tuple[int, ...]:
+        step = self.steps[0]
+        assert isinstance(step, SystemCall)
+        layout = self._lay_out(mappings, way.chain, 0)
+        away = self._departing(way.start, layout.bottom)
+        blobs = iter(layout.blobs)
+        for register, argument in zip(SYSTEM_CALL_REGISTERS, step.args, strict=False):
+            value = next(blobs) if isinstance(argument, bytes) else argument
+            assert isinstance(value, int)
+            setattr(away, register, value & _ALL_BITS)
+        away.rax = step.number
+        self.memory.write(layout.bottom, layout.image)
+        last = self._travel(away, layout.frame, layout.bottom, timeout)
+        return (_signed(last),)
+
+    def run_stub(self, mappings: Sequence[Mapping], code: int, timeout: float) -> tuple[int, ...]:
+        layout = self._lay_out(mappings, (), _ROOM_TO_CALL)
+        stub = assemble(self.steps, layout.results, layout.frame, layout.blobs)
+        if len(stub) > CODE_SIZE:
+            raise ValueError(f"the stub for {len(self.steps)} steps takes {len(stub)} bytes, there are {CODE_SIZE}")
+        self.memory.write(layout.bottom, layout.image)
+        self.memory.write(code, stub)
+        values: list[int] = []
+
+        def collect() -> None:
+            values.extend(struct.unpack(f"<{len(self.steps)}Q", self.memory.read(layout.results, 8 * len(self.steps))))
+
+        self._travel(self._departing(code, layout.frame), layout.frame, 0, timeout, collect)
+        return _interpreted(self.steps, values)
+
+    def _departing(self, pc: int, sp: int) -> Registers:
+        away = _copied(self.own)
+        away.rip, away.rsp = pc, sp
+        away.orig_rax = _ALL_BITS  # -1: no system call, nothing to restart
+        away.eflags &= ~_FOREIGN_FLAGS
+        return away
+
+    def _lay_out(self, mappings: Sequence[Mapping], chain: tuple[int, ...], room: int) -> _Layout:
+        top = self.own.rsp - _RED_ZONE
+        blobs = [arg for step in self.steps for arg in step.args if isinstance(arg, bytes)]
+        addresses, position = [], top
+        for blob in blobs:
+            position = (position - len(blob)) & ~15
+            addresses.append(position)
+        results = (position - 8 * (len(self.steps) + 1)) & ~15
+        floating = floating_frame(self.vector_state)
+        vectors = (results - len(floating)) & ~63
+        frame = (vectors - FRAME_SIZE) & ~15
+        bottom = frame - 8 * len(chain)
+        _check_stack(self.own.rsp, bottom - room, mappings)
+        image = bytearray(top - bottom)
+        for address, blob in zip(addresses, blobs, strict=True):
+            image[address - bottom : address - bottom + len(blob)] = blob
+        struct.pack_into("<Q", image, results + 8 * len(self.steps) - bottom, _DEFAULT_MXCSR)
+        image[vectors - bottom : vectors - bottom + len(floating)] = floating
+        image[frame - bottom : frame - bottom + FRAME_SIZE] = signal_frame(self.alone, self.mask, vectors)
+        struct.pack_into(f"<{len(chain)}Q", image, 0, *chain)
+        return _Layout(bottom, frame, results, tuple(addresses), bytes(image))
+
+    def _travel(
+        self, away: Registers, frame: int, call_sp: int, timeout: float, collect: Callable[[], None] | None = None
+    ) -> int:
+        """Send the thread away and bring it back; return rax of the last system call seen at `call_sp`."""
+        tracee = self.tracee
+        deadline = time.monotonic_ns() + int(timeout * 1e9)
+        # Registers first: should we die before the mask, the stub runs under the thread's own mask.
+        self._still_there(tracee.write_registers(away))
+        self._still_there(tracee.write_signal_mask(_BLOCKED))
+        last = 0
+        while True:
+            self._still_there(tracee.resume(to_syscall=True))
+            halt = tracee.wait(deadline)
+            if halt is Halt.SYSCALL:
+                self._still_there(tracee.read_registers())
+                registers = tracee.registers
+                if registers.orig_rax == RT_SIGRETURN and registers.rsp == frame:
+                    break
+                if registers.rsp == call_sp:
+                    last = registers.rax
+            elif halt is Halt.SIGNAL:
+                if tracee.signal in _FAULTS and tracee.signal_code() > 0:
+                    self._abandon_crashed()
+            elif halt is Halt.LATE:
+                self._abandon_late(timeout)
+            elif halt in (Halt.GONE, Halt.ZOMBIE):
+                raise TargetGone(f"process {self.pid} ended during a borrowed call")
+        self._call_off_sigreturn()
+        if collect is not None:
+            collect()
+        self._restore(self.own)
+        return last
+
+    def _call_off_sigreturn(self) -> None:
+        # In one SETREGS, so that the thread would simply make the system call again if we died here.
+        registers = self.tracee.registers
+        registers.orig_rax = _ALL_BITS
+        registers.rax = RT_SIGRETURN
+        registers.rip -= 2
+        self._still_there(self.tracee.write_registers(registers))
+        self._come_to_event_stop()
+
+    def _come_to_event_stop(self) -> None:
+        tracee = self.tracee
+        deadline = time.monotonic_ns() + int(2e9)
+        while True:
+            # Asked for anew each time: any other stop in between takes the request away.
+            tracee.interrupt()
+            if tracee.standing:
+                self._still_there(tracee.resume())
+            halt = tracee.wait(deadline)
+            if halt in (Halt.EVENT, Halt.GROUP):
+                return
+            if halt in (Halt.GONE, Halt.ZOMBIE):
+                raise TargetGone(f"process {self.pid} ended during a borrowed call")
+            if halt is Halt.LATE:
+                raise TargetBusy(
+                    f"thread {tracee.tid} of process {self.pid} does not stop after a borrowed call; "
+                    "it restores itself when the call comes back",
+                    code=_CALL_TIMEOUT,
+                )
+
+    def _restore(self, registers: Registers) -> None:
+        # Registers last: until then the thread, left alone, goes through rt_sigreturn, which restores all three.
+        tracee = self.tracee
+        self._still_there(tracee.write_vector_state(self.vector_state))
+        self._still_there(tracee.write_signal_mask(self.mask))
+        self._still_there(tracee.write_registers(registers))
+        self._still_there(tracee.read_registers())
+        if bytes(tracee.registers) != bytes(registers):
+            raise PatcherError(f"the registers of thread {tracee.tid} of process {self.pid} are not what was put back")
+
+    def _abandon_late(self, timeout: float) -> None:
+        self._come_to_event_stop()
+        # The call may have used up the kernel's memory of what to restart: start the thread's own call anew.
+        self._restore(self.alone)
+        raise TargetBusy(
+            f"a call on thread {self.tracee.tid} of process {self.pid} did not come back within {timeout:g} s; "
+            "the thread is where it was before",
+            "the call may have waited for a lock; try again when the program is idle",
+            code=_CALL_TIMEOUT,
+        )
+
+    def _abandon_crashed(self) -> None:
+        number, pc = self.tracee.signal, self._fault_address()
+        self.tracee.signal = 0
+        self._come_to_event_stop()
+        self._restore(self.alone)
+        raise PatcherError(
+            f"a function called on thread {self.tracee.tid} of process {self.pid} faulted with signal {number} at "
+            f"{pc:#x}; the thread is where it was before",
+            code="call-crashed",
+        )
+
+    def _fault_address(self) -> int:
+        self.tracee.read_registers()
+        return int(self.tracee.registers.rip)
+
+    def _still_there(self, answer: bool) -> None:
+        if not answer:
+            raise TargetGone(f"process {self.pid} ended during a borrowed call")
+
+
+def _none_to_borrow(pid: int, reasons: Sequence[str]) -> TargetBusy:
+    more = f" (and {len(reasons) - 3} more)" if len(reasons) > 3 else ""
+    return TargetBusy(
+        f"no thread of process {pid} can be borrowed for a call: {'; '.join(reasons[:3])}{more}",
+        "try again when the program is idle",
+    )
+
+
+def _way(found: dict[bytes, int]) -> _Way | None:
+    call = found.get(_CALL_RETURN)
+    if call is None:
+        return None
+    for pattern in _SIGRETURN:
+        if pattern in found:
+            return _Way(call, (found[pattern],))
+    if _POP_RETURN in found:
+        return _Way(call, (found[_POP_RETURN], RT_SIGRETURN, call))
+    return None
+
+
+def _holds_program_text(mapping: Mapping) -> bool:
+    return mapping.executable and mapping.readable and (mapping.inode != 0 or mapping.path == "[vdso]")
+
+
+def _check_stack(sp: int, bottom: int, mappings: Sequence[Mapping]) -> None:
+    # Only where the stack is known for one: some programs run threads on small stacks cut from their heap,
+    # and what lies below the stack pointer there is somebody else's.
+    for position, mapping in enumerate(mappings):
+        if sp not in mapping:
+            continue
+        guard = mappings[position - 1] if position else None
+        guarded = guard is not None and guard.end == mapping.start and guard.permissions.startswith("---")
+        if not mapping.writable or not (mapping.path.startswith("[stack") or (not mapping.path and guarded)):
+            break
+        if bottom < mapping.start:
+            raise Unsuitable(f"has only {sp - mapping.start} bytes of stack left")
+        return
+    raise Unsuitable(f"runs on a stack that is not known for one (sp {sp:#x})")
+
+
+def _as_left_alone(registers: Registers) -> Registers:
+    """The registers with which a thread goes on by itself, a restartable system call being made anew."""
+    alone = _copied(registers)
+    # The table of EINTR calls has been applied at the stop: they show ERESTARTNOHAND by now.
+    if is_restarting(registers):
+        alone.rip -= 2
+        alone.rax = registers.orig_rax
+    alone.orig_rax = _ALL_BITS
+    return alone
+
+
+def _copied(registers: Registers) -> Registers:
+    copy = Registers()
+    ctypes.memmove(ctypes.addressof(copy), ctypes.addressof(registers), ctypes.sizeof(copy))
+    return copy
+
+
+def _interpreted(steps: Sequence[Step], values: Sequence[int]) -> tuple[int, ...]:
+    results = []
+    for step, value in zip(steps, values, strict=True):
+        results.append(_signed(value) if isinstance(step, SystemCall) else value)
+        if isinstance(step, SystemCall) and -4095 <= results[-1] < 0:
+            break
+    return tuple(results)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

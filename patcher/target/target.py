@@ -1,0 +1,196 @@
+"""Target: the live process, by one object.
+
+Decides what the rest of patcher can ask of a process and do to it. The work is done by the modules beside
+this one: `process` (whether we may), `stop` (stopping), `borrow` (calls), `memory`, `maps`, `image`.
+Between the blocks the process is not traced.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import types
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping as MappingOf
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from patcher.errors import TargetGone
+from patcher.target.borrow import Borrowing
+from patcher.target.image import find_image
+from patcher.target.maps import Mapping, read_mappings
+from patcher.target.memory import Memory
+from patcher.target.process import await_program, check_attachable, command_name, permission_denied, read_stat
+from patcher.target.steps import Step
+from patcher.target.stop import Lingering, Stopped, StoppedThread, list_threads, stopped_process, stopped_thread
+from patcher.target.tracing import forget_exit, noted_exit, thread_state
+
+
+class Target:
+    """A process that patcher works on.
+
+    Every block and every `inject` must be used from one thread at a time; the thread that enters a block does
+    all of its tracing. Close it, or use it as a context manager; closing leaves the process as it is.
+    """
+
+    def __init__(self, pid: int, pidfd: int, start_time: int, program: str, memory: Memory) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.start_time = start_time
+        self.program = program
+        self.memory = memory
+        self._lingering = Lingering()
+        self._borrowing = Borrowing(pid, memory, self._lingering)
+
+    @classmethod
+    def attach(cls, pid: int) -> Target:
+        """Open a process without stopping or tracing it.
+
+        Raises TargetGone when there is none (or a zombie), AttachDenied when it is none that we can or may
+        work on; the message says why, with the numbers.
+        """
+        if pid <= 0:
+            raise TargetGone(f"there is no process {pid}", "process numbers are positive")
+        check_attachable(pid)
+        await_program(pid)
+        forget_exit(pid)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError as error:
+            raise TargetGone(f"there is no process {pid}") from error
+        try:
+            start_time = read_stat(pid).start_time
+            program = os.readlink(f"/proc/{pid}/exe")
+            memory = Memory(pid, os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC))
+        except PermissionError as error:
+            os.close(pidfd)
+            raise permission_denied(pid, command_name(pid)) from error
+        except (FileNotFoundError, ProcessLookupError) as error:
+            os.close(pidfd)
+            raise TargetGone(f"process {pid} has ended") from error
+        except BaseException:
+            os.close(pidfd)
+            raise
+        return cls(pid, pidfd, start_time, program, memory)
+
+    def mappings(self) -> tuple[Mapping, ...]:
+        """Return what is mapped now, in ascending order; raises TargetGone."""
+        with self._proc("maps") as path, path.open(encoding="utf-8", errors="surrogateescape") as file:
+            found = read_mappings(file)
+        if not found:
+            raise self._gone()
+        return found
+
+    def open_image(self, mapping: Mapping) -> Path:
+        """Return a path of ours by which the very file behind `mapping` can be read; raises ObjectError."""
+        return find_image(self.pid, mapping)
+
+    def auxv(self) -> MappingOf[int, int]:
+        """Return the auxiliary vector, AT_ number -> value (getauxval(3)); raises TargetGone."""
+        with self._proc("auxv") as path:
+            data = path.read_bytes()
+        return types.MappingProxyType({key: value for key, value in struct.iter_unpack("<QQ", data) if key})
+
+    def threads(self) -> tuple[int, ...]:
+        """Return the numbers of the threads there are now; empty when the process is gone."""
+        return tuple(list_threads(self.pid)) if self.alive() else ()
+
+    def environ(self) -> dict[str, str]:
+        """Return the environment the program was started with; raises TargetGone."""
+        with self._proc("environ") as path:
+            entries = os.fsdecode(path.read_bytes()).split("\0")
+        return dict(entry.split("=", 1) for entry in entries if "=" in entry)
+
+    def alive(self) -> bool:
+        """Whether it is still the same process (number and start time) and has not ended."""
+        self._lingering.settle()
+        try:
+            stat = read_stat(self.pid)
+        except TargetGone:
+            return False
+        if stat.start_time != self.start_time:
+            return False
+        # A leader that called pthread_exit is a zombie while the other threads live on.
+        return stat.state not in "ZX" or any(
+            thread_state(self.pid, tid) not in "ZX" for tid in list_threads(self.pid) if tid != self.pid
+        )
+
+    def check_alive(self) -> None:
+        """Raise TargetGone unless `alive`."""
+        if not self.alive():
+            raise self._gone()
+
+    @property
+    def exit_status(self) -> int | None:
+        """The raw wait status, if the process ended while we traced it (then nobody else can wait for it)."""
+        return noted_exit(self.pid)
+
+    @contextmanager
+    def stopped(self) -> Iterator[Stopped]:
+        """Stop all threads for the length of the block; see `stop.stopped_process` for what it raises."""
+        self.check_alive()
+        with stopped_process(self.pid, self._lingering) as stopped:
+            yield stopped
+
+    @contextmanager
+    def sampled(self, tid: int) -> Iterator[StoppedThread]:
+        """Stop one thread for the length of the block, the others running on; raises as `stopped` does."""
+        self.check_alive()
+        with stopped_thread(self.pid, tid, self._lingering) as tracee:
+            yield StoppedThread(tid, tracee.registers.rip, tracee.registers.rsp)
+
+    def thread_registers(self, tid: int) -> tuple[int, int]:
+        """Return the program counter and stack pointer of a thread, stopping it for a moment."""
+        with self.sampled(tid) as thread:
+            return thread.pc, thread.sp
+
+    def inject(
+        self,
+        steps: Sequence[Step],
+        *,
+        code: int | None = None,
+        timeout: float = 2.0,
+        accept: Callable[[StoppedThread], bool] | None = None,
+    ) -> tuple[int, ...]:
+        """Run system calls and functions of the target on one of its threads, the others running on.
+
+        Without `code` a single SystemCall, done with instructions the process has already. With `code`, the
+        address of at least 1 KiB of r-x memory that is ours, any steps; they end at the first system call
+        that fails. `accept` is asked, while a thread stands still, whether it may be borrowed: the caller's
+        proof that a function called there finds no lock held. `timeout` is in seconds.
+
+        Returns the results of the steps done: a system call's as a signed number (negative errno), a
+        function's rax unsigned. Raises TargetBusy when no thread could be borrowed or a call did not come
+        back (the thread is then where it was before), TargetGone, AttachDenied, WriteRefused for `code`, and
+        PatcherError "call-crashed" when a function faulted.
+        """
+        self.check_alive()
+        return self._borrowing.run(tuple(steps), self.mappings(), code, timeout, accept)
+
+    def close(self) -> None:
+        """Close our descriptors; the process goes on."""
+        self._lingering.settle()
+        self.memory.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def __enter__(self) -> Target:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _proc(self, name: str) -> AbstractContextManager[Path]:
+        return _present(Path(f"/proc/{self.pid}/{name}"), self._gone)
+
+    def _gone(self) -> TargetGone:
+        return TargetGone(f"process {self.pid} ({self.program}) has ended")
+
+
+@contextmanager
+def _present(path: Path, gone: Callable[[], TargetGone]) -> Iterator[Path]:
+    try:
+        yield path
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise gone() from error
