@@ -1,0 +1,31 @@
+"""Which units a saved file touches, the command that compiles a unit, and running it.
+
+`Commands` finds commands, `Compiler` makes objects of our own with them, `BuildCommand` runs the user's own build.
+Nothing here looks at the target process; ELF files are read by path, for their debug information only.
+"""
+
+from patcher.build.build_command import BuildCommand
+from patcher.build.command import LINE_SHIFT, CompileCommand, Unit, Variant, is_unit
+from patcher.build.commands import Commands
+from patcher.build.compiler import CompiledUnit, Compiler
+from patcher.build.running import BuildCancelled
+
+PLAIN = Variant.PLAIN
+SHIFTED = Variant.SHIFTED
+INDIRECT = Variant.INDIRECT
+
+__all__ = [
+    "INDIRECT",
+    "LINE_SHIFT",
+    "PLAIN",
+    "SHIFTED",
+    "BuildCancelled",
+    "BuildCommand",
+    "Commands",
+    "CompileCommand",
+    "CompiledUnit",
+    "Compiler",
+    "Unit",
+    "Variant",
+    "is_unit",
+]

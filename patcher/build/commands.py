@@ -1,0 +1,129 @@
+"""Finding the command that compiles a source file.
+
+Decides where to look and in which order: a compilation database that was given, those near the watched paths and the
+program, the program's debug information. It runs no build.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from patcher.build.command import CompileCommand, Unit, is_unit
+from patcher.build.database import GET_A_DATABASE, NAME, Database, find_databases
+from patcher.build.debuginfo import DebugInformation
+from patcher.errors import NoCompileCommand
+
+
+class Commands:
+    """Finds compile commands for one target, and remembers what it read."""
+
+    def __init__(
+        self,
+        *,
+        compile_commands: Path | None = None,
+        watched: Sequence[Path] = (),
+        programs: Sequence[Path] = (),
+        program_names: Sequence[Path] = (),
+    ) -> None:
+        """`programs` are paths that can be opened (`/proc/PID/exe` is one); `program_names` say, in the same order,
+        what the user calls them, and where they lie; by default what the paths lead to.
+        """
+        self._given = Database(compile_commands.absolute()) if compile_commands else None
+        names = list(program_names) + [_place_of(program) for program in programs[len(program_names) :]]
+        self._debug = tuple(DebugInformation(program, name) for program, name in zip(programs, names, strict=False))
+        self._starts = tuple(
+            dict.fromkeys([_directory_of(path) for path in watched] + [_above(name) for name in names])
+        )
+        self._databases: dict[Path, Database] = {}
+
+    def find(self, source: Path) -> CompileCommand:
+        """Return the command that compiles a source file, the first of several.
+
+        Raises NoCompileCommand, which says what was tried and what to do.
+        """
+        return self.find_all(source)[0]
+
+    def find_all(self, source: Path) -> tuple[CompileCommand, ...]:
+        """Return every known command of a source file, at least one, best first. Raises NoCompileCommand."""
+        source = source.absolute()
+        tried: list[str] = []
+        found = self._in_databases(source, tried) or self._in_debug_information(source, tried)
+        if not found:
+            raise NoCompileCommand(
+                f"{source}: nothing says how it is compiled (tried: {'; '.join(tried) or 'nothing was there to try'})",
+                GET_A_DATABASE,
+            )
+        return found
+
+    def units(self, saved: Sequence[Path]) -> tuple[Unit, ...]:
+        """Return the units that saved files touch: for now each source file is its own, and headers touch none.
+
+        Raises NoCompileCommand for the first source file without a command.
+        """
+        sources = dict.fromkeys(path.resolve() for path in saved if is_unit(path))
+        return tuple(Unit(source, self.find(source)) for source in sources)
+
+    def _in_databases(self, source: Path, tried: list[str]) -> tuple[CompileCommand, ...]:
+        if self._given is not None:
+            found = self._given.commands(source)  # what the user gave must be readable
+            tried.append(f"{self._given.path}, which does not list it")
+            return found
+        for path in self._near(source):
+            database = self._databases.setdefault(path, Database(path))
+            try:
+                found = database.commands(source)
+                tried.append(f"{path}, which does not list it")
+            except NoCompileCommand as error:
+                found = ()
+                tried.append(error.message)
+            if found:
+                return found
+        if not tried:
+            places = ", ".join(map(str, self._starts)) or source.parent
+            tried.append(f"{NAME} in, above and in build directories beside {places}: none")
+        return ()
+
+    def _near(self, source: Path) -> Iterator[Path]:
+        """Yield those read before, then all that lie near; a new one counts from the next save on."""
+        known = tuple(path for path in self._databases if path.exists())
+        yield from known
+        seen = set(known)
+        for start in (*self._starts, source.parent):
+            for path in find_databases(start):
+                if path not in seen:
+                    seen.add(path)
+                    yield path
+
+    def _in_debug_information(self, source: Path, tried: list[str]) -> tuple[CompileCommand, ...]:
+        reason: NoCompileCommand | None = None
+        for program in self._debug:
+            units = program.units(source)
+            for unit in units:
+                try:
+                    return (program.command(unit, source),)
+                except NoCompileCommand as error:
+                    reason = error
+            if not units:
+                what = "does not name it" if len(program) else "is not there"
+                tried.append(f"the debug information of {program.name}, which {what}")
+        if reason is not None:
+            raise NoCompileCommand(f"{reason.message} (tried before: {'; '.join(tried)})", reason.hint)
+        return ()
+
+
+def _place_of(program: Path) -> Path:
+    """Return what a path such as /proc/PID/exe leads to."""
+    try:
+        return Path(os.readlink(program).removesuffix(" (deleted)")) if program.is_symlink() else program.absolute()
+    except OSError:
+        return program.absolute()
+
+
+def _directory_of(path: Path) -> Path:
+    return path.absolute() if path.is_dir() else path.absolute().parent
+
+
+def _above(name: Path) -> Path:
+    return name.absolute().parent

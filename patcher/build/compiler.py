@@ -1,0 +1,191 @@
+"""Compiling units into objects of our own.
+
+Decides where objects go (a private directory, removed at the end) and how a failure is told. The switches are the
+user's (`command`), the running is `running`'s. Nothing of the user's is written.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from patcher.build.command import CompileCommand, Variant, input_argument, object_arguments, text_of
+from patcher.build.database import GET_A_DATABASE
+from patcher.build.running import Job, Outcome, never, run_all
+from patcher.build.toolchain import identify
+from patcher.errors import BuildError
+
+# gcc writes dependencies where these say, whatever the switches are
+_WRITES_ELSEWHERE = ("DEPENDENCIES_OUTPUT", "SUNPRO_DEPENDENCIES")
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledUnit:
+    """An object made from a source file, with the command that made it and the compiler's warnings, verbatim."""
+
+    source: Path
+    object: Path
+    command: tuple[str, ...]
+    milliseconds: float
+    diagnostics: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    command: CompileCommand
+    job: Job
+    object: Path
+
+
+class Compiler:
+    """Compiles units into a directory of its own, which `close` removes with all objects."""
+
+    def __init__(self, directory: Path | None = None, *, colour: bool = False) -> None:
+        """`directory` is where our own is made; by default the user's runtime directory, or that of temporary files."""
+        self.directory = _private_directory(directory)
+        self._colour = colour
+        self._numbers = count(1)
+
+    def compile(
+        self,
+        command: CompileCommand,
+        *,
+        variant: Variant = Variant.PLAIN,
+        text: bytes | None = None,
+        options: Sequence[str] = (),
+        cancelled: Callable[[], bool] = never,
+    ) -> CompiledUnit:
+        """Compile one unit; `text` stands for the file's contents, `options` are added to the command.
+
+        Raises BuildError with the compiler's diagnostics, BuildCancelled, or NoCompileCommand (no input file named).
+        """
+        task = self._task(command, variant, text, tuple(options))
+        return self._finish((task,), cancelled)[0]
+
+    def compile_all(
+        self,
+        commands: Sequence[CompileCommand],
+        *,
+        variant: Variant = Variant.PLAIN,
+        options: Sequence[str] = (),
+        cancelled: Callable[[], bool] = never,
+    ) -> tuple[CompiledUnit, ...]:
+        """Compile units in parallel. All run to their end; BuildError has the diagnostics of each that failed.
+
+        `cancelled` is asked every 5 ms, in this thread; once it says so, every compiler is ended with its whole process
+        group and BuildCancelled is raised.
+        """
+        tasks = tuple(self._task(command, variant, None, tuple(options)) for command in commands)
+        return self._finish(tasks, cancelled)
+
+    def discard(self, unit: CompiledUnit) -> None:
+        """Delete an object that is not needed any more."""
+        shutil.rmtree(unit.object.parent, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove the directory and all objects in it."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _task(self, command: CompileCommand, variant: Variant, text: bytes | None, options: tuple[str, ...]) -> _Task:
+        if not command.directory.is_dir():
+            raise BuildError(
+                f"{command.file}: {command.directory}, named by {command.origin}, is not there to compile in",
+                f"configure the build again, or {GET_A_DATABASE}",
+                file=str(command.file),
+            )
+        place = self.directory / str(next(self._numbers))
+        place.mkdir()
+        written: Path | None = None
+        if text is not None or variant & Variant.SHIFTED:
+            written = _write_text(place, command, text, variant)
+        output = place / f"{command.file.name}.o"
+        needs_identity = written is not None or variant is not Variant.PLAIN
+        toolchain = identify(command.arguments, command.directory) if needs_identity else None
+        arguments = object_arguments(
+            command, output, toolchain=toolchain, variant=variant, text=written, colour=self._colour, options=options
+        )
+        return _Task(command, Job(arguments, command.directory, place / "output"), output)
+
+    def _finish(self, tasks: tuple[_Task, ...], cancelled: Callable[[], bool]) -> tuple[CompiledUnit, ...]:
+        environment = {key: value for key, value in os.environ.items() if key not in _WRITES_ELSEWHERE}
+        environment["TMPDIR"] = str(self.directory)  # what a killed compiler leaves behind goes with the directory
+        try:
+            outcomes = run_all([task.job for task in tasks], environment=environment, cancelled=cancelled)
+        except OSError as error:
+            raise _not_started(error, tasks) from None
+        pairs = tuple(zip(tasks, outcomes, strict=True))
+        failed = [(task, outcome) for task, outcome in pairs if outcome.status != 0 or not task.object.exists()]
+        if failed:
+            raise _failure(failed)
+        return tuple(
+            CompiledUnit(task.command.file, task.object, task.job.arguments, outcome.milliseconds, outcome.output)
+            for task, outcome in pairs
+        )
+
+
+def _private_directory(parent: Path | None) -> Path:
+    if parent is None:
+        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+        usable = os.path.isabs(runtime) and os.access(runtime, os.W_OK | os.X_OK)
+        parent = Path(runtime, "patcher") if usable else Path(tempfile.gettempdir())
+    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="patcher-build-", dir=parent))
+
+
+def _write_text(place: Path, command: CompileCommand, text: bytes | None, variant: Variant) -> Path:
+    """Write what is compiled instead of the file, under the same name, where nothing else can be included from."""
+    contents = command.file.read_bytes() if text is None else text
+    path = place / "text" / os.path.basename(input_argument(command))
+    path.parent.mkdir()
+    path.write_bytes(text_of(command, contents, variant))
+    return path
+
+
+def _not_started(error: OSError, tasks: Sequence[_Task]) -> BuildError:
+    name = str(error.filename)
+    task = next((task for task in tasks if name == task.job.arguments[0]), tasks[0])
+    return BuildError(
+        f"{task.command.file}: {task.job.arguments[0]}, the compiler named by {task.command.origin}, cannot be run: "
+        f"{error.strerror}",
+        f"install it, or {GET_A_DATABASE}",
+        file=str(task.command.file),
+    )
+
+
+def _failure(failed: Sequence[tuple[_Task, Outcome]]) -> BuildError:
+    names = ", ".join(str(task.command.file) for task, _ in failed)
+    first, outcome = failed[0]
+    hints = ["fix what the compiler says and save again"]
+    if any(task.command.derived for task, _ in failed):
+        hints.append(
+            f"the command was put together from the {first.command.origin}, which does not record -D switches; "
+            f"where those are missing, {GET_A_DATABASE}"
+        )
+    return BuildError(
+        f"{names}: {_how(outcome)} ({shlex.join(first.job.arguments)})",
+        "; or, ".join(hints),
+        file=str(first.command.file),
+        diagnostics="".join(outcome.output for _, outcome in failed),
+    )
+
+
+def _how(outcome: Outcome) -> str:
+    if outcome.status < 0:
+        return f"the compiler was killed by signal {-outcome.status}"
+    return "does not compile" if outcome.status else "the compiler made no object"

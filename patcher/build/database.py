@@ -1,0 +1,113 @@
+"""Compilation databases: reading a compile_commands.json, and where one may lie.
+
+Decides which entries are those of a source file (compared as files: links and odd spellings do not matter).
+It does not choose between databases and does not change a command.
+Specification: the JSON Compilation Database format (`directory`, `file`, `arguments` or `command`, `output`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from patcher.build.command import CompileCommand
+from patcher.errors import NoCompileCommand
+
+NAME = "compile_commands.json"
+GET_A_DATABASE = (
+    "run `bear -- make` in a clean tree, or cmake with -DCMAKE_EXPORT_COMPILE_COMMANDS=ON (meson and "
+    "ninja -t compdb make it too), and give the compile_commands.json with --compile-commands"
+)
+_BESIDE = ("build*", "cmake-build*", "_build", "builddir", "out", "out/*")
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    directory: Path
+    path: Path  # of the source file, absolute, as written
+    arguments: tuple[str, ...]
+
+
+class Database:
+    """One compile_commands.json; it is read again when the file changes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp: tuple[int, int, int] | None = None
+        self._entries: tuple[_Entry, ...] = ()
+
+    def commands(self, source: Path) -> tuple[CompileCommand, ...]:
+        """Return all commands of a source file, in the file's order.
+
+        Raises NoCompileCommand when the file cannot be read or is no compilation database.
+        """
+        self._refresh()
+        likely = [entry for entry in self._entries if entry.path.name == source.name and _is_file(entry.path, source)]
+        found = likely or [entry for entry in self._entries if _is_file(entry.path, source)]
+        origin = str(self.path)
+        file = source.resolve()
+        return tuple(CompileCommand(entry.directory, entry.arguments, file, origin) for entry in found)
+
+    def __len__(self) -> int:
+        self._refresh()
+        return len(self._entries)
+
+    def _refresh(self) -> None:
+        try:
+            status = self.path.stat()
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if stamp != self._stamp:
+                self._entries = tuple(_entries(self.path))
+                self._stamp = stamp
+        except OSError as error:
+            raise NoCompileCommand(
+                f"{self.path}: {error.strerror}", "give --compile-commands a file that is there"
+            ) from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise NoCompileCommand(
+                f"{self.path}: not a compilation database: {_reason(error)}", "make it again with the build system"
+            ) from None
+
+
+def find_databases(start: Path) -> Iterator[Path]:
+    """Yield the databases in and beside a directory and all above it, the nearest first."""
+    for directory in (start, *start.parents):
+        if (directory / NAME).is_file():
+            yield directory / NAME
+        for pattern in _BESIDE:
+            yield from sorted(path for path in directory.glob(f"{pattern}/{NAME}") if path.is_file())
+
+
+def _entries(path: Path) -> Iterator[_Entry]:
+    with path.open("rb") as file:
+        listed = json.load(file)
+    if not isinstance(listed, list):
+        raise TypeError("the file is not a list")
+    for number, entry in enumerate(listed):
+        if not isinstance(entry, dict) or "file" not in entry:
+            raise TypeError(f"entry {number} has no file")
+        directory = Path(os.path.normpath(path.parent.absolute() / entry.get("directory", "")))
+        yield _Entry(directory, directory / entry["file"], _arguments(entry, number))
+
+
+def _arguments(entry: dict[str, Any], number: int) -> tuple[str, ...]:
+    arguments = tuple(entry["arguments"]) if "arguments" in entry else tuple(shlex.split(entry.get("command", "")))
+    if not arguments or not all(isinstance(word, str) for word in arguments):
+        raise TypeError(f"entry {number} ({entry['file']}) has no command")
+    return arguments
+
+
+def _is_file(path: Path, source: Path) -> bool:
+    try:
+        return path.samefile(source)
+    except OSError:
+        return os.path.realpath(path) == os.path.realpath(source)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
