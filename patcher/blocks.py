@@ -1,0 +1,442 @@
+"""An object cut into blocks: the pieces that live or die as one, and what each refers to.
+
+A block is a function, a variable, a constant, a string or a jump table. Compilers called with
+-ffunction-sections -fdata-sections give most of them a section of their own; what shares a section is
+cut at its symbols, at the offsets that code refers to, or, for mergeable pools, at the entries.
+
+A reference is a relocation as seen from its block, with its target made exact. For a section symbol
+the addend mixes the place in the section with the distance from the field to the end of the
+instruction (-4, or -5 before a one-byte immediate); here the two are told apart, so that `target` is
+what the code means and `addend` what the formula needs.
+
+Pure: knows neither process nor file system.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from patcher.elf import ObjectFile, Relocation, Section, Symbol, SymbolType
+from patcher.errors import ObjectError
+from patcher.link.relocations import R, is_pc_relative
+
+if TYPE_CHECKING:
+    from patcher.code.split import HiddenReference
+
+
+class Kind(Enum):
+    CODE = "code"
+    READ_ONLY = "read-only data"
+    DATA = "data"
+    THREAD_LOCAL = "thread-local data"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """A piece of an object. `data` is empty for zero-initialised storage."""
+
+    object: ObjectFile = field(repr=False)
+    kind: Kind
+    name: str
+    section: int
+    start: int
+    size: int
+    alignment: int
+    data: bytes = field(repr=False)
+    symbols: tuple[Symbol, ...] = field(repr=False)
+    string: bool = False
+
+    @property
+    def anonymous(self) -> bool:
+        return not self.symbols
+
+    @property
+    def exported(self) -> bool:
+        return any(not s.local for s in self.symbols)
+
+    @property
+    def zero(self) -> bool:
+        return not self.data and self.size > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A position in a block of the same object."""
+
+    block: Block
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class External:
+    """A symbol that the object does not define."""
+
+    name: str
+    weak: bool = False
+    hidden: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Absolute:
+    """A symbol with a fixed value."""
+
+    value: int
+
+
+Target = Place | External | Absolute
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A field of a block: apply relocation `type` at `offset`, with S = address of `target`, A = `addend`."""
+
+    offset: int
+    type: int
+    target: Target
+    addend: int
+
+
+@dataclass(frozen=True, slots=True)
+class Linkable:
+    """The bytes of a block and the fields in them. The block starts `lead` bytes into `data`; field offsets count
+    from the block's start, and may lie before or behind it."""
+
+    lead: int
+    data: bytes
+    references: tuple[Reference, ...]
+
+
+STUB_SIZE = 5
+
+_SKIPPED = (".eh_frame", ".note", ".comment", ".gnu", ".llvm", ".stapsdt")
+
+
+class Blocks:
+    """The blocks of one object. References are worked out when first asked for, and kept."""
+
+    def __init__(self, source: ObjectFile) -> None:
+        self.object = source
+        self._symbols_of: dict[int, list[Symbol]] = {}
+        for symbol in source.symbols:
+            if symbol.section in source.sections and symbol.type not in (SymbolType.SECTION, SymbolType.FILE):
+                self._symbols_of.setdefault(symbol.section, []).append(symbol)
+        self._relocations: dict[int, list[Relocation]] = {}
+        self._starts: dict[int, list[int]] = {}
+        self._at: dict[tuple[int, int], Block] = {}
+        self._references: dict[Block, tuple[Reference, ...]] = {}
+        self._commons: dict[int, Block] = {}
+        self._hidden: dict[Block, tuple[HiddenReference, ...]] = {}
+        self._pointed: dict[int, set[int]] | None = None
+        self._keeps_local_names = any(s.local and s.name and s.type != SymbolType.FILE for s in source.symbols)
+        self.functions: tuple[Block, ...] = tuple(self._code_blocks())
+
+    # --- blocks -----------------------------------------------------------------------------------------------
+
+    def _code_blocks(self) -> Iterable[Block]:
+        for section in self.object.sections.values():
+            if section.code and section.size and not section.name.startswith(_SKIPPED):
+                for start in self._cut(section):
+                    block = self._at[section.index, start]
+                    if block.symbols:
+                        yield block
+
+    def data_blocks(self) -> Iterable[Block]:
+        """Yield every named variable and constant that the object defines, commons included."""
+        for section in self.object.sections.values():
+            if section.code or section.mergeable or not section.size or section.name.startswith(_SKIPPED):
+                continue
+            for start in self._cut(section):
+                block = self._at[section.index, start]
+                if block.symbols:
+                    yield block
+        for symbol in self.object.symbols:
+            if symbol.common:
+                yield self._common(symbol)
+
+    def at(self, section_index: int, offset: int) -> Place:
+        """Return the block that holds an offset of a section, and the offset within it."""
+        section = self.object.sections.get(section_index)
+        if section is None:
+            raise ObjectError(
+                f"{self.object.name}: a reference into section {section_index}, which is not loaded",
+                "the object is damaged; compile it again",
+            )
+        if section.strings:
+            return self._string_at(section, offset)
+        if section.mergeable and section.entry_size and not section.code:
+            return self._entry_at(section, offset)
+        starts = self._cut(section)
+        if not starts:
+            raise self._outside(section, offset)
+        start = starts[max(0, bisect.bisect_right(starts, offset) - 1)]
+        return Place(self._at[section_index, start], offset - start)
+
+    def of_symbol(self, symbol: Symbol) -> Block:
+        return self._common(symbol) if symbol.common else self.at(symbol.section, symbol.value).block
+
+    def _cut(self, section: Section) -> list[int]:
+        starts = self._starts.get(section.index)
+        if starts is None:
+            symbols = sorted(self._symbols_of.get(section.index, ()), key=lambda s: s.value)
+            symbols = [s for s in symbols if s.value <= section.size]
+            if section.code:
+                pieces = _function_extents(section, symbols)
+            else:
+                pieces = _data_extents(section, symbols, self._pointed_offsets(section))
+            for start, end, named in pieces:
+                self._at[section.index, start] = self._block(section, start, end - start, named)
+            starts = [start for start, _, _ in pieces]
+            self._starts[section.index] = starts
+        return starts
+
+    def _block(self, section: Section, start: int, size: int, symbols: tuple[Symbol, ...]) -> Block:
+        if section.thread_local:
+            kind = Kind.THREAD_LOCAL
+        elif section.code:
+            kind = Kind.CODE
+        elif section.read_only or (not symbols and section.data and self._keeps_local_names):
+            # Compilers name every variable; nameless writable data is their own pool of initialisers
+            # (gcc puts those with relocations into .data), which nothing writes to.
+            kind = Kind.READ_ONLY
+        else:
+            kind = Kind.DATA
+        alignment = section.alignment
+        if start:
+            alignment = min(alignment, start & -start)
+        name = _preferred_name(symbols) or f"{section.name}+{start:#x}"
+        data = section.data[start : start + size]
+        return Block(self.object, kind, name, section.index, start, size, alignment, data, symbols)
+
+    def _string_at(self, section: Section, offset: int) -> Place:
+        width = section.entry_size or 1
+        if not 0 <= offset <= section.size:
+            raise self._outside(section, offset)
+        data, terminator = section.data, b"\0" * width
+        start = offset - offset % width
+        while start > 0 and data[start - width : start] != terminator:
+            start -= width
+        end = start
+        while end < len(data) and data[end : end + width] != terminator:
+            end += width
+        block = self._at.get((section.index, start))
+        if block is None:
+            contents = data[start : min(end + width, len(data))]
+            name = f"{section.name}+{start:#x}"
+            alignment = max(width, min(section.alignment, 32) if section.name.endswith(("8", "16", "32")) else width)
+            block = Block(
+                self.object, Kind.READ_ONLY, name, section.index, start, len(contents), alignment, contents, (), True
+            )
+            self._at[section.index, start] = block
+        return Place(block, offset - start)
+
+    def _entry_at(self, section: Section, offset: int) -> Place:
+        if not 0 <= offset < section.size:
+            raise self._outside(section, offset)
+        start = offset - offset % section.entry_size
+        block = self._at.get((section.index, start))
+        if block is None:
+            block = self._block(section, start, min(section.entry_size, section.size - start), ())
+            self._at[section.index, start] = block
+        return Place(block, offset - start)
+
+    def _common(self, symbol: Symbol) -> Block:
+        block = self._commons.get(symbol.index)
+        if block is None:
+            alignment = symbol.value or 1  # a common symbol's value is its alignment (System V ABI, chapter 4)
+            block = Block(self.object, Kind.DATA, symbol.name, 0, 0, symbol.size, alignment, b"", (symbol,))
+            self._commons[symbol.index] = block
+        return block
+
+    def _outside(self, section: Section, offset: int) -> ObjectError:
+        return ObjectError(
+            f"{self.object.name}: a reference to {section.name}+{offset:#x}, outside its {section.size} bytes",
+            "the object is damaged; compile it again",
+        )
+
+    # --- references -------------------------------------------------------------------------------------------
+
+    def references(self, block: Block) -> tuple[Reference, ...]:
+        """Return what a block refers to, by rising offset."""
+        found = self._references.get(block)
+        if found is None:
+            found = tuple(self._reference(block, r) for r in self._relocations_in(block))
+            hidden = self._hidden_references(block)
+            if hidden:
+                found = tuple(sorted(found + hidden, key=lambda r: r.offset))
+            self._references[block] = found
+        return found
+
+    def linkable(self, block: Block) -> Linkable:
+        """Return a block as it is to be placed.
+
+        A short branch that the assembler resolved to another function of its section cannot reach once the
+        function has moved: it goes to a jump that moves with it (`code.short_branch_stubs`).
+        """
+        references = self.references(block)
+        hidden = self._hidden.get(block, ())
+        if not any(h.width == 1 for h in hidden):
+            return Linkable(0, block.data, references)
+        from patcher.code.split import short_branch_stubs
+
+        stubs = short_branch_stubs((block.start, block.size), hidden)
+        body = bytearray(block.data)
+        for position, displacement in stubs.displacements:
+            body[position - block.start] = displacement & 0xFF
+        lead = len(stubs.prefix) * STUB_SIZE
+        kept = [r for r in references if r.type != R.PC8]
+        jumps = [(i * STUB_SIZE - lead, target) for i, target in enumerate(stubs.prefix)]
+        jumps += [(block.size + i * STUB_SIZE, target) for i, target in enumerate(stubs.suffix)]
+        kept += [Reference(at + 1, R.PLT32, self.at(block.section, target), -4) for at, target in jumps]
+        jump = b"\xe9\0\0\0\0"  # jmp rel32
+        data = jump * len(stubs.prefix) + bytes(body) + jump * len(stubs.suffix)
+        return Linkable(lead, data, tuple(sorted(kept, key=lambda r: r.offset)))
+
+    def _relocations_of(self, section: int) -> list[Relocation]:
+        found = self._relocations.get(section)
+        if found is None:
+            found = [r for r in self.object.relocations(section) if r.type != R.NONE]
+            self._relocations[section] = found
+        return found
+
+    def _relocations_in(self, block: Block) -> list[Relocation]:
+        if not block.data:
+            return []
+        relocations = self._relocations_of(block.section)
+        if block.start == 0 and block.size == self.object.sections[block.section].size:
+            return relocations
+        low = bisect.bisect_left(relocations, block.start, key=lambda r: r.offset)
+        high = bisect.bisect_left(relocations, block.start + block.size, key=lambda r: r.offset)
+        return relocations[low:high]
+
+    def _reference(self, block: Block, r: Relocation) -> Reference:
+        symbol = self.object.symbols[r.symbol]
+        offset = r.offset - block.start
+        if symbol.type != SymbolType.SECTION:
+            return Reference(offset, r.type, self._symbol_target(symbol), r.addend)
+        bias = 0
+        if is_pc_relative(r.type):
+            bias = self._bytes_to_end(block, offset) if block.kind is Kind.CODE else -offset
+        place = self.at(symbol.section, symbol.value + r.addend + bias)
+        return Reference(offset, r.type, place, -bias)
+
+    def _symbol_target(self, symbol: Symbol) -> Target:
+        if symbol.index == 0 or symbol.absolute:
+            return Absolute(symbol.value)
+        if symbol.undefined:
+            return External(symbol.name, symbol.weak, symbol.visibility != 0)
+        if symbol.common:
+            return Place(self._common(symbol), 0)
+        return self.at(symbol.section, symbol.value)
+
+    def _bytes_to_end(self, block: Block, offset: int) -> int:
+        from patcher.code.instructions import field_end
+
+        return 4 + field_end(block.data, None, offset)
+
+    def _pointed_offsets(self, section: Section) -> set[int]:
+        # Where code and data point into sections that hold nameless things (jump tables, constants):
+        # each such offset starts a block.
+        if self._pointed is None:
+            self._pointed = {}
+            for index, other in self.object.sections.items():
+                if other.name.startswith(_SKIPPED):
+                    continue
+                for r in self._relocations_of(index):
+                    symbol = self.object.symbols[r.symbol]
+                    if symbol.type != SymbolType.SECTION or symbol.section not in self.object.sections:
+                        continue
+                    if self.object.sections[symbol.section].code:
+                        continue
+                    bias = 0
+                    if is_pc_relative(r.type):
+                        if not other.code:
+                            continue  # relative to the table that holds it, which something else points to
+                        block = self.at(index, r.offset)
+                        bias = self._bytes_to_end(block.block, block.offset)
+                    self._pointed.setdefault(symbol.section, set()).add(symbol.value + r.addend + bias)
+        return self._pointed.get(section.index, set())
+
+    def _hidden_references(self, block: Block) -> tuple[Reference, ...]:
+        if block.kind is not Kind.CODE or len(self._starts.get(block.section, ())) < 2:
+            return ()
+        from patcher.code.split import hidden_references
+
+        section = self.object.sections[block.section]
+        relocated = {r.offset for r in self._relocations_of(block.section)}
+        self._hidden[block] = hidden_references(section.data, [(block.start, block.size)], relocated)
+        found = []
+        for hidden in self._hidden[block]:
+            kind = {1: R.PC8, 4: R.PLT32 if hidden.is_branch else R.PC32}[hidden.width]
+            place = self.at(block.section, hidden.target)
+            found.append(Reference(hidden.field - block.start, kind, place, -(hidden.width + hidden.end)))
+        return tuple(found)
+
+
+def _preferred_name(symbols: tuple[Symbol, ...]) -> str:
+    if not symbols:
+        return ""
+    return min(symbols, key=lambda s: (s.local, s.type == SymbolType.NOTYPE, s.index)).name
+
+
+Piece = tuple[int, int, tuple[Symbol, ...]]
+
+
+def _function_extents(section: Section, symbols: list[Symbol]) -> list[Piece]:
+    functions = [s for s in symbols if s.type in (SymbolType.FUNC, SymbolType.IFUNC)]
+    entries = sorted({s.value for s in functions if s.value < section.size})
+    if len(entries) <= 1 and (not entries or entries[0] == 0):
+        return [(0, section.size, tuple(functions or symbols))]
+    pieces: list[Piece] = []
+    for i, start in enumerate(entries):
+        named = tuple(s for s in functions if s.value == start)
+        limit = entries[i + 1] if i + 1 < len(entries) else section.size
+        end = min(start + max(s.size for s in named), limit) if any(s.size for s in named) else limit
+        pieces.append((start, end, named))
+    return pieces
+
+
+def _data_extents(section: Section, symbols: list[Symbol], pointed: set[int]) -> list[Piece]:
+    named = [s for s in symbols if s.type in (SymbolType.OBJECT, SymbolType.TLS, SymbolType.NOTYPE)]
+    sized = [s for s in named if s.type != SymbolType.NOTYPE and s.size]
+    covered: list[tuple[int, int]] = []
+    for s in sized:
+        if not covered or s.value >= covered[-1][1]:
+            covered.append((s.value, min(s.value + s.size, section.size)))
+        elif s.value == covered[-1][0]:
+            covered[-1] = (s.value, min(max(covered[-1][1], s.value + s.size), section.size))
+    cuts = {0} | {start for start, _ in covered} | {end for _, end in covered}
+    cuts |= {s.value for s in named if not _inside(covered, s.value)}
+    cuts |= {offset for offset in pointed if 0 <= offset < section.size and not _inside(covered, offset)}
+    ordered = sorted(c for c in cuts if c < section.size)
+    pieces: list[Piece] = []
+    for i, start in enumerate(ordered):
+        end = ordered[i + 1] if i + 1 < len(ordered) else section.size
+        pieces.append((start, end, tuple(s for s in named if s.value == start)))
+    return pieces
+
+
+def _inside(extents: list[tuple[int, int]], offset: int) -> bool:
+    i = bisect.bisect_right(extents, (offset, 1 << 62)) - 1
+    return i >= 0 and extents[i][0] < offset < extents[i][1]
+
+
+def unit_of(source: ObjectFile) -> str:
+    """Return the name an object's local symbols are kept under: its source file's base name."""
+    return source.file_symbol or source.name
+
+
+__all__ = [
+    "Absolute",
+    "Block",
+    "Blocks",
+    "External",
+    "Kind",
+    "Place",
+    "Reference",
+    "Target",
+    "unit_of",
+]

@@ -1,0 +1,267 @@
+"""A relocatable object file (`ET_REL`): its allocated sections, symbols and relocations, frozen.
+
+Debug sections and their relocations are skipped: four in five relocations of a unit are theirs,
+and nothing on the way to the live process looks at them.
+
+Specification: System V ABI, chapter 4; AMD64 supplement, chapter 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from patcher.elf import tables as t
+from patcher.errors import ObjectError
+
+
+class SymbolType(IntEnum):
+    NOTYPE = 0
+    OBJECT = 1
+    FUNC = 2
+    SECTION = 3
+    FILE = 4
+    COMMON = 5
+    TLS = 6
+    IFUNC = 10
+
+
+class SymbolBinding(IntEnum):
+    LOCAL = 0
+    GLOBAL = 1
+    WEAK = 2
+    UNIQUE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Symbol:
+    """One entry of the symbol table; `section` is a section index or an SHN_ constant."""
+
+    index: int
+    name: str
+    section: int
+    value: int
+    size: int
+    type: int
+    binding: int
+    visibility: int
+
+    @property
+    def undefined(self) -> bool:
+        return self.section == t.SHN_UNDEF
+
+    @property
+    def common(self) -> bool:
+        return self.section in (t.SHN_COMMON, t.SHN_X86_64_LCOMMON)
+
+    @property
+    def absolute(self) -> bool:
+        return self.section == t.SHN_ABS
+
+    @property
+    def local(self) -> bool:
+        return self.binding == SymbolBinding.LOCAL
+
+    @property
+    def weak(self) -> bool:
+        return self.binding == SymbolBinding.WEAK
+
+
+@dataclass(frozen=True, slots=True)
+class Relocation:
+    """One RELA entry: apply `type` at `offset` of its section, to symbol number `symbol`."""
+
+    offset: int
+    type: int
+    symbol: int
+    addend: int
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One allocated section; `data` is empty for one that takes no room in the file."""
+
+    index: int
+    name: str
+    type: int
+    flags: int
+    size: int
+    alignment: int
+    entry_size: int
+    data: bytes = field(repr=False)
+
+    @property
+    def code(self) -> bool:
+        return bool(self.flags & t.SHF_EXECINSTR)
+
+    @property
+    def thread_local(self) -> bool:
+        return bool(self.flags & t.SHF_TLS)
+
+    @property
+    def read_only(self) -> bool:
+        """True for what the program cannot write once it runs, RELRO data included."""
+        return not self.flags & t.SHF_WRITE or self.name.startswith((".data.rel.ro", ".ldata.rel.ro"))
+
+    @property
+    def strings(self) -> bool:
+        return bool(self.flags & t.SHF_MERGE) and bool(self.flags & t.SHF_STRINGS)
+
+    @property
+    def mergeable(self) -> bool:
+        return bool(self.flags & t.SHF_MERGE)
+
+
+@dataclass(frozen=True)
+class ObjectFile:
+    """A relocatable object. `name` is for messages: the path, or `archive(member)`."""
+
+    name: str
+    sections: dict[int, Section]
+    symbols: tuple[Symbol, ...]
+    _raw: t.RawFile = field(repr=False)
+
+    @cached_property
+    def file_symbol(self) -> str:
+        """The name in the object's STT_FILE symbol: the base name of its source file, or ""."""
+        return next((s.name for s in self.symbols if s.type == SymbolType.FILE), "")
+
+    @cached_property
+    def _relocation_sections(self) -> dict[int, list[int]]:
+        headers = self._raw.section_headers
+        found: dict[int, list[int]] = {}
+        for index in range(len(headers)):
+            kind = int(headers[index]["type"])
+            target = int(headers[index]["info"])
+            if kind == t.SHT_REL and target in self.sections:
+                raise ObjectError(
+                    f"{self.name}: section {index} has relocations without addends (SHT_REL)",
+                    "x86-64 objects use SHT_RELA; compile it with a standard toolchain",
+                )
+            if kind == t.SHT_RELA and target in self.sections:
+                found.setdefault(target, []).append(index)
+        return found
+
+    def relocations(self, section: int) -> list[Relocation]:
+        """Return the relocations of a section, by rising offset. Raises `ObjectError` for impossible ones."""
+        result: list[Relocation] = []
+        for index in self._relocation_sections.get(section, ()):
+            rows = self._raw.table(index, t.RELA).tolist()
+            result += [Relocation(offset, kind, symbol, addend) for offset, kind, symbol, addend in rows]
+        result.sort(key=lambda r: r.offset)
+        count, size = len(self.symbols), self.sections[section].size
+        for r in result:
+            if r.symbol >= count or r.offset >= size:
+                raise ObjectError(
+                    f"{self.name}: a relocation at {self.sections[section].name}+{r.offset:#x} names symbol {r.symbol} "
+                    f"of {count} in a section of {size} bytes",
+                    "the object is damaged; compile it again",
+                )
+        return result
+
+
+def read_object(path: Path) -> ObjectFile:
+    """Read one relocatable object. Raises `ObjectError` with what the file is instead."""
+    return parse_object(str(path), _file_bytes(path))
+
+
+def read_objects(path: Path) -> tuple[ObjectFile, ...]:
+    """Read an object, or every object of an archive, in archive order."""
+    from patcher.elf.archive import is_archive, read_archive
+
+    data = _file_bytes(path)
+    if not is_archive(data):
+        return (parse_object(str(path), data),)
+    members = read_archive(path, data)
+    objects = tuple(
+        parse_object(f"{path}({name})", contents) for name, contents in members if contents[:4] == b"\x7fELF"
+    )
+    if not objects:
+        raise ObjectError(f"{path}: an archive without objects", "give an archive of relocatable objects")
+    return objects
+
+
+def _file_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except IsADirectoryError:
+        raise ObjectError(f"{path}: is a directory", "give an object, an archive or a source file") from None
+    except OSError as error:
+        raise ObjectError(f"{path}: {(error.strerror or str(error)).lower()}", "check the path") from None
+
+
+def parse_object(name: str, data: bytes) -> ObjectFile:
+    """Read a relocatable object from its bytes; `name` is for messages."""
+    raw = t.read_raw(name, data)
+    if raw.type != t.ET_REL:
+        kinds = {t.ET_EXEC: "an executable", t.ET_DYN: "a shared library or executable", t.ET_CORE: "a core file"}
+        kind = kinds.get(raw.type, f"of type {raw.type}")
+        raise ObjectError(f"{name}: {kind}, not a relocatable object", "give what the compiler makes with -c")
+    sections = _read_sections(raw)
+    symbols = _read_symbols(raw)
+    names = [raw.section_name(i) for i in range(len(raw.section_headers))]
+    slim_lto = any(n.startswith(".gnu.lto_") for n in names) and not any(
+        s.size for s in sections.values() if s.code or s.name.startswith((".data", ".rodata"))
+    )
+    if slim_lto or any(s.name == "__gnu_lto_slim" for s in symbols):
+        raise ObjectError(f"{name}: LTO bytecode without machine code", "compile it with -fno-lto or -ffat-lto-objects")
+    return ObjectFile(name, sections, symbols, raw)
+
+
+def _read_sections(raw: t.RawFile) -> dict[int, Section]:
+    sections: dict[int, Section] = {}
+    for index in range(1, len(raw.section_headers)):
+        header = raw.section_headers[index]
+        flags, kind = int(header["flags"]), int(header["type"])
+        if not flags & t.SHF_ALLOC or kind == t.SHT_GROUP:
+            continue
+        alignment = int(header["alignment"]) or 1
+        if alignment & (alignment - 1) or alignment > 1 << 30:
+            raise ObjectError(
+                f"{raw.name}: section {raw.section_name(index)} wants an alignment of {alignment}",
+                "the object is damaged; compile it again",
+            )
+        size = int(header["size"])
+        if size > 1 << 32:
+            raise ObjectError(
+                f"{raw.name}: section {raw.section_name(index)} claims {size} bytes",
+                "the object is damaged; compile it again",
+            )
+        data = bytes(raw.contents(index))
+        sections[index] = Section(
+            index, raw.section_name(index), kind, flags, size, alignment, int(header["entry_size"]), data
+        )
+    return sections
+
+
+def _read_symbols(raw: t.RawFile) -> tuple[Symbol, ...]:
+    kinds = raw.section_headers["type"].tolist()
+    if t.SHT_SYMTAB not in kinds:
+        return ()
+    index = kinds.index(t.SHT_SYMTAB)
+    link = int(raw.section_headers[index]["link"])
+    if link >= len(raw.section_headers):
+        raise ObjectError(
+            f"{raw.name}: the symbol table has no string table", "the object is damaged; compile it again"
+        )
+    strings = bytes(raw.contents(link))
+    extended: list[int] = []
+    if t.SHT_SYMTAB_SHNDX in kinds:
+        extended = raw.table(kinds.index(t.SHT_SYMTAB_SHNDX), np.dtype("<u4")).tolist()
+    count = len(kinds)
+    symbols = []
+    for i, (name, info, other, section, value, size) in enumerate(raw.table(index, t.SYM).tolist()):
+        if section == t.SHN_XINDEX and i < len(extended):
+            section = extended[i]
+        elif t.SHN_LORESERVE > section >= count:
+            raise ObjectError(
+                f"{raw.name}: symbol {i} stands in section {section} of {count}",
+                "the object is damaged; compile it again",
+            )
+        text = t.string_at(strings, name)
+        symbols.append(Symbol(i, text, section, value, size, info & 15, info >> 4, other & 3))
+    return tuple(symbols)

@@ -1,0 +1,402 @@
+"""IMAGE: the modules of the live process, where they stand, and what their names and addresses mean.
+
+The one room that adds load biases: everything it takes and gives is an address in the process now.
+Names are resolved as the dynamic linker resolves them: the executable, preloaded libraries, then the
+libraries in breadth-first order of DT_NEEDED; after these the module's own dependencies.
+
+Decides what a name denotes and what an address is; never writes to the process.
+
+Specification: System V ABI, chapter 5 (shared object dependencies); ELF Handling For Thread-Local
+Storage, section 3.4.6 (offsets from the thread pointer, variant II).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from patcher.elf import SymbolType
+from patcher.elf.module import (
+    R_X86_64_COPY,
+    R_X86_64_GLOB_DAT,
+    R_X86_64_IRELATIVE,
+    R_X86_64_JUMP_SLOT,
+    R_X86_64_TPOFF64,
+    Cell,
+    DynamicSymbol,
+    Module,
+    read_module,
+)
+from patcher.elf.symbols import StaticSymbol
+from patcher.errors import ObjectError, PatcherError, UnsafeChange
+from patcher.target import Mapping, Target
+
+_PAGE = 0xFFF
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModule:
+    """A module and its load bias (live address minus link-time address)."""
+
+    module: Module
+    bias: int
+    path: str
+    file: Path  # by which the mapped file can be read from here
+
+    @property
+    def start(self) -> int:
+        return self.module.start + self.bias
+
+    @property
+    def end(self) -> int:
+        return self.module.end + self.bias
+
+    @property
+    def text(self) -> tuple[int, int]:
+        """Return the live extent of the executable segments."""
+        low, high = self.module.text
+        return low + self.bias, high + self.bias
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    def contains(self, address: int) -> bool:
+        return self.start <= address < self.end
+
+    def executable_at(self, address: int) -> bool:
+        return any(
+            s.executable and s.address <= address - self.bias < s.address + s.memory_size for s in self.module.segments
+        )
+
+    def symbols_at(self, address: int) -> list[StaticSymbol]:
+        """Return the static symbols that start at a live address (values stay link-time)."""
+        return self.module.symbols.at(address - self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """What a name denotes in the process. For a thread-local, `address` is its offset in the module's block."""
+
+    name: str
+    address: int
+    size: int
+    type: int
+    module: LoadedModule
+
+    @property
+    def thread_local(self) -> bool:
+        return self.type == SymbolType.TLS
+
+    @property
+    def ifunc(self) -> bool:
+        return self.type == SymbolType.IFUNC
+
+    @property
+    def function(self) -> bool:
+        return self.type in (SymbolType.FUNC, SymbolType.IFUNC)
+
+
+class Image:
+    """The loaded modules of one target. `refresh` after the process may have loaded or unloaded some."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._known: dict[tuple[str, int, str], Module] = {}
+        self._mappings: tuple[Mapping, ...] = ()
+        self.modules: tuple[LoadedModule, ...] = ()
+        self._scope: tuple[LoadedModule, ...] | None = None
+        self._imports: dict[int, Cell | None] = {}
+        self._ifuncs: dict[int, int] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the memory map again; modules that are still there are kept."""
+        mappings = tuple(m for m in self.target.mappings() if m.inode and m.path.startswith("/") and not _ours(m))
+        if mappings == self._mappings:
+            return
+        self._mappings = mappings
+        groups: dict[tuple[str, int, str], list[Mapping]] = {}
+        for mapping in mappings:
+            groups.setdefault((mapping.device, mapping.inode, mapping.path), []).append(mapping)
+        loaded = []
+        for key, group in groups.items():
+            if any(m.executable for m in group):
+                found = self._load(key, group)
+                if found is not None:
+                    loaded.append(found)
+        entry = self.target.auxv().get(9, 0)  # AT_ENTRY
+        loaded.sort(key=lambda m: not m.contains(entry))
+        if not loaded or not loaded[0].contains(entry):
+            raise ObjectError(
+                f"process {self.target.pid}: its executable {self.target.program} cannot be read",
+                "keep the program's file in place, or reinstall the very same build",
+            )
+        self.modules = tuple(loaded)
+        self._scope = None
+        self._imports.clear()
+
+    def _load(self, key: tuple[str, int, str], group: list[Mapping]) -> LoadedModule | None:
+        path = group[0].path
+        try:
+            file = self.target.open_image(group[0])
+            module = self._known.get(key)
+            if module is None:
+                module = read_module(path, file, lambda build_id, link: _debug_files(path, build_id, link))
+                self._known[key] = module
+        except PatcherError:
+            return None  # something executable that is no module, such as a JIT's file
+        bias = _load_bias(module, group)
+        return None if bias is None else LoadedModule(module, bias, path, file)
+
+    @property
+    def executable(self) -> LoadedModule:
+        return self.modules[0]
+
+    def module_at(self, address: int) -> LoadedModule | None:
+        return next((m for m in self.modules if m.contains(address)), None)
+
+    # --- names ------------------------------------------------------------------------------------------------
+
+    def scope(self) -> tuple[LoadedModule, ...]:
+        """Return the global scope, in the dynamic linker's search order."""
+        if self._scope is None:
+            preloaded = self.target.environ().get("LD_PRELOAD", "").replace(":", " ").split()
+            wanted = {Path(p).name for p in preloaded}
+            first = [self.executable]
+            first += [m for m in self.modules[1:] if wanted & {m.name, m.module.soname}]
+            self._scope = self._breadth_first(first)
+        return self._scope
+
+    def _breadth_first(self, first: Iterable[LoadedModule]) -> tuple[LoadedModule, ...]:
+        order = list(first)
+        position = 0
+        while position < len(order):
+            for name in order[position].module.needed:
+                found = self._module_named(name)
+                if found is not None and found not in order:
+                    order.append(found)
+            position += 1
+        return tuple(order)
+
+    def _module_named(self, name: str) -> LoadedModule | None:
+        return next((m for m in self.modules if name in (m.module.soname, m.name)), None)
+
+    def resolve(self, name: str, within: LoadedModule) -> Definition | None:
+        """Return what an undefined `name` in a unit of module `within` denotes, or None.
+
+        Raises `UnsafeChange` when only libraries outside the search scope define it, and several do.
+        """
+        own = self._own(name, within)
+        if own is not None:
+            return own
+        scope = self.scope()
+        for module in scope if within in scope else scope + self._breadth_first([within]):
+            found = _exported(module, name)
+            if found is not None:
+                return found
+        others = [d for m in self.modules if m not in scope and (d := _exported(m, name)) is not None]
+        if len({d.address for d in others}) > 1:
+            raise UnsafeChange(
+                f"`{name}` is defined by {', '.join(d.module.name for d in others)}, none of which the program "
+                "was linked with",
+                "link the program with the library that is meant",
+                code="ambiguous-symbol",
+            )
+        return others[0] if others else None
+
+    def _own(self, name: str, within: LoadedModule) -> Definition | None:
+        module = within.module
+        if within is not self.executable and any(s.defined for s in module.exports.get(name, ())):
+            return None  # exported by a library: the search order decides, it may be interposed
+        found = [s for s in module.symbols.named(name) if not s.local]
+        if not found:
+            # Hidden symbols are local once linked; GNU ld keeps them under a nameless file.
+            hidden = {-1, *module.symbols.groups("")}
+            found = [s for s in module.symbols.named(name) if s.local and s.group in hidden]
+        values = {s.value for s in found}
+        return self._definition(within, found[0]) if len(values) == 1 else None
+
+    def _definition(self, within: LoadedModule, symbol: StaticSymbol) -> Definition:
+        bias = 0 if symbol.type == SymbolType.TLS else within.bias
+        return Definition(symbol.name, symbol.value + bias, symbol.size, symbol.type, within)
+
+    def canonical_plt(self, name: str) -> int | None:
+        """Return the address that stands for an imported function in a fixed-position executable, if there is one.
+
+        Where such an executable takes the address of a library's function, its own PLT entry is that
+        address for the whole process (AMD64 supplement, section 5.2, "Function addresses").
+        """
+        module = self.executable.module
+        for symbol in module.exports.get(name, ()):
+            if not symbol.defined and symbol.value and symbol.type == SymbolType.FUNC:
+                return symbol.value + self.executable.bias
+        return None
+
+    # --- cells and stubs --------------------------------------------------------------------------------------
+
+    def cell_at(self, address: int) -> Cell | None:
+        """Return what the dynamic linker keeps at a live address, if anything."""
+        module = self.module_at(address)
+        return module.module.cells.get(address - module.bias) if module is not None else None
+
+    def import_at(self, address: int) -> Cell | None:
+        """Return the cell that a PLT stub at this live address jumps through, or None when it is no stub."""
+        if address not in self._imports:
+            self._imports[address] = self._read_stub(address)
+        return self._imports[address]
+
+    def _read_stub(self, address: int) -> Cell | None:
+        from patcher.code.instructions import plt_cell
+
+        module = self.module_at(address)
+        if module is None or not module.executable_at(address):
+            return None
+        cell = plt_cell(self.target.memory.read(address, 32), address)
+        return None if cell is None else self.cell_at(cell)
+
+    def jump_slots(self, name: str, address: int) -> list[tuple[int, int]]:
+        """Return (cell, value) of every bound jump slot for `name` that holds `address`.
+
+        Lazily unbound slots still point into their own module's PLT, and are not among them.
+        """
+        found = []
+        for module in self.modules:
+            for cell in module.module.cells_named(name):
+                if module.module.cells[cell].type != R_X86_64_JUMP_SLOT:
+                    continue
+                value = self.target.memory.read_u64(cell + module.bias)
+                if value == address:
+                    found.append((cell + module.bias, value))
+        return found
+
+    def chosen(self, definition: Definition) -> int | None:
+        """Return the implementation that the process already chose for an IFUNC, or None when it never did."""
+        if definition.address in self._ifuncs:
+            return self._ifuncs[definition.address]
+        owner = definition.module
+        for module in self.modules:
+            cells = module.module.cells
+            wanted = [c for c in module.module.cells_named(definition.name) if cells[c].type in _BOUND]
+            if module is owner:
+                resolver = definition.address - owner.bias
+                wanted += [c for c in module.module.resolver_cells if cells[c].addend == resolver]
+            for cell in wanted:
+                value = self.target.memory.read_u64(cell + module.bias)
+                if owner.executable_at(value) and value != definition.address and self.import_at(value) is None:
+                    self._ifuncs[definition.address] = value
+                    return value
+        return None
+
+    def choose(self, definition: Definition) -> int:
+        """Return the implementation of an IFUNC, asking the target's own resolver where it never did."""
+        found = self.chosen(definition)
+        if found is None:
+            from patcher.target import FunctionCall
+
+            found = self.target.inject([FunctionCall(definition.address, (0, 0))], code=self._stub_area())[-1]
+            module = self.module_at(found)
+            if module is None or not module.executable_at(found):
+                raise UnsafeChange(f"the resolver of `{definition.name}` gave {found:#x}, which is not code", "")
+            self._ifuncs[definition.address] = found
+        return found
+
+    def _stub_area(self) -> int:
+        if self.stub_area is None:
+            raise UnsafeChange("an IFUNC has to be resolved before there is an arena", "")
+        return self.stub_area
+
+    stub_area: int | None = None  # executable memory of ours in the target, set once an arena exists
+
+    # --- thread-local storage ---------------------------------------------------------------------------------
+
+    def thread_offset(self, definition: Definition) -> int | None:
+        """Return a thread-local variable's offset from the thread pointer, or None when it has no fixed one."""
+        base = self.thread_block(definition.module)
+        return None if base is None else base + definition.address
+
+    def thread_block(self, loaded: LoadedModule) -> int | None:
+        """Return the offset of a module's thread-local block from the thread pointer (negative), if it is static."""
+        storage = loaded.module.thread_storage
+        if storage is None:
+            return None
+        if loaded is self.executable:
+            first = -storage.address & (storage.alignment - 1)
+            size = storage.memory_size - first
+            return -(((size + storage.alignment - 1) & -storage.alignment) + first)
+        for module in self.modules:
+            for address, cell in module.module.cells.items():
+                if cell.type != R_X86_64_TPOFF64:
+                    continue
+                offset = self._offset_in(loaded, module, cell)
+                if offset is not None:
+                    value = self.target.memory.read_u64(address + module.bias)
+                    return (value - (1 << 64) if value >> 63 else value) - offset
+        return None
+
+    def _offset_in(self, loaded: LoadedModule, module: LoadedModule, cell: Cell) -> int | None:
+        if not cell.name:
+            return cell.addend if module is loaded else None
+        found = self.resolve(cell.name, module)
+        if found is None or found.module is not loaded:
+            return None
+        return found.address + cell.addend
+
+
+def _ours(mapping: Mapping) -> bool:
+    return mapping.path.startswith("/memfd:patcher")
+
+
+_BOUND = (R_X86_64_JUMP_SLOT, R_X86_64_GLOB_DAT)
+
+
+def _exported(loaded: LoadedModule, name: str) -> Definition | None:
+    symbols = [s for s in loaded.module.exports.get(name, ()) if s.defined and s.binding != 0]
+    best: DynamicSymbol | None = next((s for s in symbols if s.default), symbols[0] if len(symbols) == 1 else None)
+    if best is None:
+        return None
+    bias = 0 if best.type == SymbolType.TLS else loaded.bias
+    return Definition(name, best.value + bias, best.size, best.type, loaded)
+
+
+def _load_bias(module: Module, group: list[Mapping]) -> int | None:
+    if not module.position_independent:
+        return 0
+    starts = {(m.start, m.offset) for m in group}
+    ends = max(m.end for m in group)
+    for start, offset in sorted(starts):
+        for segment in module.segments:
+            low = segment.offset & ~_PAGE
+            if not low <= offset < low + max(segment.file_size, 1) + (segment.offset & _PAGE):
+                continue
+            bias = start - ((segment.address & ~_PAGE) + offset - low)
+            if bias >= 0 and _all_mapped(module, bias, group) and module.start + bias < ends:
+                return bias
+    return None
+
+
+def _all_mapped(module: Module, bias: int, group: list[Mapping]) -> bool:
+    for segment in module.segments:
+        if not segment.file_size:
+            continue
+        address = segment.address + bias
+        file_offset = segment.offset
+        if not any(m.start <= address < m.end and m.offset + address - m.start == file_offset for m in group):
+            return False
+    return True
+
+
+def _debug_files(path: str, build_id: str, link: str) -> list[Path]:
+    """List where separate debug information of a module may lie (gdb's search order)."""
+    found = []
+    root = Path("/usr/lib/debug")
+    if len(build_id) > 2:
+        found.append(root / ".build-id" / build_id[:2] / f"{build_id[2:]}.debug")
+    if link:
+        folder = Path(path).parent
+        found += [folder / link, folder / ".debug" / link, root / str(folder).lstrip("/") / link]
+    return [p for p in found if p.is_file() and str(p) != path]
+
+
+__all__ = ["R_X86_64_COPY", "R_X86_64_IRELATIVE", "Definition", "Image", "LoadedModule"]
