@@ -1,0 +1,273 @@
+"""The state of a patched process: its arenas, its journal and its slots, read together and changed together.
+
+A ledger is a view that is read again before every transaction, since another controller may have been there.
+Decides what a commit or a revert writes, and in which order; what is in a generation is decided before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from patcher.code.entry import DETOUR_SIZE, detour, island
+from patcher.errors import PatcherError, UnsafeChange
+from patcher.link.place import Space
+from patcher.live import ArenaView
+from patcher.patch import journal as records
+from patcher.patch.arena import (
+    JOURNAL_SIZE,
+    Arena,
+    Usage,
+    create_arena,
+    find_arenas,
+    plan_arena,
+)
+from patcher.patch.journal import GenerationRecord, Journal, Redirect
+from patcher.patch.transaction import Flip, FlipResult, TextWrite, flip
+from patcher.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """A generation that is linked and ready: what to write where nobody looks yet, and what then changes at once."""
+
+    record: GenerationRecord
+    writes: tuple[tuple[int, bytes], ...]
+    usage: tuple[tuple[int, Usage], ...]  # arena base -> how far it will be in use
+    quiet: tuple[tuple[int, int], ...] = ()
+
+
+class Ledger:
+    """What patcher has done to one process. `refresh` before looking."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.arenas: dict[int, Arena] = {}
+        self.usages: dict[int, Usage] = {}
+        self.journal = Journal()
+        self.slots: dict[int, list[int]] = {}
+        self._journal_bytes = 0
+        self._controller = (os.getpid(), _own_start_time())
+        self.refresh()
+
+    # --- reading ----------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Read everything again that another controller may have changed."""
+        self.arenas = {a.base: a for a in find_arenas(self.target)}
+        self.usages = {base: arena.usage() for base, arena in self.arenas.items()}
+        self.slots = {base: arena.read_slots(self.usages[base].slots) for base, arena in self.arenas.items()}
+        primary = self.primary
+        if primary is None:
+            return
+        used = self.usages[primary.base].journal
+        if used != self._journal_bytes:
+            self.journal = records.decode(self.target.memory.read(primary.journal, used)) if used else Journal()
+            self._journal_bytes = used
+
+    @property
+    def primary(self) -> Arena | None:
+        return next((a for a in self.arenas.values() if a.base == a.primary), None)
+
+    @property
+    def generation(self) -> int:
+        """The number of the live generation; 0 for the program as it was started."""
+        primary = self.primary
+        return self.slots[primary.base][0] if primary is not None else 0
+
+    def view(self) -> ArenaView:
+        """Return what matching and linking need to know."""
+        bodies = {
+            (base, index): body for base, slots in self.slots.items() for index, body in enumerate(slots) if index
+        }
+        islands = {
+            address: (base, index)
+            for base, arena in self.arenas.items()
+            for address, index in arena.islands(len(self.slots[base]))
+        }
+        ranges = tuple((a.base, a.end) for a in self.arenas.values())
+        return ArenaView(self.journal, bodies, islands, ranges)
+
+    def is_detoured(self, redirect: Redirect) -> bool:
+        if redirect.born:
+            return True
+        arena = self.arenas[redirect.arena]
+        expected = detour(redirect.original, arena.island(redirect.index))
+        return self.target.memory.read(redirect.original, DETOUR_SIZE) == expected
+
+    # --- arenas -----------------------------------------------------------------------------------------------
+
+    def arena_near(self, low: int, high: int, *, below_2g: bool) -> Arena:
+        """Return an arena within reach of the text in `low`..`high`: one that is there, or one that could be made.
+
+        Nothing is mapped yet; `realise` does that.
+        """
+        for arena in self.arenas.values():
+            if arena.reaches(low, high):
+                return arena
+        primary = self.primary
+        arena = plan_arena(self.target, low, high, primary.base if primary else None, below_2g=below_2g)
+        self.arenas[arena.base] = arena
+        self.usages[arena.base] = arena.fresh_usage()
+        self.slots[arena.base] = [0]
+        return arena
+
+    def realise(self) -> None:
+        """Map every arena that so far is only planned. Raises `TargetBusy` when the kernel refuses."""
+        there = {a.base for a in find_arenas(self.target)}
+        for base, arena in self.arenas.items():
+            if base not in there:
+                create_arena(self.target, arena)
+
+    def forget_plans(self) -> None:
+        """Drop arenas that were planned and never mapped."""
+        there = {a.base for a in find_arenas(self.target)}
+        for base in [b for b in self.arenas if b not in there]:
+            del self.arenas[base], self.usages[base], self.slots[base]
+
+    def space(self, arena: Arena) -> Space:
+        return arena.space(self.usages[arena.base])
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Hold the target's lock, if there is an arena to hold it in. Raises `TargetBusy` naming who has it."""
+        primary = self.primary
+        if primary is None or primary.base not in {a.base for a in find_arenas(self.target)}:
+            yield
+            return
+        primary.lock(*self._controller)
+        try:
+            self.refresh()
+            yield
+        finally:
+            if self.target.alive():
+                primary.unlock()
+
+    # --- changing ---------------------------------------------------------------------------------------------
+
+    def commit(self, change: Commit) -> FlipResult:
+        """Make a generation live, or leave everything as it was and raise."""
+        before = {base: self.arenas[base].usage() for base in self.arenas}
+        primary = self.primary
+        assert primary is not None
+        encoded = records.encode(change.record)
+        start = before[primary.base].journal
+        if start + len(encoded) > JOURNAL_SIZE:
+            raise UnsafeChange(
+                "the journal in the process is full",
+                "restart the program with the new code",
+                code="journal-full",
+            )
+        try:
+            for base, usage in change.usage:
+                journal = before[base].journal
+                self.arenas[base].set_usage(replace(usage, journal=journal))
+            for address, data in change.writes:
+                self.target.memory.write(address, data)
+            self._write_islands(change)
+            self.target.memory.write(primary.journal + start, encoded)
+            usage = primary.usage()
+            primary.set_usage(replace(usage, journal=start + len(encoded)))
+            return flip(self.target, self._flip(change))
+        except PatcherError:
+            if self.target.alive():
+                for base, usage in before.items():
+                    self.arenas[base].set_usage(usage)
+            raise
+        finally:
+            if self.target.alive():
+                self.refresh()
+
+    def _write_islands(self, change: Commit) -> None:
+        for redirect in change.record.redirects:
+            arena = self.arenas[redirect.arena]
+            address = arena.island(redirect.index)
+            body = self._first_body(change.record, redirect)
+            self.target.memory.write(arena.slot(redirect.index), body.to_bytes(8, "little"))
+            self.target.memory.write(address, island(address, arena.slot(redirect.index)))
+
+    def _first_body(self, record: GenerationRecord, redirect: Redirect) -> int:
+        if not redirect.born:
+            return redirect.copy  # until the flip the island leads to the old body
+        return next(body for arena, index, body in record.bodies if (arena, index) == (redirect.arena, redirect.index))
+
+    def _flip(self, change: Commit) -> Flip:
+        record = change.record
+        values: dict[int, dict[int, int]] = {}
+        for arena, index, body in record.bodies:
+            values.setdefault(arena, {})[index] = body
+        touched = {(arena, index) for arena, index, _ in record.bodies}
+        known = [r for r in (*self.journal.redirects, *record.redirects) if (r.arena, r.index) in touched]
+        return self._assemble(values, record.number, known, change.quiet)
+
+    def _assemble(
+        self,
+        values: dict[int, dict[int, int]],
+        number: int,
+        detoured: Sequence[Redirect],
+        quiet: tuple[tuple[int, int], ...],
+    ) -> Flip:
+        primary = self.primary
+        assert primary is not None
+        values.setdefault(primary.base, {})[0] = number
+        text, cells = [], []
+        for redirect in detoured:
+            if not self.is_detoured(redirect):
+                write, more = self._detour_writes(redirect)
+                text.append(write)
+                cells += more
+        ordered = sorted(values, key=lambda base: base == primary.base)  # the generation's number last
+        slots = tuple((self.arenas[base], values[base]) for base in ordered)
+        return Flip(tuple(text), tuple(cells), slots, quiet)
+
+    def _detour_writes(self, redirect: Redirect) -> tuple[TextWrite, list[TextWrite]]:
+        target = self.arenas[redirect.arena].island(redirect.index)
+        old = bytes.fromhex(redirect.entry)[:DETOUR_SIZE]
+        write = TextWrite(redirect.original, old, detour(redirect.original, target))
+        cells = [TextWrite(address, _cell(before), _cell(after)) for address, before, after in redirect.cells]
+        return write, [c for c in cells if self.target.memory.read(c.address, 8) == c.old]
+
+    def revert(self, number: int) -> FlipResult:
+        """Go back to an earlier generation; 0 takes back every detour and GOT cell as well.
+
+        Raises `UnsafeChange` for a generation that is not recorded.
+        """
+        bodies = self.journal.bodies_at(number)
+        values: dict[int, dict[int, int]] = {}
+        kept: list[Redirect] = []
+        for redirect in self.journal.redirects:
+            key = (redirect.arena, redirect.index)
+            if key in bodies:
+                kept.append(redirect)
+            elif redirect.born:
+                continue
+            values.setdefault(redirect.arena, {})[redirect.index] = bodies.get(key, redirect.copy)
+        change = self._assemble(values, number, kept, ())
+        if number == 0:
+            change = self._restoring(change)
+        result = flip(self.target, change)
+        self.refresh()
+        return result
+
+    def _restoring(self, change: Flip) -> Flip:
+        text, cells = [], []
+        for redirect in self.journal.redirects:
+            if redirect.born or not self.is_detoured(redirect):
+                continue
+            write, _ = self._detour_writes(redirect)
+            text.append(TextWrite(write.address, write.new, write.old))
+            for address, before, after in redirect.cells:
+                if self.target.memory.read(address, 8) == _cell(after):
+                    cells.append(TextWrite(address, _cell(after), _cell(before)))
+        return Flip(tuple(text), tuple(cells), change.slots, change.quiet)
+
+
+def _cell(value: int) -> bytes:
+    return value.to_bytes(8, "little")
+
+
+def _own_start_time() -> int:
+    with open("/proc/self/stat", "rb") as stat:
+        return int(stat.read().rpartition(b")")[2].split()[19])
