@@ -1,0 +1,1 @@
+"""Commands: arguments in, words and exit statuses out. Nothing imports this room."""

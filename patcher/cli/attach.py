@@ -1,0 +1,41 @@
+"""`patcher attach`: with --watch, keep a running process's code as its sources are."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import click
+
+from patcher.cli.options import common, gather
+from patcher.errors import TargetGone
+from patcher.report import Exited, Note
+from patcher.session import Session
+from patcher.target import Target
+
+
+@click.command()
+@click.argument("pid", type=click.IntRange(min=1))
+@common(watch=True)
+def attach(pid: int, **rest: Any) -> int:
+    """Apply every save below the watched paths to process PID.
+
+    Until the process ends, or Ctrl-C, which leaves it running with the code it has.
+    Without --watch, only check that the process can be patched.
+    """
+    asked = gather(rest)
+    with asked.reporter() as reporter, Session(Target.attach(pid), asked.options(), reporter) as session:
+        if not asked.watch:
+            session.prepare()
+            known = sum(1 for m in session.image.modules if m.module.symbols_from)
+            reporter.emit(
+                Note(f"process {pid} ({session.target.program}) can be patched; {known} of its modules have symbols")
+            )
+            return 0
+        try:
+            session.watch(asked.watch, stop=threading.Event())
+        except TargetGone:
+            reporter.emit(Exited(status=None))
+        except KeyboardInterrupt:
+            reporter.emit(Note(f"process {pid} runs on"))
+    return 0

@@ -1,0 +1,57 @@
+"""`patcher apply` and `patcher revert`: one change, no watching."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from patcher.cli.options import common, gather
+from patcher.report import Applied, Reverted
+from patcher.session import Session, apply_report
+from patcher.target import Target
+
+
+@click.command()
+@click.argument("pid", type=click.IntRange(min=1))
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON object on stdout.")
+@common(watch=False)
+def apply(pid: int, files: tuple[Path, ...], as_json: bool, **rest: Any) -> int:
+    """Make the code of FILES live in process PID, as one generation.
+
+    \b
+    patcher apply 4711 physics.o          an object, with or without -ffunction-sections
+    patcher apply 4711 libphysics.a       every object of an archive
+    patcher apply 4711 physics.c          a source: compiled as the program was
+    """
+    asked = gather(rest)
+    with asked.reporter() as reporter, Session(Target.attach(pid), asked.options(), reporter) as session:
+        outcome = session.apply(*files)
+        event = apply_report(outcome, files, asked.dry_run)
+        reporter.emit(event)
+        if as_json:
+            click.echo(json.dumps(event.as_json()))
+        if asked.dry_run and isinstance(event, Applied):
+            for function in event.functions:
+                click.echo(f"{function.status} {function.name}", err=True)
+    return 0
+
+
+@click.command()
+@click.argument("pid", type=click.IntRange(min=1))
+@click.argument("generation", required=False, type=click.IntRange(min=0))
+@click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON object on stdout.")
+@common(watch=False)
+def revert(pid: int, generation: int | None, as_json: bool, **rest: Any) -> int:
+    """Take process PID back to GENERATION (default: the one before; 0: as it was started)."""
+    asked = gather(rest)
+    with asked.reporter() as reporter, Session(Target.attach(pid), asked.options(), reporter) as session:
+        number = session.revert(generation)
+        event = Reverted(number)
+        reporter.emit(event)
+        if as_json:
+            click.echo(json.dumps(event.as_json()))
+    return 0

@@ -1,0 +1,107 @@
+"""Options that several commands share, and the reporters they ask for."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from patcher.errors import PatcherError
+from patcher.report.console import ConsoleReport
+from patcher.report.events import EventStream, Reporter, Reporters
+from patcher.session import Options
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PATH = click.Path(path_type=Path)
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """The options that every command which changes something has."""
+
+    watch: tuple[Path, ...]
+    compile_commands: Path | None
+    build: str
+    events: str
+    quiet: bool
+    verbose: bool
+    dry_run: bool
+    force: bool
+
+    def options(self) -> Options:
+        return Options(
+            compile_commands=self.compile_commands,
+            watched=self.watch,
+            build=self.build,
+            force=self.force,
+            dry_run=self.dry_run,
+            colour=sys.stderr.isatty(),
+        )
+
+    @contextlib.contextmanager
+    def reporter(self) -> Iterator[Reporter]:
+        """Yield what events go to: the console, and the stream or file of --events."""
+        reporters: list[Reporter] = []
+        with contextlib.ExitStack() as stack:
+            if self.events == "-":
+                reporters.append(EventStream(sys.stderr))
+            else:
+                reporters.append(ConsoleReport(sys.stderr, quiet=self.quiet, verbose=self.verbose))
+            if self.events not in ("", "-"):
+                try:
+                    stream = stack.enter_context(open(self.events, "a", encoding="utf-8"))
+                except OSError as error:
+                    raise PatcherError(f"{self.events}: {error.strerror}", "give another file to --events") from None
+                reporters.append(EventStream(stream))
+            yield Reporters(reporters)
+
+
+def common(watch: bool) -> Callable[[F], F]:
+    """Add the common options to a command, which gets them as one `common` argument."""
+
+    def decorate(function: F) -> F:
+        options = [
+            click.option("--force", is_flag=True, help="Apply a unit even if most of it is not what runs."),
+            click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
+            click.option("-v", "--verbose", is_flag=True, help="Say more."),
+            click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
+            click.option(
+                "--events", default="", metavar="FILE", help="Append events, one JSON object a line; - is stderr."
+            ),
+            click.option("--compile-commands", type=_PATH, metavar="FILE", help="The compile_commands.json to use."),
+        ]
+        if watch:
+            options += [
+                click.option("--build", default="", metavar="COMMAND", help="Build with this; take what it rebuilt."),
+                click.option(
+                    "--watch", type=_PATH, multiple=True, metavar="PATH", help="Apply saves below PATH. Repeatable."
+                ),
+            ]
+        for option in options:
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def gather(arguments: dict[str, Any]) -> Common:
+    """Take the common options out of a command's arguments."""
+    for path in arguments.get("watch", ()):
+        if not path.exists():
+            raise click.UsageError(f"--watch {path}: no such file or directory")
+    return Common(
+        watch=tuple(arguments.get("watch", ())),
+        compile_commands=arguments["compile_commands"],
+        build=arguments.get("build", ""),
+        events=arguments["events"],
+        quiet=arguments["quiet"],
+        verbose=arguments["verbose"],
+        dry_run=arguments["dry_run"],
+        force=arguments["force"],
+    )

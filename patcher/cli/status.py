@@ -1,0 +1,44 @@
+"""`patcher status`: what has been patched, read from the process itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from patcher.session import Session, Status
+from patcher.target import Target
+
+
+@click.command()
+@click.argument("pid", type=click.IntRange(min=1))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def status(pid: int, as_json: bool) -> int:
+    """Tell which generation process PID runs, and where each patched function goes."""
+    with Session(Target.attach(pid)) as session:
+        found = session.status()
+    if as_json:
+        click.echo(json.dumps(_as_json(found)))
+    else:
+        _print(found)
+    return 0
+
+
+def _as_json(found: Status) -> dict[str, object]:
+    fields = asdict(found)
+    fields.pop("recorded")
+    return fields
+
+
+def _print(found: Status) -> None:
+    click.echo(f"process {found.pid}: {found.program}")
+    if not found.generation:
+        click.echo("  runs the program as it was started" + (" (reverted)" if found.recorded else ""))
+    else:
+        click.echo(f"  generation {found.generation} is live (recorded: {', '.join(map(str, found.recorded))})")
+    for f in found.functions:
+        state = f"generation {f.generation}" if f.generation else "original"
+        click.echo(f"  {f.name:30} {f.file:20} {f.original:#x} -> {f.current:#x}  {state}")
+    for arena in found.arenas:
+        click.echo(f"  arena at {arena.address:#x}: {arena.used} bytes in use")

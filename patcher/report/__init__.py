@@ -1,0 +1,33 @@
+"""What people and programs look at: events, console lines."""
+
+from patcher.report.events import (
+    Applied,
+    BuildFailed,
+    Event,
+    Exited,
+    Function,
+    Note,
+    Ready,
+    Refused,
+    Reporter,
+    Reverted,
+    Saved,
+    Timings,
+    Unchanged,
+)
+
+__all__ = [
+    "Applied",
+    "BuildFailed",
+    "Event",
+    "Exited",
+    "Function",
+    "Note",
+    "Ready",
+    "Refused",
+    "Reporter",
+    "Reverted",
+    "Saved",
+    "Timings",
+    "Unchanged",
+]

@@ -1,0 +1,135 @@
+"""Console lines: one short block on stderr for each event.
+
+The target owns the terminal: every block is written at once and ends a line, and nothing is drawn in place.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from patcher.report.events import (
+    Applied,
+    BuildFailed,
+    Event,
+    Exited,
+    Note,
+    Ready,
+    Refused,
+    Reverted,
+    Unchanged,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PREFIX = "patcher: "
+_LISTED = 8
+
+
+class ConsoleReport:
+    """Writes events for people. `quiet` leaves errors only; `verbose` names line-only functions too."""
+
+    def __init__(self, stream: TextIO, *, quiet: bool = False, verbose: bool = False) -> None:
+        self._stream = stream
+        self._quiet = quiet
+        self._verbose = verbose
+        self._console: Console | None = None
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, BuildFailed):
+            self._write(event.diagnostics.rstrip("\n"), "")
+            self._say(f"[red]{_escape(event.message or event.file + ' does not compile')}[/]; the old code runs on")
+            self._hint(event.hint)
+        elif isinstance(event, Refused):
+            self._say(f"[red]refused[/]: {_escape(event.message)}")
+            self._hint(event.hint)
+        elif not self._quiet:
+            self._tell(event)
+
+    def _tell(self, event: Event) -> None:
+        if isinstance(event, Note):
+            self._say(_escape(event.text))
+        elif isinstance(event, Ready):
+            watching = f", watching {_escape(', '.join(event.watching))}" if event.watching else ""
+            self._say(f"{_escape(Path(event.program).name)} runs as process {event.pid}{watching}")
+        elif isinstance(event, Applied):
+            self._applied(event)
+        elif isinstance(event, Unchanged):
+            self._unchanged(event)
+        elif isinstance(event, Reverted):
+            what = "the program as it was started" if event.generation == 0 else f"generation {event.generation}"
+            self._say(f"back to {what}")
+        elif isinstance(event, Exited) and event.signal is not None:
+            self._say(f"the program was killed by signal {event.signal}")
+
+    def _applied(self, event: Applied) -> None:
+        verb = "would be" if event.dry_run else "is"
+        names = ", ".join(Path(f).name for f in event.files)
+        lines = [f"{_escape(names)}: generation {event.generation} {verb} [green]live[/]"]
+        for status in ("changed", "added"):
+            found = [f.name for f in event.functions if f.status == status]
+            if found:
+                lines.append(f"  {status}: {_escape(_listed(found))}")
+        if event.new_variables:
+            lines.append(f"  new variables: {_escape(_listed(event.new_variables))}")
+        if event.line_only:
+            lines.append(f"  only line numbers differ, left as they are: {_escape(self._some(event.line_only))}")
+        if event.active:
+            still = ", ".join(f"{function} (thread {thread})" for thread, function in event.active[:_LISTED])
+            lines.append(f"  [yellow]still in old code until it returns[/]: {_escape(still)}")
+        t = event.timings
+        lines.append(
+            f"  [dim]detect {t.detect:.0f}, build {t.build:.0f}, link {t.link:.0f}, "
+            f"stop {t.stop:.2f}, total {t.total:.0f} ms[/]"
+        )
+        self._say("\n".join(lines))
+
+    def _unchanged(self, event: Unchanged) -> None:
+        names = _escape(", ".join(Path(f).name for f in event.files))
+        text = f"{names}: nothing to do, the process has this code"
+        if event.line_only:
+            text += f"\n  only line numbers differ, left as they are: {_escape(self._some(event.line_only))}"
+        if event.waiting:
+            text += f"\n  new, but nothing calls it yet: {_escape(_listed(event.waiting))}"
+        self._say(text)
+
+    def _some(self, names: tuple[str, ...]) -> str:
+        return ", ".join(names) if self._verbose else f"{len(names)} functions" if len(names) > 3 else _listed(names)
+
+    def _hint(self, hint: str) -> None:
+        if hint:
+            self._say(f"  {_escape(hint)}")
+
+    def _say(self, markup: str) -> None:
+        self._write(markup, _PREFIX, markup=True)
+
+    def _write(self, text: str, prefix: str, *, markup: bool = False) -> None:
+        if not text:
+            return
+        if markup:
+            text = self._render(prefix + text)
+        # Raw terminal modes of the target do not turn a newline into a carriage return as well.
+        newline = "\r\n" if self._stream.isatty() else "\n"
+        self._stream.write(text.replace("\n", newline) + newline)
+        self._stream.flush()
+
+    def _render(self, markup: str) -> str:
+        from rich.console import Console
+
+        if self._console is None:
+            self._console = Console(file=self._stream, highlight=False, soft_wrap=True)
+        with self._console.capture() as captured:
+            self._console.print(markup, end="", soft_wrap=True)
+        return captured.get()
+
+
+def _listed(names: list[str] | tuple[str, ...]) -> str:
+    shown = ", ".join(names[:_LISTED])
+    return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

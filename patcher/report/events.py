@@ -1,0 +1,174 @@
+"""The events of a session, as values, and their form for other programs: one JSON object a line.
+
+The names and fields of what goes out are a promise (README, "Events"); what else an event carries is for people.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TextIO
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function that a generation changed or added."""
+
+    name: str
+    module: str
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Milliseconds from the save to the new code. `stop` is how long the target stood still."""
+
+    detect: float = 0.0
+    build: float = 0.0
+    link: float = 0.0
+    stop: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened; `time` is in seconds since the epoch."""
+
+    time: float = field(default_factory=time.time, kw_only=True)
+
+    @property
+    def name(self) -> str:
+        return "".join("_" + c.lower() if c.isupper() else c for c in type(self).__name__).lstrip("_")
+
+    def fields(self) -> dict[str, Any]:
+        """Return what goes out beside `event` and `time`."""
+        return {}
+
+    def as_json(self) -> dict[str, Any]:
+        return {"event": self.name, "time": self.time, **self.fields()}
+
+
+@dataclass(frozen=True, slots=True)
+class Ready(Event):
+    pid: int
+    program: str
+    watching: tuple[str, ...]
+
+    def fields(self) -> dict[str, Any]:
+        return {"pid": self.pid, "program": self.program, "watching": list(self.watching)}
+
+
+@dataclass(frozen=True, slots=True)
+class Saved(Event):
+    files: tuple[str, ...]
+
+    def fields(self) -> dict[str, Any]:
+        return {"files": list(self.files)}
+
+
+@dataclass(frozen=True, slots=True)
+class BuildFailed(Event):
+    file: str
+    diagnostics: str
+    message: str = ""
+    hint: str = ""
+
+    def fields(self) -> dict[str, Any]:
+        return {"file": self.file, "diagnostics": self.diagnostics}
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(Event):
+    reason: str
+    message: str
+    hint: str
+    file: str
+
+    def fields(self) -> dict[str, Any]:
+        return {"reason": self.reason, "message": self.message, "hint": self.hint, "file": self.file}
+
+
+@dataclass(frozen=True, slots=True)
+class Unchanged(Event):
+    files: tuple[str, ...]
+    line_only: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
+
+    def fields(self) -> dict[str, Any]:
+        return {"files": list(self.files)}
+
+
+@dataclass(frozen=True, slots=True)
+class Applied(Event):
+    generation: int
+    files: tuple[str, ...]
+    functions: tuple[Function, ...]
+    active: tuple[tuple[int, str], ...]  # thread, function
+    timings: Timings
+    line_only: tuple[str, ...] = ()
+    new_variables: tuple[str, ...] = ()
+    dry_run: bool = False
+
+    def fields(self) -> dict[str, Any]:
+        t = self.timings
+        return {
+            "generation": self.generation,
+            "functions": [{"name": f.name, "module": f.module, "status": f.status} for f in self.functions],
+            "active": list(dict.fromkeys(function for _, function in self.active)),
+            "timings": {name: round(getattr(t, name), 3) for name in ("detect", "build", "link", "stop", "total")},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Reverted(Event):
+    generation: int
+
+    def fields(self) -> dict[str, Any]:
+        return {"generation": self.generation}
+
+
+@dataclass(frozen=True, slots=True)
+class Exited(Event):
+    status: int | None = None
+    signal: int | None = None
+
+    def fields(self) -> dict[str, Any]:
+        return {"signal": self.signal} if self.signal is not None else {"status": self.status}
+
+
+@dataclass(frozen=True, slots=True)
+class Note(Event):
+    """A sentence for people; never goes out as an event."""
+
+    text: str
+
+
+class Reporter(Protocol):
+    """Whoever wants to know what happens in a session."""
+
+    def emit(self, event: Event) -> None: ...
+
+
+class EventStream:
+    """Writes events to a stream, one JSON object a line, each complete when it is written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def emit(self, event: Event) -> None:
+        if not isinstance(event, Note):
+            self._stream.write(json.dumps(event.as_json()) + "\n")
+            self._stream.flush()
+
+
+class Reporters:
+    """Hands each event to several."""
+
+    def __init__(self, reporters: Iterable[Reporter]) -> None:
+        self._reporters = tuple(reporters)
+
+    def emit(self, event: Event) -> None:
+        for reporter in self._reporters:
+            reporter.emit(event)
