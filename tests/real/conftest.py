@@ -1,0 +1,46 @@
+"""Fixtures of the real runs; nothing here is collected unless asked for: `pytest tests/real -m real`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from .sources import SourcesUnavailable, cache_directory
+from .trees import LUA, MEMCACHED, REDIS, Recipe, Tree, built, restored
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    asked_for = "real" in str(config.option.markexpr).replace("not real", "")
+    return None if asked_for or collection_path.suffix != ".py" else True
+
+
+def _built(recipe: Recipe) -> Tree:
+    for tool in ("cc", "make", "patch"):
+        if shutil.which(tool) is None:
+            pytest.fail(f"{tool} is not installed")
+    try:
+        return built(recipe, cache_directory())
+    except SourcesUnavailable as error:
+        message = f"the source package {recipe.package} could not be fetched (is there a network?)\n{error}"
+    # A run that tests nothing must not look like one that passed: skipping has to be asked for.
+    if os.environ.get("PATCHER_REAL_OFFLINE") == "skip" and not os.environ.get("CI"):
+        pytest.skip(message)
+    pytest.fail(f"{message}\nPATCHER_REAL_OFFLINE=skip skips these tests instead.", pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def redis_tree() -> Tree:
+    return restored(_built(REDIS))
+
+
+@pytest.fixture(scope="module")
+def lua_tree() -> Tree:
+    return restored(_built(LUA))
+
+
+@pytest.fixture(scope="module")
+def memcached_tree() -> Tree:
+    return restored(_built(MEMCACHED))
