@@ -243,6 +243,8 @@ class LiveUnit:
         if redirect is not None:
             if not redirect.local or redirect.unit == self.key:
                 yield from ((n, True) for n in redirect.names)
+            if redirect.born:
+                return  # its address for life is its island, which no module knows
             address = redirect.original
         placed = self._placed.get(address)
         if placed is not None and (not placed.local or placed.unit == self.key):

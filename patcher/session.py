@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -132,6 +133,7 @@ class Session:
         self._indirect: set[Path] = set()
         self._line_only: dict[tuple[Path, str], object] = {}
         self._pending: set[Path] = set()
+        self._build_seconds = 0.0
 
     def __enter__(self) -> Session:
         return self
@@ -203,15 +205,16 @@ class Session:
 
     def _apply(self, files: Sequence[Path], began: float, detect: float, cancelled: _Cancelled = None) -> Generation:
         self.target.check_alive()
-        built = time.perf_counter()
+        self._build_seconds = 0.0
+        started = time.perf_counter()
         sources = self._sources(files, cancelled)
-        linking = time.perf_counter()
         outcome = self._relink(sources)
         now = time.perf_counter()
+        build = self._build_seconds * 1e3
         timings = Timings(
             detect=detect,
-            build=(linking - built) * 1e3,
-            link=(now - linking) * 1e3 - outcome.timings.stop,
+            build=build,
+            link=(now - started) * 1e3 - build - outcome.timings.stop,
             stop=outcome.timings.stop,
             total=detect + (now - began) * 1e3,
         )
@@ -225,6 +228,15 @@ class Session:
             outcome.waiting,
         )
 
+    @contextmanager
+    def _building(self) -> Iterator[None]:
+        """Count the time of a block as building: a unit may have to be compiled more than once."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._build_seconds += time.perf_counter() - began
+
     def _sources(self, files: Sequence[Path], cancelled: _Cancelled) -> list[_Source]:
         from patcher.elf import read_objects
 
@@ -235,7 +247,8 @@ class Session:
             for text in texts:
                 _check_readable(text)
             commands = [self.commands.find(f.resolve()) for f in texts]
-            compiled = self.compiler.compile_all(commands, cancelled=cancelled or _never)
+            with self._building():
+                compiled = self.compiler.compile_all(commands, cancelled=cancelled or _never)
             for unit, command in zip(compiled, commands, strict=True):
                 found += [_Source(o, command.file, command) for o in read_objects(unit.object)]
                 self.compiler.discard(unit)
@@ -314,7 +327,8 @@ class Session:
         for position, part in enumerate(parts):
             command = self._command_of.get(id(part.delta))
             if part.blocks.object is guilty and part.blocks is part.delta.blocks and command is not None:
-                unit = self.compiler.compile(command, variant=INDIRECT)
+                with self._building():
+                    unit = self.compiler.compile(command, variant=INDIRECT)
                 blocks = Blocks(read_object(unit.object))
                 self.compiler.discard(unit)
                 self._command_of.pop(id(part.delta))
@@ -388,7 +402,8 @@ class Session:
         from patcher.elf import read_object
         from patcher.lines import line_fields
 
-        unit = self.compiler.compile(command, variant=SHIFTED)
+        with self._building():
+            unit = self.compiler.compile(command, variant=SHIFTED)
         try:
             return line_fields(source.object, read_object(unit.object), LINE_SHIFT)
         finally:
@@ -422,7 +437,8 @@ class Session:
         from patcher.match import match
 
         try:
-            unit = self.compiler.compile(command, text=text)
+            with self._building():
+                unit = self.compiler.compile(command, text=text)
         except PatcherError:
             return False
         try:

@@ -16,7 +16,7 @@ from patcher.errors import PatcherError, TargetGone
 from patcher.patch.transaction import read_stack
 from patcher.target import StoppedThread, Target
 
-_STACK_LIMIT = 64 << 20
+_STACK_LIMIT = 8 << 20  # a stack's usual limit; above a thread's stack other memory may follow without a gap
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,14 @@ def find_active(
     if not spans:
         return ()
     known = {t.tid: t for t in threads}
-    found = []
+    found: list[Active] = []
     try:
+        mappings = target.mappings()
         for tid in target.threads():
             thread = known.get(tid) or _registers(target, tid)
-            if thread is not None:
-                found += [Active(tid, name) for name in _old_frames(target, thread, spans)]
+            end = next((m.end for m in mappings if thread is not None and thread.sp in m), 0)
+            if thread is not None and end:
+                found += [Active(tid, name) for name in _old_frames(target, thread, spans, end)]
     except TargetGone:
         return tuple(found)
     return tuple(found)
@@ -61,14 +63,13 @@ def _registers(target: Target, tid: int) -> StoppedThread | None:
     return StoppedThread(tid, pc, sp)
 
 
-def _old_frames(target: Target, thread: StoppedThread, spans: Sequence[tuple[int, int, str]]) -> list[str]:
-    words = read_stack(target, thread.sp, _STACK_LIMIT)
+def _old_frames(target: Target, thread: StoppedThread, spans: Sequence[tuple[int, int, str]], end: int) -> list[str]:
+    words = read_stack(target, thread.sp, min(_STACK_LIMIT, end - thread.sp))
     words = np.append(words, np.uint64(thread.pc))
+    words = words[(words >= np.uint64(spans[0][0])) & (words < np.uint64(max(e for _, e, _ in spans)))]
     starts = np.array([s for s, _, _ in spans], dtype=np.uint64)
     ends = np.array([e for _, e, _ in spans], dtype=np.uint64)
     position = np.searchsorted(starts, words, "right").astype(np.int64) - 1
-    inside = position >= 0
-    inside[inside] &= words[inside] < ends[position[inside]]
     # The entry itself on a stack is a function pointer, not a frame.
-    inside[inside] &= words[inside] != starts[position[inside]]
+    inside = (words < ends[position]) & (words != starts[position])
     return list(dict.fromkeys(spans[i][2] for i in sorted(set(position[inside].tolist()))))

@@ -147,20 +147,15 @@ class _Guard:
 
     def _on_stack(self, target: Target, thread: StoppedThread) -> bool:
         words = read_stack(target, thread.sp, _STACK_LIMIT)
+        # Almost every word is out of range altogether: one cheap pass leaves the few that need a search.
+        words = words[(words >= self._starts[0]) & (words < self._ends[-1])]
+        if not len(words):
+            return False
         position = np.searchsorted(self._starts, words, "right").astype(np.int64) - 1
-        known = position >= 0
-        return bool(np.any(words[known] < self._ends[position[known]]))
+        return bool(np.any(words < self._ends[position]))
 
 
 def read_stack(target: Target, sp: int, limit: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     """Return the words of a stack from its pointer upwards, as far as memory is mapped, at most `limit` bytes."""
-    start = sp & -8
-    found = b""
-    size = PAGE - start % PAGE
-    while len(found) < limit:
-        try:
-            found += target.memory.read(start + len(found), size)
-        except PatcherError:
-            break
-        size = min(4 * PAGE if len(found) < 8 * PAGE else 16 * PAGE, limit)
+    found = target.memory.read_available(sp & -8, limit)
     return np.frombuffer(found[: len(found) & -8], dtype=np.uint64)

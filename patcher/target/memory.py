@@ -50,6 +50,13 @@ class Memory:
             left -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def read_available(self, address: int, size: int) -> bytes:
+        """Return what can be read of `size` bytes at `address`: less where unmapped memory begins, b"" for none."""
+        try:
+            return os.pread(self._descriptor, size, address)
+        except (OSError, OverflowError):
+            return b""
+
     def read_u64(self, address: int) -> int:
         """Return the little-endian 8-byte word at `address`; raises as `read` does."""
         return int.from_bytes(self.read(address, 8), "little")
