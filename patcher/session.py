@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
 
 from patcher.errors import BuildError, NoCompileCommand, ObjectError, PatcherError, TargetError, UnsafeChange
@@ -38,8 +38,9 @@ from patcher.target import Target
 if TYPE_CHECKING:
     from patcher.blocks import Block, Blocks
     from patcher.build import BuildCommand, Commands, CompileCommand, Compiler
+    from patcher.dwarf import Layouts
     from patcher.elf import ObjectFile
-    from patcher.image import Image
+    from patcher.image import Image, LoadedModule
     from patcher.lines import Fields
     from patcher.live import LiveUnit
     from patcher.match import Delta
@@ -62,6 +63,7 @@ class Options:
     force: bool = False
     dry_run: bool = False
     colour: bool = False
+    allowed_layouts: tuple[str, ...] = ()  # types whose layout may change, on the user's responsibility
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,8 @@ class Session:
         self._line_only: dict[tuple[Path, str], object] = {}
         self._pending: set[Path] = set()
         self._build_seconds = 0.0
+        self._layouts: dict[str, Layouts | None] = {}
+        self._unchecked: set[str] = set()
 
     def __enter__(self) -> Session:
         return self
@@ -272,6 +276,7 @@ class Session:
     def _commit(self, parts: list[Part], idle: list[Part], line_only: tuple[str, ...]) -> Generation:
         from patcher.patch.active import find_active
 
+        self._check_layouts(parts)
         waiting = idle + self._waiting_parts({p.source for p in (*parts, *idle)})
         try:
             linked = self._link(parts, waiting)
@@ -429,6 +434,39 @@ class Session:
             code="mismatch",
         )
 
+    def _check_layouts(self, parts: Sequence[Part]) -> None:
+        """Refuse new code that sees existing data in another layout."""
+        for part in parts:
+            layouts = self._layouts_of(part.module)
+            data = bytes(part.delta.blocks.object.contents)
+            if layouts is None or not dwarf().has_types(data):
+                self._say_unchecked(part, layouts is None)
+                continue
+            changes = dwarf().changed_types(layouts, data)
+            changes = tuple(c for c in changes if not _allowed(c.name, self.options.allowed_layouts))
+            if changes:
+                names = ", ".join(f"`{c.name}`" for c in changes[:3])
+                raise UnsafeChange(
+                    f"{part.source} changes the layout of data that the process has: "
+                    + "; ".join(c.describe() for c in changes[:3]),
+                    f"restart the program; or, if nothing live is {names} any more, "
+                    f"--allow-layout-change '{changes[0].name}'",
+                    code="layout",
+                )
+
+    def _layouts_of(self, module: LoadedModule) -> Layouts | None:
+        if module.path not in self._layouts:
+            file = Path(module.module.symbols_from)
+            file = module.file if str(file) == module.path or not file.is_file() else file
+            self._layouts[module.path] = dwarf().Layouts.of_program(file)
+        return self._layouts[module.path]
+
+    def _say_unchecked(self, part: Part, program: bool) -> None:
+        what = part.module.path if program else part.source
+        if what not in self._unchecked:
+            self._unchecked.add(what)
+            self.emit(Note(f"{what} has no debug information (-g): the layouts of its types are not checked"))
+
     def _fits(self, text: bytes, command: CompileCommand) -> bool:
         from patcher.blocks import Blocks
         from patcher.elf import read_object
@@ -554,6 +592,7 @@ class Session:
 
         self._await_loaded()
         self.image.executable.module.symbols.named("main")
+        self._layouts_of(self.image.executable)
         self.ledger.refresh()
 
     def _await_loaded(self) -> None:
@@ -662,6 +701,17 @@ class Session:
                 self.options.dry_run,
             )
         )
+
+
+def dwarf() -> ModuleType:
+    """Return the room of types, which is slow to import (drgn) and not always needed."""
+    import patcher.dwarf
+
+    return patcher.dwarf
+
+
+def _allowed(name: str, allowed: Sequence[str]) -> bool:
+    return name in allowed or name.partition(" ")[2] in allowed
 
 
 _Cancelled = Callable[[], bool] | None

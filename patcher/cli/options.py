@@ -33,6 +33,7 @@ class Common:
     verbose: bool
     dry_run: bool
     force: bool
+    allow_layout_change: tuple[str, ...]
 
     def options(self) -> Options:
         return Options(
@@ -42,6 +43,7 @@ class Common:
             force=self.force,
             dry_run=self.dry_run,
             colour=sys.stderr.isatty(),
+            allowed_layouts=self.allow_layout_change,
         )
 
     @contextlib.contextmanager
@@ -68,6 +70,12 @@ def common(watch: bool) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         options = [
             click.option("--force", is_flag=True, help="Apply a unit even if most of it is not what runs."),
+            click.option(
+                "--allow-layout-change",
+                multiple=True,
+                metavar="TYPE",
+                help="Take it that nothing live has TYPE's old layout. Repeatable.",
+            ),
             click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
             click.option("-v", "--verbose", is_flag=True, help="Say more."),
             click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
@@ -104,4 +112,5 @@ def gather(arguments: dict[str, Any]) -> Common:
         verbose=arguments["verbose"],
         dry_run=arguments["dry_run"],
         force=arguments["force"],
+        allow_layout_change=tuple(arguments["allow_layout_change"]),
     )

@@ -125,6 +125,11 @@ class ObjectFile:
     symbols: tuple[Symbol, ...]
     _raw: t.RawFile = field(repr=False)
 
+    @property
+    def contents(self) -> memoryview:
+        """The whole object, as it was read."""
+        return self._raw.data
+
     @cached_property
     def file_symbol(self) -> str:
         """The name in the object's STT_FILE symbol: the base name of its source file, or ""."""

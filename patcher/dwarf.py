@@ -1,0 +1,266 @@
+"""TYPES: how a program and an object lay out the types that both know, and where they differ.
+
+Code is new, data stays: a type whose layout changed makes old data and new code disagree. Layouts are compared,
+not names: a renamed member is no change, a member that moved, grew or hid in padding is one.
+
+drgn reads the debug information; it lists no types of a unit, so the candidates are the identifiers in the
+object's `.debug_str`. Specification: DWARF 5, section 5.7.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import drgn
+
+from patcher.elf import tables as t
+from patcher.errors import PatcherError
+
+_IDENTIFIER = re.compile(rb"[A-Za-z_]\w*")
+_TAGS = ("struct ", "union ", "enum ", "")
+_DTPOFF64, _DTPOFF32, _NONE = 17, 21, 0
+_NAMED = 4  # differences that a message lists
+
+
+@dataclass(frozen=True, slots=True)
+class TypeChange:
+    """A type that the process has in another layout; `details` says where they differ."""
+
+    name: str
+    details: tuple[str, ...]
+
+    def describe(self) -> str:
+        shown = "; ".join(self.details[:_NAMED])
+        more = len(self.details) - _NAMED
+        return f"`{self.name}`: {shown}" + (f"; and {more} more" if more > 0 else "")
+
+
+class Layouts:
+    """The types of one program."""
+
+    def __init__(self, program: Any) -> None:
+        self._program = program
+        self._found: dict[tuple[str, str], Any] = {}
+
+    @classmethod
+    def of_program(cls, file: Path) -> Layouts | None:
+        """Read a module's debug information; None when it has none."""
+        program = _load(str(file))
+        return cls(program) if program is not None else None
+
+    @classmethod
+    def of_object(cls, data: bytes) -> Layouts | None:
+        """Read a relocatable object's debug information; None when it has none."""
+        descriptor = os.memfd_create("object", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(descriptor, "wb", closefd=False) as file:
+                file.write(_without_tls_relocations(data))
+            program = _load(f"/proc/self/fd/{descriptor}")
+        finally:
+            os.close(descriptor)
+        return cls(program) if program is not None else None
+
+    def find(self, name: str, file: str = "") -> Any:
+        """Return a complete type, of that source file if one is given, or None."""
+        key = name, file
+        if key not in self._found:
+            try:
+                found = self._program.type(name, file) if file else self._program.type(name)
+            except (LookupError, SyntaxError, ValueError):
+                found = None
+            self._found[key] = found
+        return self._found[key]
+
+
+def changed_types(old: Layouts, data: bytes) -> tuple[TypeChange, ...]:
+    """Return the types that an object uses in another layout than the program does.
+
+    `data` is the object's contents. Types that only one of the two knows are no change. Where the program has
+    several types of one name, a change is one only if none of them, in any file the object was made from, fits.
+    """
+    new = Layouts.of_object(data)
+    if new is None:
+        return ()
+    raw = t.read_raw("object", data)
+    strings = _debug_strings(raw)
+    changes = []
+    for name in _candidates(strings):
+        theirs = new.find(name)
+        if theirs is None or not _laid_out(theirs):
+            continue
+        ours = old.find(name)
+        if ours is None or not _laid_out(ours) or _same(ours, theirs):
+            continue
+        if not any((other := old.find(name, f)) is not None and _same(other, theirs) for f in _files(strings)):
+            changes.append(TypeChange(name, tuple(_differences(ours, theirs))))
+    return tuple(_causes(changes))
+
+
+def has_types(data: bytes) -> bool:
+    """Tell whether an object has debug information at all."""
+    raw = t.read_raw("object", data)
+    return any(raw.section_name(i) == ".debug_info" for i in range(len(raw.section_headers)))
+
+
+def _load(path: str) -> Any:
+    program = drgn.Program()
+    module = program.extra_module("patcher", create=True)
+    module = module[0] if isinstance(module, tuple) else module
+    module.address_range = (0, (1 << 47) - 1)
+    try:
+        module.try_file(path, force=True)
+    except (OSError, ValueError, LookupError) as error:
+        raise PatcherError(f"the debug information of {path} cannot be read: {error}", "", code="debug-info") from None
+    return program if module.debug_file_status == drgn.ModuleFileStatus.HAVE else None
+
+
+def _without_tls_relocations(data: bytes) -> bytes:
+    """Return an object without the debug relocations that drgn does not know: offsets of thread-locals, not types."""
+    raw = t.read_raw("object", data)
+    patched: bytearray | None = None
+    for index in range(len(raw.section_headers)):
+        if int(raw.section_headers[index]["type"]) != t.SHT_RELA or ".debug" not in raw.section_name(index):
+            continue
+        rows = raw.table(index, t.RELA)
+        start = int(raw.section_headers[index]["offset"])
+        for row in ((rows["type"] == _DTPOFF64) | (rows["type"] == _DTPOFF32)).nonzero()[0].tolist():
+            patched = patched if patched is not None else bytearray(data)
+            struct.pack_into("<I", patched, start + row * t.RELA.itemsize + 8, _NONE)
+    return bytes(patched) if patched is not None else data
+
+
+def _debug_strings(raw: t.RawFile) -> bytes:
+    found = b""
+    for index in range(len(raw.section_headers)):
+        if raw.section_name(index) in (".debug_str", ".debug_line_str"):
+            contents = bytes(raw.contents(index))
+            if int(raw.section_headers[index]["flags"]) & t.SHF_COMPRESSED:
+                contents = _inflate(contents)
+            found += b"\0" + contents
+    return found
+
+
+def _inflate(contents: bytes) -> bytes:
+    import zlib
+
+    # Elf64_Chdr: type, reserved, size, alignment (System V ABI, "Section compression"); 1 is zlib
+    if len(contents) < 24 or int.from_bytes(contents[:4], "little") != 1:
+        return b""
+    return zlib.decompress(contents[24:])
+
+
+def _candidates(strings: bytes) -> Iterator[str]:
+    for word in sorted({s for s in strings.split(b"\0") if _IDENTIFIER.fullmatch(s)}):
+        for tag in _TAGS:
+            yield tag + word.decode()
+
+
+def _files(strings: bytes) -> list[str]:
+    names = {
+        s.rpartition(b"/")[2] for s in strings.split(b"\0") if s.endswith((b".h", b".c", b".hpp", b".cc", b".cpp"))
+    }
+    return sorted(n.decode("utf-8", "replace") for n in names)
+
+
+# --- comparing ----------------------------------------------------------------------------------------------------
+
+
+def _bare(kind: Any) -> Any:
+    while kind.kind == drgn.TypeKind.TYPEDEF:
+        kind = kind.type
+    return kind
+
+
+def _laid_out(kind: Any) -> bool:
+    """Tell whether a type has a layout of its own to compare: a complete struct, union or enum."""
+    bare = _bare(kind)
+    if bare.kind in (drgn.TypeKind.STRUCT, drgn.TypeKind.UNION, drgn.TypeKind.CLASS):
+        return bool(bare.is_complete())
+    return bare.kind == drgn.TypeKind.ENUM and bool(bare.is_complete())
+
+
+def _same(ours: Any, theirs: Any, depth: int = 0) -> bool:
+    a, b = _bare(ours), _bare(theirs)
+    if a.kind != b.kind:
+        return {a.kind, b.kind} <= _WHOLE_NUMBERS and a.size == b.size
+    if a.kind in (drgn.TypeKind.STRUCT, drgn.TypeKind.UNION, drgn.TypeKind.CLASS):
+        return _same_members(a, b, depth)
+    if a.kind == drgn.TypeKind.ENUM:
+        return depth > 0 or not list(_enum_differences(a, b))
+    if a.kind == drgn.TypeKind.ARRAY:
+        return bool(a.length == b.length) and _same(a.type, b.type, depth + 1)
+    if a.kind in (drgn.TypeKind.POINTER, drgn.TypeKind.FUNCTION, drgn.TypeKind.VOID):
+        return True  # what a pointer leads to is a type of its own
+    return bool(a.size == b.size)
+
+
+_WHOLE_NUMBERS = {drgn.TypeKind.INT, drgn.TypeKind.BOOL, drgn.TypeKind.ENUM}
+
+
+def _same_members(a: Any, b: Any, depth: int) -> bool:
+    if not a.is_complete() or not b.is_complete():
+        return True
+    if a.size != b.size or len(a.members) != len(b.members):
+        return False
+    if depth and a.tag is not None and a.tag == b.tag:
+        return True  # a type of that name is compared by itself
+    return all(
+        _same_place(m, n) and _same(m.type, n.type, depth + 1) for m, n in zip(a.members, b.members, strict=True)
+    )
+
+
+def _same_place(m: Any, n: Any) -> bool:
+    return bool(m.bit_offset == n.bit_offset and m.bit_field_size == n.bit_field_size)
+
+
+def _enum_differences(a: Any, b: Any) -> Iterator[str]:
+    values = {e.name: e.value for e in b.enumerators}
+    for e in a.enumerators:
+        if e.name in values and values[e.name] != e.value:
+            yield f"`{e.name}` {e.value} -> {values[e.name]}"
+
+
+def _differences(ours: Any, theirs: Any) -> Iterator[str]:
+    a, b = _bare(ours), _bare(theirs)
+    if a.kind != b.kind:
+        yield "it is another kind of type"
+        return
+    if a.kind == drgn.TypeKind.ENUM:
+        yield from _enum_differences(a, b)
+        return
+    if a.size != b.size:
+        yield f"size {a.size} -> {b.size}"
+    after = {m.name: m for m in b.members}
+    before = {m.name: m for m in a.members}
+    for name, m in before.items():
+        n = after.get(name)
+        if n is None:
+            yield f"member `{name or 'without a name'}` at offset {m.bit_offset // 8} is gone"
+        elif m.bit_offset != n.bit_offset:
+            yield f"member `{name}` offset {_offset(m)} -> {_offset(n)}"
+        elif m.bit_field_size != n.bit_field_size or not _same(m.type, n.type, 1):
+            yield f"member `{name}` at offset {_offset(m)} has another type"
+    for name, n in after.items():
+        if name not in before:
+            yield f"member `{name or 'without a name'}` is new at offset {_offset(n)}"
+
+
+def _offset(member: Any) -> str:
+    return f"{member.bit_offset // 8}" + (f".{member.bit_offset % 8}" if member.bit_offset % 8 else "")
+
+
+def _causes(changes: list[TypeChange]) -> list[TypeChange]:
+    """Leave out typedefs that only repeat the change of their struct."""
+    seen: set[tuple[str, ...]] = set()
+    kept = []
+    for change in sorted(changes, key=lambda c: " " not in c.name):
+        if change.details not in seen:
+            seen.add(change.details)
+            kept.append(change)
+    return kept
