@@ -60,7 +60,7 @@ class Layouts:
         descriptor = os.memfd_create("object", os.MFD_CLOEXEC)
         try:
             with os.fdopen(descriptor, "wb", closefd=False) as file:
-                file.write(_without_tls_relocations(data))
+                file.write(_readable(data))
             program = _load(f"/proc/self/fd/{descriptor}")
         finally:
             os.close(descriptor)
@@ -120,19 +120,38 @@ def _load(path: str) -> Any:
     return program if module.debug_file_status == drgn.ModuleFileStatus.HAVE else None
 
 
-def _without_tls_relocations(data: bytes) -> bytes:
-    """Return an object without the debug relocations that drgn does not know: offsets of thread-locals, not types."""
+def _readable(data: bytes) -> bytes:
+    """Return an object as drgn can read it: without the debug relocations that it does not know (offsets of
+    thread-locals, which are no types), and with compressed debug sections inflated, behind the end of the file."""
     raw = t.read_raw("object", data)
-    patched: bytearray | None = None
+    patched = bytearray(data)
     for index in range(len(raw.section_headers)):
-        if int(raw.section_headers[index]["type"]) != t.SHT_RELA or ".debug" not in raw.section_name(index):
+        header = raw.section_headers[index]
+        if ".debug" not in raw.section_name(index):
             continue
-        rows = raw.table(index, t.RELA)
-        start = int(raw.section_headers[index]["offset"])
-        for row in ((rows["type"] == _DTPOFF64) | (rows["type"] == _DTPOFF32)).nonzero()[0].tolist():
-            patched = patched if patched is not None else bytearray(data)
-            struct.pack_into("<I", patched, start + row * t.RELA.itemsize + 8, _NONE)
-    return bytes(patched) if patched is not None else data
+        if int(header["type"]) == t.SHT_RELA:
+            _drop_tls(raw, index, patched)
+        elif int(header["flags"]) & t.SHF_COMPRESSED:
+            _append_inflated(raw, index, patched)
+    return bytes(patched)
+
+
+def _drop_tls(raw: t.RawFile, index: int, patched: bytearray) -> None:
+    rows = raw.table(index, t.RELA)
+    start = int(raw.section_headers[index]["offset"])
+    for row in ((rows["type"] == _DTPOFF64) | (rows["type"] == _DTPOFF32)).nonzero()[0].tolist():
+        struct.pack_into("<I", patched, start + row * t.RELA.itemsize + 8, _NONE)
+
+
+def _append_inflated(raw: t.RawFile, index: int, patched: bytearray) -> None:
+    contents = _inflate(bytes(raw.contents(index)))
+    headers = int.from_bytes(raw.data[40:48], "little")  # e_shoff
+    place = headers + index * t.SHDR.itemsize
+    flags = int(raw.section_headers[index]["flags"]) & ~t.SHF_COMPRESSED
+    struct.pack_into("<Q", patched, place + 8, flags)
+    struct.pack_into("<QQ", patched, place + 24, len(patched), len(contents))
+    struct.pack_into("<Q", patched, place + 48, 1)
+    patched += contents
 
 
 def _debug_strings(raw: t.RawFile) -> bytes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from patcher.blocks import Block, Blocks, External, Kind
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, displaced_copy, plan_entry
+from patcher.convention import Registers
 from patcher.errors import LinkError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
 from patcher.link.place import Placement, Region, Space, place
@@ -20,7 +21,7 @@ from patcher.link.plan import Bound, Plan, Unit, plan
 from patcher.live import LiveFunction, LiveVariable, base_name, numbered
 from patcher.match import Delta, FunctionMatch, Status, is_cold_piece, is_private_piece
 from patcher.patch.arena import SLOT_COUNT, Arena, Usage
-from patcher.patch.journal import GenerationRecord, Placed, Redirect
+from patcher.patch.journal import Body, GenerationRecord, Placed, Redirect
 from patcher.patch.ledger import Commit, Ledger
 
 _SAME = (Status.SAME, Status.LINE_ONLY)
@@ -140,7 +141,8 @@ class _Generation:
         self.placed: list[Placed] = []
         self.redirects: list[Redirect] = []
         self.replaced: list[Replaced] = []
-        self.quiet: list[tuple[int, int]] = []
+        self.quiet: list[Body] = []
+        self.quiet_back: list[Body] = []
         self.new_variables: list[str] = []
 
     def finish(self, sources: Iterable[str]) -> Linked:
@@ -153,9 +155,10 @@ class _Generation:
             statuses=tuple(self.statuses),
             placed=tuple(self.placed),
             redirects=tuple(self.redirects),
-            used=(),
+            quiet=tuple(self.quiet),
+            quiet_back=tuple(self.quiet_back),
         )
-        commit = Commit(record, tuple(self.writes), tuple(self.usage), tuple(self.quiet))
+        commit = Commit(record, tuple(self.writes), tuple(self.usage))
         return Linked(commit, tuple(self.replaced), tuple(self.new_variables))
 
     def link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
@@ -214,7 +217,7 @@ class _Generation:
             cursor = address + len(code)
             copies[door.block] = address, ahead[: max(entry.length, DETOUR_SIZE)]
             if entry.reentries:
-                self.quiet.append((live.address, live.address + live.size))
+                self.quiet.append(_body(live))
         return copies, Space(space.read_only, Region(cursor, space.code.end), space.data)
 
     def _record(
@@ -227,6 +230,7 @@ class _Generation:
         linkage: _Linkage,
     ) -> None:
         self.writes += placement.writes
+        self._keep_registers(doors, placement)
         for door in doors:
             self._record_door(door, placement.addresses[door.block], copies.get(door.block))
         for block in found.placed:
@@ -239,6 +243,17 @@ class _Generation:
         space, before = placement.space, self.ledger.usages[arena.base]
         usage = Usage(space.read_only.start, space.code.start, space.data.start, before.slots + fresh, before.journal)
         self.usage.append((arena.base, usage))
+
+    def _keep_registers(self, doors: list[_Door], placement: Placement) -> None:
+        """Note which changed functions must have no frame when their callees change under them."""
+        for part in dict.fromkeys(door.part for door in doors):
+            registers = Registers(part.blocks, part.live, part.is_door)
+            risk = registers.callers_at_risk(d.block for d in doors if d.part is part)
+            for live in risk.old:
+                self.quiet.append(_body(live))
+            for block in risk.new:
+                start = placement.addresses[block]
+                self.quiet_back.append(Body(block.name, start, start + placement.sizes[block]))
 
     def _record_door(self, door: _Door, body: int, copy: tuple[int, bytes] | None) -> None:
         block, part, live = door.block, door.part, door.live
@@ -289,6 +304,10 @@ class _Door:
     arena: Arena
     index: int
     fresh: bool
+
+
+def _body(live: LiveFunction) -> Body:
+    return Body(live.name, live.body, live.body + live.size)
 
 
 def _placed(block: Block, part: Part, placement: Placement) -> Placed:
@@ -397,41 +416,56 @@ class _Linkage:
             )
         return Bound(base + address, thread_local=True)
 
-    def _find_variable(self, part: Part, block: Block) -> LiveVariable | None:
-        candidates: dict[int, LiveVariable] = {}
+    def _candidates(self, part: Part, block: Block) -> list[LiveVariable]:
+        found: dict[int, LiveVariable] = {}
         for symbol in block.symbols:
             for variable in part.unit.variables(symbol.name, symbol.local):
-                candidates.setdefault(variable.address, variable)
+                found.setdefault(variable.address, variable)
+        return list(found.values())
+
+    def _find_variable(self, part: Part, block: Block) -> LiveVariable | None:
         if not numbered(block.name):
-            return next(iter(candidates.values()), None)
-        taken = set(part.delta.bindings.values())
-        free = [v for v in candidates.values() if v.address not in taken and v.size == block.size]
-        used = [v for v in free if self._used_by_old(part, block, v)]
-        if len(used) > 1:
-            places = ", ".join(f"`{v.name}` at {v.address:#x}" for v in used)
+            return next(iter(self._candidates(part, block)), None)
+        rivals = self._numbered_options(part, block)
+        found = rivals[block]
+        if len(found) > 1 or (found and sum(found == other for other in rivals.values()) > 1):
+            places = ", ".join(f"`{v.name}` at {v.address:#x}" for v in found)
             raise UnsafeChange(
-                f"`{base_name(block.name)}` of {part.source} may be any of {places}",
+                f"which static `{base_name(block.name)}` of {part.source} is {places} cannot be told",
                 "give the function's static variables different names, one save at a time",
                 code="ambiguous-variable",
             )
-        return used[0] if used else None
+        return found[0] if found else None
 
-    def _used_by_old(self, part: Part, block: Block, variable: LiveVariable) -> bool:
-        """Tell whether the old body of a function that now uses `block` refers to a live variable."""
-        from patcher.code.instructions import decode
+    def _numbered_options(self, part: Part, block: Block) -> dict[Block, list[LiveVariable]]:
+        """Return, for each variable that shares a numbered one's name, the live ones that its functions used."""
+        taken = set(part.delta.bindings.values())
+        options: dict[Block, list[LiveVariable]] = {}
+        for other in part.blocks.data_blocks():
+            matched = part.matched(other)
+            alike = other.kind is block.kind and numbered(other.name) and base_name(other.name) == base_name(block.name)
+            if alike and (matched is None or matched not in part.delta.bindings):
+                free = [v for v in self._candidates(part, other) if v.address not in taken and v.size == other.size]
+                users = self._old_users(part, other)
+                used = [v for v in free if any(_uses(pieces, v) for pieces in users)]
+                # A caller that a function is inlined into uses its own variables as well; the function does not.
+                options[other] = [v for v in used if all(_uses(pieces, v) for pieces in users)] or used
+        for _ in options:  # what is certain for one is out of the question for the others
+            certain = [found[0] for found in options.values() if len(found) == 1]
+            for found in options.values():
+                if len(found) > 1:
+                    found[:] = [v for v in found if v not in certain]
+        return options
 
+    def _old_users(self, part: Part, block: Block) -> list[tuple[LiveFunction, ...]]:
+        """Return the old bodies of the functions that now use `block`."""
+        found = []
         for function in part.blocks.functions:
-            if not any(getattr(r.target, "block", None) is block for r in part.blocks.references(function)):
-                continue
             live = part.live(function)
-            if live is None:
-                continue
-            for piece in (live, *part.cold_pieces(function)):
-                for instruction in decode(piece.code, piece.body):
-                    reference = instruction.reference
-                    if reference is not None and variable.address <= reference < variable.address + variable.size:
-                        return True
-        return False
+            references = part.blocks.references(function) if live is not None else ()
+            if live is not None and any(getattr(r.target, "block", None) is block for r in references):
+                found.append((live, *part.cold_pieces(function)))
+        return found
 
     # --- names the object does not define -----------------------------------------------------------------------
 
@@ -481,3 +515,14 @@ class _Linkage:
             if placed.kind == "data" and not placed.local and name in placed.names:
                 return Bound(placed.address)
         return None
+
+
+def _uses(pieces: Sequence[LiveFunction], variable: LiveVariable) -> bool:
+    from patcher.code.instructions import decode
+
+    for piece in pieces:
+        for instruction in decode(piece.code, piece.body):
+            reference = instruction.reference
+            if reference is not None and variable.address <= reference < variable.address + variable.size:
+                return True
+    return False
