@@ -18,11 +18,11 @@ import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from patcher.elf import ObjectFile, Relocation, Section, Symbol, SymbolType
+from patcher.elf.relocations import R, is_pc_relative
 from patcher.errors import ObjectError
-from patcher.link.relocations import R, is_pc_relative
 
 if TYPE_CHECKING:
     from patcher.code.split import HiddenReference
@@ -63,16 +63,14 @@ class Block:
         return not self.data and self.size > 0
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A position in a block of the same object."""
 
     block: Block
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class External:
+class External(NamedTuple):
     """A symbol that the object does not define."""
 
     name: str
@@ -90,8 +88,7 @@ class Absolute:
 Target = Place | External | Absolute
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(NamedTuple):
     """A field of a block: apply relocation `type` at `offset`, with S = address of `target`, A = `addend`."""
 
     offset: int
@@ -131,6 +128,8 @@ class Blocks:
         self._commons: dict[int, Block] = {}
         self._hidden: dict[Block, tuple[HiddenReference, ...]] = {}
         self._pointed: dict[int, set[int]] | None = None
+        self._targets: dict[int, Target | None] = {}
+        self._boundaries: dict[Block, list[int]] = {}
         self._keeps_local_names = any(s.local and s.name and s.type != SymbolType.FILE for s in source.symbols)
         self.functions: tuple[Block, ...] = tuple(self._code_blocks())
 
@@ -185,6 +184,8 @@ class Blocks:
             symbols = [s for s in symbols if s.value <= section.size]
             if section.code:
                 pieces = _function_extents(section, symbols)
+            elif _is_one_variable(section, symbols):
+                pieces = [(0, section.size, tuple(symbols))]
             else:
                 pieces = _data_extents(section, symbols, self._pointed_offsets(section))
             for start, end, named in pieces:
@@ -215,16 +216,11 @@ class Blocks:
         width = section.entry_size or 1
         if not 0 <= offset <= section.size:
             raise self._outside(section, offset)
-        data, terminator = section.data, b"\0" * width
-        start = offset - offset % width
-        while start > 0 and data[start - width : start] != terminator:
-            start -= width
-        end = start
-        while end < len(data) and data[end : end + width] != terminator:
-            end += width
+        data = section.data
+        start, end = _string_extent(data, offset, width)
         block = self._at.get((section.index, start))
         if block is None:
-            contents = data[start : min(end + width, len(data))]
+            contents = data[start:end]
             name = f"{section.name}+{start:#x}"
             alignment = max(width, min(section.alignment, 32) if section.name.endswith(("8", "16", "32")) else width)
             block = Block(
@@ -244,11 +240,11 @@ class Blocks:
         return Place(block, offset - start)
 
     def _common(self, symbol: Symbol) -> Block:
-        block = self._commons.get(symbol.index)
+        block = self._commons.get(symbol.number)
         if block is None:
             alignment = symbol.value or 1  # a common symbol's value is its alignment (System V ABI, chapter 4)
             block = Block(self.object, Kind.DATA, symbol.name, 0, 0, symbol.size, alignment, b"", (symbol,))
-            self._commons[symbol.index] = block
+            self._commons[symbol.number] = block
         return block
 
     def _outside(self, section: Section, offset: int) -> ObjectError:
@@ -263,7 +259,7 @@ class Blocks:
         """Return what a block refers to, by rising offset."""
         found = self._references.get(block)
         if found is None:
-            found = tuple(self._reference(block, r) for r in self._relocations_in(block))
+            found = tuple(self.reference(block, r) for r in self._relocations_in(block))
             hidden = self._hidden_references(block)
             if hidden:
                 found = tuple(sorted(found + hidden, key=lambda r: r.offset))
@@ -312,53 +308,91 @@ class Blocks:
         high = bisect.bisect_left(relocations, block.start + block.size, key=lambda r: r.offset)
         return relocations[low:high]
 
-    def _reference(self, block: Block, r: Relocation) -> Reference:
-        symbol = self.object.symbols[r.symbol]
+    def relocations(self, block: Block) -> list[Relocation] | None:
+        """Return the relocations of a block as they stand, or None when it has references without one as well."""
+        return None if self._hidden_references(block) else self._relocations_in(block)
+
+    def reference(self, block: Block, r: Relocation) -> Reference:
+        """Return one relocation of a block as a reference."""
         offset = r.offset - block.start
-        if symbol.type != SymbolType.SECTION:
-            return Reference(offset, r.type, self._symbol_target(symbol), r.addend)
+        target = self.named_target(r.symbol)
+        if target is not None:
+            return Reference(offset, r.type, target, r.addend)
+        symbol = self.object.symbols[r.symbol]
         bias = 0
         if is_pc_relative(r.type):
             bias = self._bytes_to_end(block, offset) if block.kind is Kind.CODE else -offset
         place = self.at(symbol.section, symbol.value + r.addend + bias)
         return Reference(offset, r.type, place, -bias)
 
+    def named_target(self, number: int) -> Target | None:
+        """Return what a symbol means, wherever it is referred to from; None for a section's symbol."""
+        if number not in self._targets:
+            symbol = self.object.symbols[number]
+            section = symbol.type == SymbolType.SECTION
+            self._targets[number] = None if section else self._symbol_target(symbol)
+        return self._targets[number]
+
     def _symbol_target(self, symbol: Symbol) -> Target:
-        if symbol.index == 0 or symbol.absolute:
+        if symbol.number == 0 or symbol.absolute:
             return Absolute(symbol.value)
         if symbol.undefined:
             return External(symbol.name, symbol.weak, symbol.visibility != 0)
+        if symbol.type == SymbolType.IFUNC:
+            return External(symbol.name)  # it denotes what its resolver chose, not the resolver that stands there
         if symbol.common:
             return Place(self._common(symbol), 0)
         return self.at(symbol.section, symbol.value)
 
     def _bytes_to_end(self, block: Block, offset: int) -> int:
+        """Return the bytes from a field to the end of its instruction."""
         from patcher.code.instructions import field_end
 
-        return 4 + field_end(block.data, None, offset)
+        # An instruction ends after the field that was looked at before: no need to decode from the start again.
+        known = self._boundaries.setdefault(block, [0])
+        i = bisect.bisect_right(known, offset)
+        start = known[i - 1]
+        if offset <= start or offset + 4 > len(block.data):
+            raise ObjectError(
+                f"{self.object.name}: the reference at `{block.name}`+{offset:#x} is in no instruction of its "
+                f"{block.size} bytes",
+                "the object is damaged; compile it again",
+            )
+        trailing = field_end(block.data[start : offset + 16], None, offset - start)
+        if i == len(known):
+            known.append(offset + 4 + trailing)
+        return 4 + trailing
 
     def _pointed_offsets(self, section: Section) -> set[int]:
         # Where code and data point into sections that hold nameless things (jump tables, constants):
         # each such offset starts a block.
         if self._pointed is None:
             self._pointed = {}
+            symbols = self.object.symbols
+            cut_here = {
+                s.number: s.section
+                for s in symbols
+                if s.type == SymbolType.SECTION and self._is_cut_where_pointed(s.section)
+            }
             for index, other in self.object.sections.items():
                 if other.name.startswith(_SKIPPED):
                     continue
                 for r in self._relocations_of(index):
-                    symbol = self.object.symbols[r.symbol]
-                    if symbol.type != SymbolType.SECTION or symbol.section not in self.object.sections:
-                        continue
-                    if self.object.sections[symbol.section].code:
+                    if r.symbol not in cut_here:
                         continue
                     bias = 0
                     if is_pc_relative(r.type):
                         if not other.code:
                             continue  # relative to the table that holds it, which something else points to
-                        block = self.at(index, r.offset)
-                        bias = self._bytes_to_end(block.block, block.offset)
-                    self._pointed.setdefault(symbol.section, set()).add(symbol.value + r.addend + bias)
+                        block, offset = self.at(index, r.offset)
+                        bias = self._bytes_to_end(block, offset)
+                    offset = symbols[r.symbol].value + r.addend + bias
+                    self._pointed.setdefault(cut_here[r.symbol], set()).add(offset)
         return self._pointed.get(section.index, set())
+
+    def _is_cut_where_pointed(self, index: int) -> bool:
+        section = self.object.sections.get(index)
+        return section is not None and not section.code and not section.mergeable
 
     def _hidden_references(self, block: Block) -> tuple[Reference, ...]:
         if block.kind is not Kind.CODE or len(self._starts.get(block.section, ())) < 2:
@@ -379,7 +413,7 @@ class Blocks:
 def _preferred_name(symbols: tuple[Symbol, ...]) -> str:
     if not symbols:
         return ""
-    return min(symbols, key=lambda s: (s.local, s.type == SymbolType.NOTYPE, s.index)).name
+    return min(symbols, key=lambda s: (s.local, s.type == SymbolType.NOTYPE, s.number)).name
 
 
 Piece = tuple[int, int, tuple[Symbol, ...]]
@@ -397,6 +431,27 @@ def _function_extents(section: Section, symbols: list[Symbol]) -> list[Piece]:
         end = min(start + max(s.size for s in named), limit) if any(s.size for s in named) else limit
         pieces.append((start, end, named))
     return pieces
+
+
+def _string_extent(data: bytes, offset: int, width: int) -> tuple[int, int]:
+    """Return where the string at an offset of a pool starts, and where it ends with its terminator."""
+    if width == 1:
+        end = data.find(b"\0", offset)
+        return data.rfind(b"\0", 0, offset) + 1, end + 1 if end >= 0 else len(data)
+    terminator = bytes(width)
+    start = end = offset - offset % width
+    while start > 0 and data[start - width : start] != terminator:
+        start -= width
+    while end < len(data) and data[end : end + width] != terminator:
+        end += width
+    return start, min(end + width, len(data))
+
+
+def _is_one_variable(section: Section, symbols: list[Symbol]) -> bool:
+    """Tell whether one variable, which may have several names, fills a whole section (-fdata-sections)."""
+    return bool(symbols) and all(
+        s.value == 0 and s.size == section.size and s.type in (SymbolType.OBJECT, SymbolType.TLS) for s in symbols
+    )
 
 
 def _data_extents(section: Section, symbols: list[Symbol], pointed: set[int]) -> list[Piece]:

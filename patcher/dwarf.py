@@ -229,9 +229,17 @@ def _same_members(a: Any, b: Any, depth: int) -> bool:
         return False
     if depth and a.tag is not None and a.tag == b.tag:
         return True  # a type of that name is compared by itself
+    if _swapped(a, b):
+        return False
     return all(
         _same_place(m, n) and _same(m.type, n.type, depth + 1) for m, n in zip(a.members, b.members, strict=True)
     )
+
+
+def _swapped(a: Any, b: Any) -> bool:
+    """Tell whether a member stands where another one stood; one that is only renamed does not."""
+    places = {m.name: m.bit_offset for m in a.members if m.name}
+    return any(places.get(m.name, m.bit_offset) != m.bit_offset for m in b.members)
 
 
 def _same_place(m: Any, n: Any) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from patcher.elf import SymbolType
 from patcher.elf.module import (
     R_X86_64_COPY,
+    R_X86_64_DTPMOD64,
     R_X86_64_GLOB_DAT,
     R_X86_64_IRELATIVE,
     R_X86_64_JUMP_SLOT,
@@ -70,7 +71,15 @@ class LoadedModule:
             s.executable and s.address <= address - self.bias < s.address + s.memory_size for s in self.module.segments
         )
 
-    def symbols_at(self, address: int) -> list[StaticSymbol]:
+    def constant(self, address: int, size: int) -> bool:
+        """Tell whether live bytes lie where the program cannot write once it runs."""
+        return self.module.constant(address - self.bias, size)
+
+    def in_offset_table(self, cell: int) -> bool:
+        """Tell whether a cell lies in the module's global offset table."""
+        return self.contains(cell) and self.module.in_offset_table(cell - self.bias)
+
+    def symbols_at(self, address: int) -> tuple[StaticSymbol, ...]:
         """Return the static symbols that start at a live address (values stay link-time)."""
         return self.module.symbols.at(address - self.bias)
 
@@ -211,16 +220,27 @@ class Image:
         if within is not self.executable and any(s.defined for s in module.exports.get(name, ())):
             return None  # exported by a library: the search order decides, it may be interposed
         found = [s for s in module.symbols.named(name) if not s.local]
-        if not found:
-            # Hidden symbols are local once linked; GNU ld keeps them under a nameless file.
-            hidden = {-1, *module.symbols.groups("")}
-            found = [s for s in module.symbols.named(name) if s.local and s.group in hidden]
+        if not found and name not in module.exports:
+            found = [s for s in module.symbols.named(name) if module.demoted(s)]
         values = {s.value for s in found}
         return self._definition(within, found[0]) if len(values) == 1 else None
 
     def _definition(self, within: LoadedModule, symbol: StaticSymbol) -> Definition:
         bias = 0 if symbol.type == SymbolType.TLS else within.bias
         return Definition(symbol.name, symbol.value + bias, symbol.size, symbol.type, within)
+
+    def binds(self, module: LoadedModule, definition: Definition) -> bool:
+        """Tell whether a module's own references to a name go to a definition elsewhere.
+
+        Its cells say so; without any (a hidden name, -Bsymbolic) it refers to its own.
+        """
+        cells = module.module.cells
+        for cell in module.module.cells_named(definition.name):
+            if cells[cell].type == R_X86_64_GLOB_DAT:
+                return self.target.memory.read_u64(cell + module.bias) == definition.address
+            if cells[cell].type == R_X86_64_JUMP_SLOT:
+                return True
+        return False
 
     def canonical_plt(self, name: str) -> int | None:
         """Return the address that stands for an imported function in a fixed-position executable, if there is one.
@@ -399,4 +419,13 @@ def _debug_files(path: str, build_id: str, link: str) -> list[Path]:
     return [p for p in found if p.is_file() and str(p) != path]
 
 
-__all__ = ["R_X86_64_COPY", "R_X86_64_IRELATIVE", "Definition", "Image", "LoadedModule"]
+__all__ = [
+    "R_X86_64_COPY",
+    "R_X86_64_DTPMOD64",
+    "R_X86_64_GLOB_DAT",
+    "R_X86_64_IRELATIVE",
+    "R_X86_64_JUMP_SLOT",
+    "Definition",
+    "Image",
+    "LoadedModule",
+]

@@ -10,15 +10,16 @@ Decides where things are; whether they are the same as an object's is `match`'s 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 
 from patcher.blocks import Block, Blocks, unit_of
 from patcher.elf import SymbolType
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import UnsafeChange
 from patcher.image import Image, LoadedModule
-from patcher.patch.journal import Journal, Placed, Redirect
+from patcher.patch.journal import ArenaView, Placed, Redirect
 
 _NUMBERED = re.compile(r"\.\d+$")
 
@@ -30,6 +31,14 @@ def base_name(name: str) -> str:
 
 def numbered(name: str) -> bool:
     return bool(_NUMBERED.search(name))
+
+
+class Scope(Enum):
+    """Who knows an address by a name."""
+
+    UNIT = "a static of the unit"
+    MODULE = "every unit of the module"
+    PROCESS = "other modules"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +62,6 @@ class LiveVariable:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class ArenaView:
-    """What earlier generations made: the records, the current slot values and where islands stand."""
-
-    journal: Journal
-    bodies: Mapping[tuple[int, int], int]  # (arena, slot index) -> body that the slot points at now
-    islands: Mapping[int, tuple[int, int]]  # island address -> (arena, slot index)
-    ranges: tuple[tuple[int, int], ...] = ()  # the arenas' extents
-
-    def contains(self, address: int) -> bool:
-        return any(start <= address < end for start, end in self.ranges)
-
-
 class LiveUnit:
     """One unit in one module. Made by `find_unit`."""
 
@@ -75,12 +71,11 @@ class LiveUnit:
         self.module = module
         self.group = group
         self.key = f"{file_symbol}#{group}" if group is not None else file_symbol
-        self._hidden = {-1, *module.module.symbols.groups("")}
         self._redirects = {r.original: r for r in view.journal.redirects if r.module == module.path}
         self._slots = {(r.arena, r.index): r for r in view.journal.redirects}
         self._placed = {p.address: p for p in view.journal.placed}
         self._bodies = {body: self._slots[key] for key, body in view.bodies.items() if key in self._slots}
-        self._names: dict[int, frozenset[tuple[str, bool]]] = {}
+        self._names: dict[int, frozenset[tuple[str, Scope]]] = {}
 
     # --- functions --------------------------------------------------------------------------------------------
 
@@ -144,17 +139,21 @@ class LiveUnit:
         segment = next(s for s in self.module.module.segments if s.address <= link < s.end)
         return self.image.target.memory.read(live.address, min(size, segment.end - link))
 
+    def folded_with(self, live: LiveFunction, block: Block) -> list[str]:
+        """Return the other functions that the linker gave the same code, by name (--icf)."""
+        own = {s.name for s in block.symbols}
+        return sorted(
+            {s.name for s in self.module.symbols_at(live.address) if s.function and s.size and s.name not in own}
+        )
+
     # --- names ------------------------------------------------------------------------------------------------
 
     def _static(self, name: str, local: bool, *, functions: bool) -> StaticSymbol | None:
         symbols = [s for s in self.module.module.symbols.named(name) if s.function == functions]
-        ranked = [
-            [s for s in symbols if s.local and s.group == self.group and self.group is not None],
-            [s for s in symbols if not s.local],
-            [s for s in symbols if s.local and s.group in self._hidden],
-        ]
-        if not local:
-            ranked = [ranked[1], ranked[2], ranked[0]]
+        own = [s for s in symbols if self._own(s)]
+        exported = [s for s in symbols if not s.local]
+        demoted = [s for s in symbols if self.module.module.demoted(s) and not (local and self.module.module.demotes)]
+        ranked = (own, exported, demoted) if local else (exported, own, demoted)
         for found in ranked:
             values = {s.value for s in found}
             if len(values) == 1:
@@ -183,7 +182,9 @@ class LiveUnit:
         """Return what a variable's name may stand for: one exact match, or every one that differs in number only."""
         exact = self._static(name, local, functions=False) if not numbered(name) else None
         if exact is not None:
-            return [self._variable(exact)]
+            if local and not exact.local:
+                raise self._elsewhere(name, "variable")
+            return [] if self._was_constant(exact, local) else [self._variable(exact)]
         wanted = base_name(name)
         placed = [
             LiveVariable(p.name, p.address, p.size)
@@ -203,21 +204,53 @@ class LiveUnit:
         bias = 0 if symbol.type == SymbolType.TLS else self.module.bias
         return LiveVariable(symbol.name, symbol.value + bias, symbol.size)
 
-    def sizes_at(self, address: int, name: str) -> list[int]:
-        """Return the sizes recorded for a variable of that (base) name at a live address."""
+    def sizes_at(self, address: int, name: str, local: bool) -> list[int]:
+        """Return the sizes recorded for a variable of that (base) name at a live address; if `local`, of the unit."""
         wanted = base_name(name)
         found = [
             s.size
             for s in self.module.symbols_at(address)
-            if base_name(s.name) == wanted and not s.function and self._visible(s)
+            if base_name(s.name) == wanted and not s.function and (self._own(s) or not local)
         ]
         placed = self._placed.get(address)
         if placed is not None and base_name(placed.name) == wanted:
             found.append(placed.size)
         return found
 
-    def _visible(self, symbol: StaticSymbol) -> bool:
-        return not symbol.local or symbol.group == self.group or symbol.group in self._hidden
+    def _own(self, symbol: StaticSymbol) -> bool:
+        return symbol.local and symbol.group == self.group and self.group is not None
+
+    def _was_constant(self, symbol: StaticSymbol, local: bool) -> bool:
+        """Tell whether what is now a variable is a constant in the process: then the unit needs a new variable."""
+        if (
+            symbol.type == SymbolType.TLS
+            or not symbol.size
+            or not self.module.module.constant(symbol.value, symbol.size)
+        ):
+            return False
+        if local:
+            return True
+        raise UnsafeChange(
+            f"`{symbol.name}` is a constant of {self.module.name}, which other units may use, and a variable now",
+            "restart the program, or give the variable another name",
+            code="layout",
+        )
+
+    def _elsewhere(self, name: str, what: str) -> UnsafeChange:
+        return UnsafeChange(
+            f"`{name}` of {self.key} is static now, and {self.module.name} has a global {what} of that name, "
+            "which may be another unit's",
+            "keep it global, or give the static one another name",
+            code="ambiguous-symbol",
+        )
+
+    def refuse_elsewhere(self, live: LiveFunction, block: Block) -> None:
+        """Raise `UnsafeChange` when a static function's live counterpart is a global, which need not be this unit's."""
+        names = {s.name for s in block.symbols}
+        if live.redirect is not None or any(not s.local for s in block.symbols):
+            return
+        if any(not s.local and s.name in names for s in self.module.symbols_at(live.address)):
+            raise self._elsewhere(block.name, "function")
 
     def denotes(self, address: int, names: Iterable[str], local: bool) -> bool:
         """Tell whether a live address is what one of `names` denotes for this unit.
@@ -225,51 +258,63 @@ class LiveUnit:
         An island, a body of a patch, a stub and the original entry all denote the same function.
         """
         here = self.names_at(address)
-        return any((name, True) in here or (not local and (name, False) in here) for name in names)
+        return any(
+            (name, Scope.UNIT) in here or (name, Scope.MODULE) in here or (not local and (name, Scope.PROCESS) in here)
+            for name in names
+        )
 
-    def names_at(self, address: int) -> frozenset[tuple[str, bool]]:
-        """Return the names that an address has, each with whether it is one of this module's own."""
+    def denotes_external(self, address: int, name: str) -> bool:
+        """Tell whether a live address is what a name that the unit does not define denotes: no static of its own."""
+        here = self.names_at(address)
+        return (name, Scope.PROCESS) in here or (name, Scope.MODULE) in here
+
+    def names_at(self, address: int) -> frozenset[tuple[str, Scope]]:
+        """Return the names that an address has, each with who knows it by that name."""
         found = self._names.get(address)
         if found is None:
             found = frozenset(self._read_names(address))
             self._names[address] = found
         return found
 
-    def _read_names(self, address: int) -> Iterable[tuple[str, bool]]:
+    def _read_names(self, address: int) -> Iterable[tuple[str, Scope]]:
         key = self.view.islands.get(address)
         redirect = self._slots.get(key) if key is not None else self._bodies.get(address)
         if redirect is None:
             redirect = self._redirects.get(address)
         if redirect is not None:
             if not redirect.local or redirect.unit == self.key:
-                yield from ((n, True) for n in redirect.names)
+                yield from ((n, Scope.UNIT if redirect.local else Scope.MODULE) for n in redirect.names)
             if redirect.born:
                 return  # its address for life is its island, which no module knows
             address = redirect.original
         placed = self._placed.get(address)
         if placed is not None and (not placed.local or placed.unit == self.key):
-            yield from ((n, True) for n in placed.names)
+            yield from ((n, Scope.UNIT if placed.local else Scope.MODULE) for n in placed.names)
         yield from self._module_names(address)
 
-    def _module_names(self, address: int) -> Iterable[tuple[str, bool]]:
+    def _module_names(self, address: int) -> Iterable[tuple[str, Scope]]:
         module = self.image.module_at(address)
         if module is None:
             yield from self._through_arena_stub(address)
             return
+        scope = Scope.MODULE if module is self.module else Scope.PROCESS
         for symbol in module.symbols_at(address):
-            if not symbol.local or (module is self.module and self._visible(symbol)):
-                yield symbol.name, module is self.module
+            if module is self.module and self._own(symbol):
+                yield symbol.name, Scope.UNIT
+            elif not symbol.local or (module is self.module and module.module.demoted(symbol)):
+                # Code cannot refer to a static of another unit, so that what may be a demoted global is one.
+                yield symbol.name, scope
         for name in module.module.exported_at(address - module.bias):
-            yield name, module is self.module
+            yield name, scope
         cell = self.image.import_at(address)
         if cell is None:
             return
         if cell.name:
-            yield cell.name, False
+            yield cell.name, Scope.PROCESS
         else:
-            yield from ((s.name, True) for s in module.symbols_at(cell.addend + module.bias))
+            yield from ((s.name, scope) for s in module.symbols_at(cell.addend + module.bias))
 
-    def _through_arena_stub(self, address: int) -> Iterable[tuple[str, bool]]:
+    def _through_arena_stub(self, address: int) -> Iterable[tuple[str, Scope]]:
         from patcher.code.instructions import plt_cell
 
         if address >> 47 or not self.view.contains(address):
@@ -291,7 +336,7 @@ def find_unit(image: Image, view: ArenaView, blocks: Blocks) -> LiveUnit | None:
     candidates: list[tuple[float, LoadedModule, int | None]] = []
     for module in image.modules:
         if len(module.module.symbols):
-            score, group = _best_group(module, blocks, file_symbol)
+            score, group = _best_group(image, view, module, blocks, file_symbol)
             if score > 0:
                 candidates.append((score, module, group))
     if not candidates:
@@ -301,6 +346,9 @@ def find_unit(image: Image, view: ArenaView, blocks: Blocks) -> LiveUnit | None:
                 if path == module.path:
                     return LiveUnit(image, view, module, file_symbol, None)
         return None
+    # Any library may have a function of one of these names; the unit itself left its file's name behind.
+    named = [c for c in candidates if c[1].module.symbols.groups(file_symbol)] if file_symbol else []
+    candidates = named or candidates
     best = max(score for score, _, _ in candidates)
     chosen = [c for c in candidates if c[0] == best]
     if len(chosen) > 1:
@@ -312,7 +360,9 @@ def find_unit(image: Image, view: ArenaView, blocks: Blocks) -> LiveUnit | None:
     return LiveUnit(image, view, chosen[0][1], file_symbol, chosen[0][2])
 
 
-def _best_group(module: LoadedModule, blocks: Blocks, file_symbol: str) -> tuple[float, int | None]:
+def _best_group(
+    image: Image, view: ArenaView, module: LoadedModule, blocks: Blocks, file_symbol: str
+) -> tuple[float, int | None]:
     symbols = module.module.symbols
     global_names = {s.name for b in blocks.functions for s in b.symbols if not s.local}
     local_names = {s.name for b in blocks.functions for s in b.symbols if s.local}
@@ -325,6 +375,9 @@ def _best_group(module: LoadedModule, blocks: Blocks, file_symbol: str) -> tuple
     if len(ranked) > 1 and ranked[0][0] == ranked[1][0] and ranked[0][0]:
         ranked = _by_size(module, blocks, [g for count, g in ranked if count == ranked[0][0]])
         if ranked[0][0] == ranked[1][0]:
+            tied = [LiveUnit(image, view, module, file_symbol, g) for count, g in ranked if count == ranked[0][0]]
+            ranked = _by_match(blocks, tied)
+        if ranked[0][0] == ranked[1][0]:
             raise UnsafeChange(
                 f"{module.name} has {len(ranked)} units called {file_symbol} with the same local names",
                 "give the files or their static functions different names and rebuild",
@@ -333,8 +386,22 @@ def _best_group(module: LoadedModule, blocks: Blocks, file_symbol: str) -> tuple
     return score + ranked[0][0], ranked[0][1] if ranked[0][0] or len(ranked) == 1 else None
 
 
-def _names(members: list[StaticSymbol]) -> set[str]:
+def _names(members: Iterable[StaticSymbol]) -> set[str]:
     return {s.name if s.function else base_name(s.name) for s in members}
+
+
+def _by_match(blocks: Blocks, units: Iterable[LiveUnit]) -> list[tuple[int, int]]:
+    """Rank units by how many of their functions run as they are in the object."""
+    from patcher.match import Status, match
+
+    counts = []
+    for unit in units:
+        try:
+            count = len(match(blocks, unit).with_status(Status.SAME))
+        except UnsafeChange:
+            count = 0  # a change that this unit could not take
+        counts.append((count, unit.group or 0))
+    return sorted(counts, reverse=True)
 
 
 def _by_size(module: LoadedModule, blocks: Blocks, groups: list[int]) -> list[tuple[int, int]]:

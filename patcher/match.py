@@ -22,12 +22,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from patcher.blocks import Absolute, Block, Blocks, External, Kind, Place, Reference, Target
-from patcher.errors import PatcherError
-from patcher.image import R_X86_64_IRELATIVE
+from patcher.blocks import Block, Blocks, External, Kind, Place, Reference, Target
+from patcher.elf import Relocation
+from patcher.errors import PatcherError, UnsafeChange
+from patcher.image import R_X86_64_DTPMOD64, R_X86_64_GLOB_DAT, R_X86_64_IRELATIVE, R_X86_64_JUMP_SLOT
 from patcher.lines import Fields
 from patcher.link.relocations import RULES, R, type_name
-from patcher.live import LiveFunction, LiveUnit, base_name
+from patcher.live import LiveFunction, LiveUnit, Scope, base_name
 
 
 class Status(Enum):
@@ -110,13 +111,16 @@ class _Pending:
 
 
 def match(blocks: Blocks, unit: LiveUnit, line_numbers: Fields | None = None) -> Delta:
-    """Compare every function of a unit's object with what runs. Raises `UnsafeChange` for ambiguous names.
+    """Compare every function of a unit's object with what runs.
+
+    Raises `UnsafeChange` for ambiguous names, and for a changed function whose code the linker made another's too.
 
     `line_numbers`: the fields that are known to hold line numbers (`lines.line_fields`). A function that is the
     same but for these is `LINE_ONLY`.
     """
     delta = _Matcher(blocks, unit, {}).delta()
     if not line_numbers:
+        _refuse_folded(unit, delta.functions)
         return delta
     tolerant = _Matcher(blocks, unit, line_numbers).delta()
     functions = tuple(
@@ -125,7 +129,30 @@ def match(blocks: Blocks, unit: LiveUnit, line_numbers: Fields | None = None) ->
         else strict
         for strict, loose in zip(delta.functions, tolerant.functions, strict=True)
     )
+    _refuse_folded(unit, functions)
     return Delta(blocks, unit, functions, tolerant.bindings)
+
+
+def _refuse_folded(unit: LiveUnit, functions: Iterable[FunctionMatch]) -> None:
+    for verdict in functions:
+        if verdict.status is Status.CHANGED and verdict.live is not None and not is_private_piece(verdict.name):
+            others = unit.folded_with(verdict.live, verdict.block)
+            if others:
+                raise UnsafeChange(
+                    f"`{verdict.name}` shares its code with {', '.join(f'`{n}`' for n in others)}: "
+                    f"the linker of {unit.module.name} folded identical functions, and a change would meet them all",
+                    "link the program without --icf",
+                    code="folded-function",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What a comparison of contents found: the verdict, and what has to hold besides for it."""
+
+    same: bool
+    bindings: tuple[tuple[Block, int], ...] = ()
+    pending: tuple[_Pending, ...] = ()
 
 
 class _Matcher:
@@ -136,10 +163,16 @@ class _Matcher:
         self.memory = unit.image.target.memory
         self.bindings: dict[Block, int] = {}
         self._trial: dict[Block, int] = {}
+        self._found: dict[Block, dict[Block, int]] = {}  # function -> what it bound
+        self._variables: dict[tuple[bool, int], Block] = {}  # (thread-local, address) -> the block bound to it
         self.live: dict[Block, LiveFunction | None] = {}
         self.maps: dict[Block, dict[int, int] | None] = {}  # None: the identity
         self.pending: list[_Pending] = []
-        self._contents: dict[tuple[Block, int, int], bool] = {}
+        self._named: set[tuple[Target, int]] = set()  # functions and externals that were found where they should be
+        self._proven: set[tuple[int, int]] = set()  # the same, by symbol number
+        self._contents: dict[tuple[Block, int, int], _Contents] = {}
+        self._assumed: set[tuple[Block, int, int]] = set()  # contents that are being compared
+        self._needed: list[tuple[Block, int]] | None = None  # what these bind
         self._current: Block | None = None
 
     def delta(self) -> Delta:
@@ -147,10 +180,10 @@ class _Matcher:
         # Cold pieces last: they refer into the middle of their parents.
         for block in sorted(self.blocks.functions, key=lambda b: is_cold_piece(b.name)):
             results[block] = self._function(block)
-        self._settle_pending(results)
+        unproven = self._settle_pending(results)
         self._spread(results)
         ordered = tuple(results[b] for b in self.blocks.functions)
-        return Delta(self.blocks, self.unit, ordered, self.bindings)
+        return Delta(self.blocks, self.unit, ordered, self._without(unproven))
 
     # --- verdicts ---------------------------------------------------------------------------------------------
 
@@ -164,12 +197,19 @@ class _Matcher:
         try:
             self.maps[block] = self._compare(block, live)
         except _Mismatch as mismatch:
+            self.unit.refuse_elsewhere(live, block)
             del self.pending[pending:]
             return FunctionMatch(block, Status.CHANGED, live, mismatch.cause, mismatch.reason)
+        self._found[block] = self._trial
         self.bindings.update(self._trial)
+        for variable, address in self._trial.items():
+            if variable.kind is not Kind.READ_ONLY:
+                self._variables[variable.kind is Kind.THREAD_LOCAL, address] = variable
         return FunctionMatch(block, Status.SAME, live)
 
-    def _settle_pending(self, results: dict[Block, FunctionMatch]) -> None:
+    def _settle_pending(self, results: dict[Block, FunctionMatch]) -> set[Block]:
+        """Return the functions that turned out changed."""
+        failed = set()
         for p in self.pending:
             live = self.live.get(p.target)
             known = p.target in self.maps and live is not None
@@ -179,70 +219,90 @@ class _Matcher:
                 if old.status is Status.SAME:
                     reason = f"refers to {p.target.name}+{p.offset:#x}, which stands elsewhere"
                     results[p.owner] = FunctionMatch(p.owner, Status.CHANGED, old.live, Cause.DEPENDENT, reason)
+                    failed.add(p.owner)
+        return failed
 
     def _live_offset(self, block: Block, offset: int) -> int | None:
         known = self.maps[block]
         return offset if known is None else known.get(offset)
 
+    def _without(self, unproven: set[Block]) -> dict[Block, int]:
+        """Return the bindings, less those that only functions gave that did not match after all."""
+        if not unproven:
+            return self.bindings
+        kept = [bound for function, bound in self._found.items() if function not in unproven]
+        return {variable: address for bound in kept for variable, address in bound.items()}
+
     def _spread(self, results: dict[Block, FunctionMatch]) -> None:
-        # Who refers to a changed private piece has to be relinked to the new one, and so on.
+        """Mark as changed what cannot stay because something else changed.
+
+        Who refers to a changed private piece has to be relinked to the new one; who goes on in the middle of a
+        function (its cold piece) cannot serve both the old and the new one.
+        """
+        inside: dict[Block, list[Block]] = {}
+        for p in self.pending:
+            inside.setdefault(p.target, []).append(p.owner)
+        work = [b for b, m in results.items() if m.status is not Status.SAME]
+        if not work:
+            return
         users: dict[Block, list[Block]] = {}
         for block in results:
-            for target in self._function_targets(block):
+            for target in self._private_targets(block):
                 users.setdefault(target, []).append(block)
-        work = [b for b, m in results.items() if m.status is not Status.SAME]
         while work:
             piece = work.pop()
-            if not is_private_piece(piece.name):
-                continue
-            for user in users.get(piece, ()):
+            affected = inside.get(piece, []) + users.get(piece, [])
+            if is_cold_piece(piece.name):
+                parent = _COLD.sub("", piece.name)
+                affected += [b for b in results if b.name == parent]
+            for user in affected:
                 if results[user].status is Status.SAME:
                     reason = f"uses {piece.name}, which changed"
                     results[user] = FunctionMatch(user, Status.CHANGED, results[user].live, Cause.DEPENDENT, reason)
                     work.append(user)
-            # A cold piece and its parent jump into each other: when one goes, so does the other.
-            if is_cold_piece(piece.name):
-                parent = _COLD.sub("", piece.name)
-                work.extend(self._mark(results, parent, piece))
 
-    def _mark(self, results: dict[Block, FunctionMatch], name: str, piece: Block) -> Iterable[Block]:
-        for block, result in results.items():
-            if block.name == name and result.status is Status.SAME:
-                reason = f"its part {piece.name} changed"
-                results[block] = FunctionMatch(block, Status.CHANGED, result.live, Cause.DEPENDENT, reason)
-                yield block
-
-    def _function_targets(self, block: Block) -> set[Block]:
-        return {
-            r.target.block
-            for r in self.blocks.references(block)
-            if isinstance(r.target, Place) and r.target.block.kind is Kind.CODE and r.target.block is not block
-        }
+    def _private_targets(self, block: Block) -> set[Block]:
+        found = {r.target.block for r in self.blocks.references(block) if isinstance(r.target, Place)}
+        return {b for b in found if b.kind is Kind.CODE and b is not block and is_private_piece(b.name)}
 
     # --- bodies -----------------------------------------------------------------------------------------------
 
     def _compare(self, block: Block, live: LiveFunction) -> dict[int, int] | None:
-        references = self.blocks.references(block)
         code = live.code
         if len(code) < block.size:
             # Symbol sizes are sometimes absent or short (assembly); what follows may be read as far as needed.
             code = self.unit.read_ahead(live, block.size) if live.size == 0 else code
-        if len(code) == block.size and self._masked_equal(block, code, references):
-            for reference in references:
-                self._check_in_place(reference, code, live.body)
-            return None
-        return _Walk(self, block, code, live.body, references).run()
+        relocations = self.blocks.relocations(block)
+        if relocations is None or len(code) != block.size or not self._equal_code(block, code, relocations):
+            return _Walk(self, block, code, live.body, self.blocks.references(block)).run()
+        for r in relocations:
+            self._check_relocation(block, r, code, live.body)
+        return None
 
-    def _masked_equal(self, block: Block, code: bytes, references: tuple[Reference, ...]) -> bool:
-        ours, theirs = bytearray(block.data), bytearray(code)
-        for r in references:
-            low, high = _field(r)
-            zeros = bytes(high - low)
-            ours[low:high] = zeros
-            theirs[low:high] = zeros
-        for offset in self.ignored(block):
-            ours[offset : offset + 4] = theirs[offset : offset + 4] = bytes(4)
-        return ours == theirs
+    def _equal_code(self, block: Block, code: bytes, relocations: list[Relocation]) -> bool:
+        """Compare what encodes no reference."""
+        ours = bytearray(block.data)
+        for offset, kind, _, _ in relocations:
+            at = offset - block.start
+            low, high = (at, at + 4) if kind in _DIRECT else _field(kind, at)
+            ours[low:high] = code[low:high]
+        for at in self.ignored(block):
+            ours[at : at + 4] = code[at : at + 4]
+        return ours == code
+
+    def _check_relocation(self, block: Block, r: Relocation, code: bytes, body: int) -> None:
+        """Check one field that stands where the object has it; what was proven before is not looked at again."""
+        at = r.offset - block.start
+        target = self.blocks.named_target(r.symbol) if r.type in _DIRECT else None
+        if target is None:
+            self.check_at(self.blocks.reference(block, r), code, at, body)
+            return
+        address = int.from_bytes(code[at : at + 4], "little", signed=True) + body + at - r.addend & _MASK
+        if (r.symbol, address) in self._proven:
+            return
+        self.check_target(target, address)
+        if (target, address) in self._named:
+            self._proven.add((r.symbol, address))
 
     def ignored(self, block: Block) -> list[int]:
         """Return the offsets of the line numbers in a block, if they are to be passed over."""
@@ -251,13 +311,17 @@ class _Matcher:
             return []
         return [f - block.start for f in fields if block.start <= f <= block.start + block.size - 4]
 
-    def _check_in_place(self, r: Reference, code: bytes, body: int) -> None:
-        if r.type in _REWRITTEN:
-            self.check_rewritten(r, code, r.offset, body)
-        else:
-            self.check(r, code[r.offset : r.offset + _width(r)], body + r.offset)
-
     # --- references -------------------------------------------------------------------------------------------
+
+    def check_at(self, r: Reference, code: bytes, offset: int, body: int) -> None:
+        """Check the field at `offset` of a live body, which stands for `r`; raises `_Mismatch`."""
+        if r.type in _DIRECT:
+            value = int.from_bytes(code[offset : offset + 4], "little", signed=True)
+            self.check_target(r.target, value + body + offset - r.addend & _MASK)
+        elif r.type in _REWRITTEN:
+            self.check_rewritten(r, code, offset, body)
+        else:
+            self.check(r, code[offset : offset + _width(r)], body + offset)
 
     def check(self, r: Reference, raw: bytes, place: int) -> None:
         """Check a field that holds the relocation as it stands; raises `_Mismatch`."""
@@ -275,63 +339,61 @@ class _Matcher:
         elif r.type in (R.GOTPCREL, R.GOTPCRELX, R.REX_GOTPCRELX):
             self._check_cell(r.target, value + place - r.addend & _MASK)
         elif r.type == R.GOTTPOFF:
-            offset = self._read_cell(value + place - r.addend & _MASK)
+            offset = self._read_table(value + place - r.addend & _MASK)
             self._check_thread_offset(r.target, offset - (1 << 64) if offset >> 63 else offset)
         else:
             self.check_target(r.target, value + place - r.addend & _MASK)
 
     def check_rewritten(self, r: Reference, code: bytes, field_offset: int, body: int) -> None:
         """Check a GOT reference that the linker may have made direct (AMD64 supplement, appendix B)."""
-        own = _opcode_bytes(r)
+        own = _opcode_bytes(r.type)
         ours = self._block().data[max(0, r.offset - own) : r.offset]
         theirs = code[max(0, field_offset - own) : field_offset]
-        raw = code[field_offset : field_offset + 4]
-        value = int.from_bytes(raw, "little", signed=True)
+        value = int.from_bytes(code[field_offset : field_offset + 4], "little", signed=True)
         place = body + field_offset
         if ours == theirs:
-            self.check(r, raw, place)
-            return
-        opcode, live_opcode = ours[-2:], theirs[-2:]
-        same_before = ours[:-2] == theirs[:-2]  # a REX prefix, or nothing
-        direct = value + place + 4 & _MASK
-        if r.type == R.GOTTPOFF:
-            if _thread_immediate(ours, theirs):
-                self._check_thread_offset(r.target, value)
-                return
-        elif opcode == b"\xff\x15" and same_before and live_opcode in (b"\x67\xe8", b"\x40\xe8"):
-            self.check_target(r.target, direct)
-            return
-        elif opcode == b"\xff\x25" and same_before and live_opcode[:1] == b"\xe9":
-            # jmp *foo@GOTPCREL(%rip) becomes jmp foo; nop: the field moves one byte forward
-            moved = code[field_offset - 1 : field_offset + 3]
-            self.check_target(r.target, int.from_bytes(moved, "little", signed=True) + place + 3 & _MASK)
-            return
-        elif ours[-2:-1] == b"\x8b" and theirs[-2:-1] == b"\x8d" and ours[-1:] == theirs[-1:] and same_before:
-            self.check_target(r.target, direct)  # mov foo@GOTPCREL(%rip), %reg becomes lea foo(%rip), %reg
-            return
+            self.check(r, code[field_offset : field_offset + 4], place)
+        elif r.type == R.GOTTPOFF:
+            if not _thread_immediate(ours, theirs):
+                raise _Mismatch(Cause.CODE, f"other instruction at +{r.offset:#x}")
+            self._check_thread_offset(r.target, value)
+        elif _made_direct(ours, theirs):
+            self.check_target(r.target, value + place + 4 & _MASK)
+        elif ours[-2:] == b"\xff\x25" and ours[:-2] == theirs[:-2] and _jump_and_nop(code, field_offset - 2):
+            # The field moves one byte forward.
+            moved = int.from_bytes(code[field_offset - 1 : field_offset + 3], "little", signed=True)
+            self.check_target(r.target, moved + place + 3 & _MASK)
         elif _absolute_immediate(ours, theirs):
             self.check_target(r.target, value & _MASK)
-            return
-        raise _Mismatch(Cause.CODE, f"other instruction at +{r.offset:#x}")
+        else:
+            raise _Mismatch(Cause.CODE, f"other instruction at +{r.offset:#x}")
 
     def _block(self) -> Block:
         assert self._current is not None
         return self._current
 
     def _check_cell(self, target: Target, cell: int) -> None:
+        module = self.unit.module
+        value = self._read_table(cell)
         known = self.unit.image.cell_at(cell)
-        if known is not None and known.name and self._cell_names(target, known.name):
+        if known is not None and known.name and known.type in _NAMED_CELLS and self._cell_names(target, known.name):
             return
         if known is not None and known.type == R_X86_64_IRELATIVE:
-            module = self.unit.module
             self.check_target(target, known.addend + module.bias)
             return
-        self.check_target(target, self._read_cell(cell))
+        if known is not None and known.name and not value:
+            raise _Mismatch(Cause.REFERENCE, f"uses the cell of `{known.name}`")
+        self.check_target(target, value)
 
     def _cell_names(self, target: Target, name: str) -> bool:
         if isinstance(target, External):
             return target.name == name
         return isinstance(target, Place) and any(s.name == name and not s.local for s in target.block.symbols)
+
+    def _read_table(self, cell: int) -> int:
+        if cell & 7 or not (self.unit.module.in_offset_table(cell) or self.unit.view.contains(cell)):
+            raise _Mismatch(Cause.REFERENCE, f"reads {cell:#x}, which is no cell of the offset table")
+        return self._read_cell(cell)
 
     def _read_cell(self, cell: int) -> int:
         try:
@@ -340,21 +402,20 @@ class _Matcher:
             raise _Mismatch(Cause.REFERENCE, f"reads a cell at {cell:#x}, which is not mapped") from None
 
     def check_target(self, target: Target, address: int) -> None:
-        """Check that a live address is what the object means by `target`."""
-        if isinstance(target, Absolute):
-            if address != target.value:
-                raise _Mismatch(Cause.CONSTANT, f"{address:#x} instead of {target.value:#x}")
+        """Check that a live address is what the object means by `target`; raises `_Mismatch`."""
+        if (target, address) in self._named:
+            return
+        if isinstance(target, Place):
+            self._check_place(target, address)
         elif isinstance(target, External):
             self._check_external(target, address)
-        else:
-            self._check_place(target, address)
+        elif address != target.value:
+            raise _Mismatch(Cause.CONSTANT, f"{address:#x} instead of {target.value:#x}")
 
     def _check_external(self, target: External, address: int) -> None:
-        if self.unit.denotes(address, (target.name,), local=False):
-            return
-        if target.weak and address in (0, self.unit.module.bias):
-            return
-        if self._chosen(target.name) == address:
+        weakly_absent = target.weak and address in (0, self.unit.module.bias)
+        if weakly_absent or self.unit.denotes_external(address, target.name) or self._chosen(target.name) == address:
+            self._named.add((target, address))
             return
         raise _Mismatch(Cause.REFERENCE, f"refers to `{target.name}` instead of {self._describe(address)}")
 
@@ -381,27 +442,70 @@ class _Matcher:
             self.pending.append(_Pending(self._block(), block, target.offset, address))
             return
         names = tuple(s.name for s in block.symbols)
-        if not self.unit.denotes(address, names, all(s.local for s in block.symbols)):
+        if not self.unit.denotes(address, names, all(s.local for s in block.symbols)) or not self._same_unit(
+            block, address
+        ):
             raise _Mismatch(Cause.REFERENCE, f"refers to `{block.name}` instead of {self._describe(address)}")
+        self._named.add((target, address))
+
+    def _same_unit(self, block: Block, address: int) -> bool:
+        """Tell a function that became static from another unit's of the same name."""
+        if block.exported:
+            return True
+        here = self.unit.names_at(address)
+        if any((s.name, Scope.UNIT) in here for s in block.symbols):
+            return True
+        live = self.unit.function(block)
+        return live is not None and address in (live.address, live.body)
+
+    # --- variables --------------------------------------------------------------------------------------------
 
     def _bind(self, block: Block, address: int) -> None:
-        known = self.bindings.get(block, self._trial.get(block))
-        if known is not None:
-            if known != address:
-                raise _Mismatch(Cause.REFERENCE, f"uses another `{base_name(block.name)}` than other functions do")
+        if self._needed is None and (self.bindings.get(block) == address or self._trial.get(block) == address):
             return
         if block.anonymous:
             raise _Mismatch(Cause.REFERENCE, f"refers to nameless data ({block.name})")
+        if self.unit.module.constant(address, block.size) and block.size:
+            raise _Mismatch(Cause.REFERENCE, f"`{base_name(block.name)}` was a constant")
         for symbol in block.symbols:
-            sizes = self.unit.sizes_at(address, symbol.name)
+            sizes = self.unit.sizes_at(address, symbol.name, symbol.local)
             if sizes and block.size not in sizes and 0 not in sizes:
                 raise _Mismatch(
                     Cause.REFERENCE, f"`{base_name(symbol.name)}` has {block.size} bytes instead of {sizes[0]}"
                 )
             if sizes or (not symbol.local and self.unit.denotes(address, (symbol.name,), local=False)):
-                self._trial[block] = address
+                self._record(block, address)
                 return
         raise _Mismatch(Cause.REFERENCE, f"refers to `{block.name}` instead of {self._describe(address)}")
+
+    def _record(self, block: Block, address: int) -> None:
+        """Bind a variable, unless that contradicts what is bound: one address each, and one variable an address."""
+        if self._needed is not None:
+            self._needed.append((block, address))
+        known = self.bindings.get(block, self._trial.get(block))
+        if block.kind is Kind.READ_ONLY:
+            self._trial.setdefault(block, address if known is None else known)
+        elif known is None:
+            other = self._bound_at(block.kind is Kind.THREAD_LOCAL, address)
+            if other is not None and other is not block and other.size and block.size:
+                raise _Mismatch(
+                    Cause.REFERENCE, f"uses `{base_name(block.name)}` where others use `{base_name(other.name)}`"
+                )
+            self._trial[block] = address
+        elif known != address:
+            raise _Mismatch(Cause.REFERENCE, f"uses another `{base_name(block.name)}` than other functions do")
+
+    def _bound_at(self, thread_local: bool, address: int) -> Block | None:
+        for block, bound in self._trial.items():
+            if (
+                bound == address
+                and block.kind is not Kind.READ_ONLY
+                and (block.kind is Kind.THREAD_LOCAL) == thread_local
+            ):
+                return block
+        return self._variables.get((thread_local, address))
+
+    # --- constants --------------------------------------------------------------------------------------------
 
     def _check_read_only(self, block: Block, offset: int, address: int) -> None:
         if block.exported and not self.unit.denotes(
@@ -412,42 +516,78 @@ class _Matcher:
             what = f"the string {_excerpt(block.data[offset:])}" if block.string else f"`{block.name}`"
             raise _Mismatch(Cause.CONSTANT, f"the contents of {what} differ")
         if block.symbols:
-            self._trial.setdefault(block, address - offset)
+            self._record(block, address - offset)
 
     def _same_contents(self, block: Block, offset: int, address: int) -> bool:
         key = (block, offset, address)
-        if key not in self._contents:
-            self._contents[key] = True  # a table that refers to itself is the same if all else is
-            self._contents[key] = self._compare_contents(block, offset, address)
-        return self._contents[key]
+        known = self._contents.get(key)
+        if known is None:
+            if key in self._assumed:
+                return True  # a table that refers to itself is the same if all else is
+            outermost = self._needed is None
+            if outermost:
+                self._needed = []
+            pending = len(self.pending)
+            self._assumed.add(key)
+            try:
+                same = self._compare_contents(block, offset, address)
+                if not outermost:
+                    return same
+                known = _Contents(same, tuple(self._needed or ()), tuple(self.pending[pending:]))
+                del self.pending[pending:]
+                self._contents[key] = known
+            finally:
+                if outermost:
+                    self._needed = None
+                    self._assumed.clear()
+        # What a table refers to binds whoever uses the table.
+        for variable, bound in known.bindings:
+            self._record(variable, bound)
+        self.pending += (_Pending(self._block(), p.target, p.offset, p.address) for p in known.pending)
+        return known.same
 
     def _compare_contents(self, block: Block, offset: int, address: int) -> bool:
         start = 0 if not block.string else offset  # within a pool only the tail from here on is known to be there
-        base = address - offset
+        base, size = address - offset, block.size - start
+        if not self._constant(block, base + start, size):
+            return False
         try:
-            theirs = bytearray(self.memory.read(base + start, block.size - start))
+            theirs = self.memory.read(base + start, size)
         except PatcherError:
             return False
         if not block.data:
             return not any(theirs)
-        ours = bytearray(block.data[start:])
         references = [r for r in self.blocks.references(block) if r.offset >= start]
-        raw = bytes(theirs)
-        for r in references:
-            low, high = r.offset - start, r.offset - start + _width(r)
-            ours[low:high] = theirs[low:high] = bytes(high - low)
-        for offset in self.ignored(block):
-            if offset >= start:
-                ours[offset - start : offset - start + 4] = theirs[offset - start : offset - start + 4] = bytes(4)
-        if ours != theirs:
+        if not self._equal_but_for(block, start, theirs, references):
             return False
         try:
             for r in references:
                 low = r.offset - start
-                self.check(r, raw[low : low + _width(r)], base + r.offset)
+                self.check(r, theirs[low : low + _width(r)], base + r.offset)
         except _Mismatch:
             return False
         return True
+
+    def _equal_but_for(self, block: Block, start: int, theirs: bytes, references: list[Reference]) -> bool:
+        ignored = self.ignored(block)
+        if not references and not ignored:
+            return block.data[start:] == theirs
+        left, right = bytearray(block.data[start:]), bytearray(theirs)
+        for r in references:
+            low, high = r.offset - start, r.offset - start + _width(r)
+            left[low:high] = right[low:high] = bytes(high - low)
+        for offset in ignored:
+            if offset >= start:
+                left[offset - start : offset - start + 4] = right[offset - start : offset - start + 4] = bytes(4)
+        return left == right
+
+    def _constant(self, block: Block, address: int, size: int) -> bool:
+        """Tell whether live bytes may be a constant's: the same contents in a variable would not stay the same."""
+        if block.exported or self.unit.view.contains(address):
+            return True
+        if self.blocks.object.sections[block.section].writable:
+            return self.unit.module.contains(address)
+        return self.unit.module.constant(address, size)
 
     # --- thread-local variables -------------------------------------------------------------------------------
 
@@ -462,38 +602,36 @@ class _Matcher:
         if not isinstance(target, Place):
             raise _Mismatch(Cause.REFERENCE, "uses a nameless thread-local")
         block_start = image.thread_block(module)
-        start = offset - target.offset
-        for symbol in target.block.symbols:
-            for variable in self.unit.variables(symbol.name, symbol.local):
-                if block_start is not None and block_start + variable.address == start:
-                    self._trial[target.block] = variable.address
-                    return
-        raise _Mismatch(Cause.REFERENCE, f"uses another thread-local than `{target.block.name}`")
+        if block_start is None:
+            raise _Mismatch(Cause.REFERENCE, f"`{target.block.name}` has no fixed place in each thread")
+        self._check_block_offset(target, offset - block_start)
 
     def _check_dynamic_tls(self, r: Reference, raw: bytes, place: int) -> None:
         value = int.from_bytes(raw, "little", signed=True)
-        if r.type == R.TLSGD:
+        if r.type in (R.TLSGD, R.TLSLD):
             cell = value + place - r.addend & _MASK
             known = self.unit.image.cell_at(cell)
-            if known is not None and known.name and self._cell_names(r.target, known.name):
-                return
-            self._check_block_offset(r.target, self._read_cell(cell + 8))
-        elif r.type == R.TLSLD:
-            known = self.unit.image.cell_at(value + place - r.addend & _MASK)
-            if known is None or known.name:
+            if known is None or known.type != R_X86_64_DTPMOD64 or not self.unit.module.contains(cell):
                 raise _Mismatch(Cause.REFERENCE, "uses another module's thread-locals")
+            if r.type == R.TLSGD and not (known.name and self._cell_names(r.target, known.name)):
+                self._check_block_offset(r.target, self._read_cell(cell + 8))
+            elif r.type == R.TLSLD and known.name:
+                raise _Mismatch(Cause.REFERENCE, f"uses the thread-locals of `{known.name}`'s module")
         elif r.type == R.DTPOFF32:
-            self._check_block_offset(r.target, value - r.addend & _MASK)
+            self._check_block_offset(r.target, value - r.addend)
         else:
             raise _Mismatch(Cause.CODE, f"uses {type_name(r.type)}, which is not matched")
 
     def _check_block_offset(self, target: Target, offset: int) -> None:
+        """Check an offset in the module's thread-local block."""
         if isinstance(target, Place):
-            for symbol in target.block.symbols:
+            block = target.block
+            for symbol in block.symbols:
                 for variable in self.unit.variables(symbol.name, symbol.local):
-                    if variable.address == offset - target.offset:
-                        self._trial[target.block] = variable.address
+                    if variable.address == offset - target.offset and variable.size in (0, block.size):
+                        self._record(block, variable.address)
                         return
+            raise _Mismatch(Cause.REFERENCE, f"uses another thread-local than `{block.name}`")
         raise _Mismatch(Cause.REFERENCE, "uses another thread-local")
 
     def _describe(self, address: int) -> str:
@@ -502,26 +640,42 @@ class _Matcher:
 
 
 _MASK = (1 << 64) - 1
-_REWRITTEN = (R.GOTPCRELX, R.REX_GOTPCRELX, R.GOTTPOFF, R.GOTPCREL)
+_REWRITTEN = frozenset((R.GOTPCRELX, R.REX_GOTPCRELX, R.GOTTPOFF, R.GOTPCREL))
+_DIRECT = frozenset((R.PC32, R.PLT32))
+_NAMED_CELLS = (R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT)
+
+
+_WIDTHS = {kind: rule.width for kind, rule in RULES.items()} | {R.DTPOFF64: 8, R.DTPMOD64: 8}
 
 
 def _width(r: Reference) -> int:
-    rule = RULES.get(r.type)
-    if rule is not None:
-        return rule.width
-    return 8 if r.type in (R.DTPOFF64, R.DTPMOD64) else 4
+    return _WIDTHS.get(r.type, 4)
 
 
-def _field(r: Reference) -> tuple[int, int]:
+def _field(kind: int, offset: int) -> tuple[int, int]:
     """Return the bytes that are checked by meaning: for what a linker may rewrite, the opcode too."""
-    return max(0, r.offset - _opcode_bytes(r)), r.offset + _width(r)
+    return max(0, offset - _opcode_bytes(kind)), offset + _WIDTHS.get(kind, 4)
 
 
-def _opcode_bytes(r: Reference) -> int:
+def _opcode_bytes(kind: int) -> int:
     """Return how many bytes before the field belong to the instruction for certain, where a linker may rewrite it."""
-    if r.type not in _REWRITTEN:
+    if kind not in _REWRITTEN:
         return 0
-    return 3 if r.type in (R.REX_GOTPCRELX, R.GOTTPOFF) else 2
+    return 3 if kind in (R.REX_GOTPCRELX, R.GOTTPOFF) else 2
+
+
+def _made_direct(ours: bytes, theirs: bytes) -> bool:
+    """Tell whether `call *foo@GOTPCREL(%rip)` became `addr32 call foo`, or `mov` became `lea foo(%rip)`."""
+    if len(ours) < 2 or ours[:-2] != theirs[:-2]:
+        return False
+    if ours[-2:] == b"\xff\x15":
+        return theirs[-2:] == b"\x67\xe8"
+    return ours[-2] == 0x8B and theirs[-2] == 0x8D and ours[-1] == theirs[-1]
+
+
+def _jump_and_nop(code: bytes, offset: int) -> bool:
+    """Tell whether `jmp foo; nop` stands there, which `jmp *foo@GOTPCREL(%rip)` may have become."""
+    return code[offset : offset + 1] == b"\xe9" and code[offset + 5 : offset + 6] == b"\x90"
 
 
 def _absolute_immediate(ours: bytes, theirs: bytes) -> bool:
@@ -568,7 +722,9 @@ def _excerpt(data: bytes) -> str:
 
 
 _Lite = tuple[int, int, str, str]
-_NOPS = ("nop", "data16", "xchg")
+_NOP = re.compile(  # as assemblers and linkers write them: other operand bytes would be somebody else's
+    rb"[\x66\x2e]*(?:\x90|\x0f\x1f(?:\x00|\x40\x00|\x44\x00\x00|\x80\x00{4}|\x84\x00{5}))"
+)
 
 
 class _Walk:
@@ -577,14 +733,13 @@ class _Walk:
     def __init__(
         self, matcher: _Matcher, block: Block, code: bytes, body: int, references: tuple[Reference, ...]
     ) -> None:
-        from patcher.code.instructions import decode_lite, is_padding
+        from patcher.code.instructions import decode_lite
 
         self.matcher = matcher
         self.block = block
         self.code = code
         self.body = body
         self.references = references
-        self._padding = is_padding
         try:
             self.ours = decode_lite(block.data, 0)
             self.theirs = decode_lite(code, 0)
@@ -619,8 +774,8 @@ class _Walk:
         return self.map
 
     def _nop(self, data: bytes, instruction: _Lite) -> bool:
-        offset, size, mnemonic, _ = instruction
-        return mnemonic.startswith(_NOPS) and self._padding(data[offset : offset + size])
+        offset, size, _, _ = instruction
+        return _NOP.fullmatch(data, offset, offset + size) is not None
 
     def _skip_references(self, instruction: _Lite) -> None:
         while self._next < len(self.references) and self.references[self._next].offset < sum(instruction[:2]):
@@ -638,6 +793,9 @@ class _Walk:
         if branch is not None and not (found and found[0].type in _REWRITTEN):
             self._branch(branch, other, ours, theirs, found)
             return
+        if found and mine[:2] == b"\xff\x25" and other[:1] == b"\xe9":
+            self.matcher.check_rewritten(found[0], self.code, theirs[0] + 2, self.body)
+            return
         if size != theirs[1]:
             raise _Mismatch(Cause.CODE, f"other instruction at +{start:#x}: {ours[2]} instead of {theirs[2]}")
         self._plain(ours, theirs, mine, other, found)
@@ -645,33 +803,43 @@ class _Walk:
     def _plain(self, ours: _Lite, theirs: _Lite, mine: bytes, other: bytes, found: list[Reference]) -> None:
         left, right = bytearray(mine), bytearray(other)
         for r in found:
-            low, high = (max(0, b - ours[0]) for b in _field(r))
+            low, high = (max(0, b - ours[0]) for b in _field(r.type, r.offset))
             left[low:high] = right[low:high] = bytes(high - low)
         for offset in self._ignored:
             if ours[0] <= offset < ours[0] + ours[1]:
                 left[offset - ours[0] : offset - ours[0] + 4] = right[offset - ours[0] : offset - ours[0] + 4] = bytes(
                     4
                 )
+        if not found and "[rip" in ours[3]:
+            self._inner_operand(ours, theirs, left, right)
         if left != right:
             same_operation = ours[2] == theirs[2] and ours[1] == theirs[1]
             cause = Cause.CONSTANT if same_operation else Cause.CODE
             raise _Mismatch(cause, f"{ours[2]} {ours[3]} instead of {theirs[2]} {theirs[3]} at +{ours[0]:#x}")
         for r in found:
             offset = theirs[0] + r.offset - ours[0]
-            if r.type in _REWRITTEN:
-                self.matcher.check_rewritten(r, self.code, offset, self.body)
-            else:
-                self.matcher.check(r, self.code[offset : offset + _width(r)], self.body + offset)
+            self.matcher.check_at(r, self.code, offset, self.body)
 
-    def _branch(
-        self, branch: tuple[str, int], other: bytes, ours: _Lite, theirs: _Lite, found: list[Reference]
-    ) -> None:
+    def _inner_operand(self, ours: _Lite, theirs: _Lite, left: bytearray, right: bytearray) -> None:
+        """Take a reference to the function's own code, which the assembler resolved, for one of the inner ones."""
+        from patcher.code.instructions import field_end, lite_reference
+
+        source, destination = lite_reference(ours, 0), lite_reference(theirs, 0)
+        if source is None or destination is None:
+            return
+        value = (source - ours[0] - ours[1] & 0xFFFFFFFF).to_bytes(4, "little")
+        position = left.rfind(value)
+        if position > 1 and field_end(bytes(left), 0, position) + position + 4 == len(left):
+            left[position : position + 4] = right[position : position + 4] = bytes(4)
+            self.inner.append((source, destination))
+
+    def _branch(self, branch: _Branch, other: bytes, ours: _Lite, theirs: _Lite, found: list[Reference]) -> None:
         live = _relative_branch(other)
-        if live is None or live[0] != branch[0]:
+        if live is None or live[:2] != branch[:2]:
             raise _Mismatch(Cause.CODE, f"{ours[2]} {ours[3]} instead of {theirs[2]} {theirs[3]} at +{ours[0]:#x}")
-        destination = theirs[0] + theirs[1] + live[1]
+        destination = theirs[0] + theirs[1] + live[2]
         if not found:
-            self.inner.append((ours[0] + ours[1] + branch[1], destination))
+            self.inner.append((ours[0] + ours[1] + branch[2], destination))
             return
         reference = found[0]
         if reference.type not in (R.PC32, R.PLT32, R.PC8):
@@ -680,22 +848,34 @@ class _Walk:
         self.matcher.check_target(reference.target, self.body + destination - reference.addend - width & _MASK)
 
 
-def _relative_branch(raw: bytes) -> tuple[str, int] | None:
-    """Return (operation, displacement) of a relative branch, the same operation for its short and long forms."""
-    i = 0
-    while i < len(raw) and raw[i] in (0x66, 0x67, 0xF2, 0xF3, 0x2E, 0x3E, 0x48, 0x40):
-        i += 1
-    if i >= len(raw):
+_Branch = tuple[bytes, str, int]
+
+
+def _relative_branch(raw: bytes) -> _Branch | None:
+    """Return a relative branch's (prefixes, operation, displacement), the same for its short and long forms."""
+    found = _BRANCH.match(raw)
+    if found is None:
         return None
-    opcode, rest = raw[i], raw[i + 1 :]
+    opcode, rest = raw[found.end()], raw[found.end() + 1 :]
+    operation = _branch_operation(opcode, rest)
+    if operation is None:
+        return None
+    width = 1 if len(rest) == 1 else 4
+    return found[0], operation, int.from_bytes(rest[-width:], "little", signed=True)
+
+
+_BRANCH = re.compile(rb"[\x66\x67\xf2\xf3\x2e\x3e\x48\x40]*(?=[\xe8\xe9\xeb\x70-\x7f\x0f\xe0-\xe3])")
+
+
+def _branch_operation(opcode: int, rest: bytes) -> str | None:
     if opcode == 0xE8 and len(rest) == 4:
-        return "call", int.from_bytes(rest, "little", signed=True)
+        return "call"
     if opcode in (0xE9, 0xEB) and len(rest) in (1, 4):
-        return "jmp", int.from_bytes(rest, "little", signed=True)
+        return "jmp"
     if opcode & 0xF0 == 0x70 and len(rest) == 1:
-        return f"j{opcode & 15:x}", int.from_bytes(rest, "little", signed=True)
+        return f"j{opcode & 15:x}"
     if opcode == 0x0F and len(rest) == 5 and rest[0] & 0xF0 == 0x80:
-        return f"j{rest[0] & 15:x}", int.from_bytes(rest[1:], "little", signed=True)
+        return f"j{rest[0] & 15:x}"
     if 0xE0 <= opcode <= 0xE3 and len(rest) == 1:
-        return f"loop{opcode & 3}", int.from_bytes(rest, "little", signed=True)
+        return f"loop{opcode & 3}"
     return None

@@ -23,6 +23,7 @@ from patcher.match import Delta, FunctionMatch, Status, is_cold_piece, is_privat
 from patcher.patch.arena import SLOT_COUNT, Arena, Usage
 from patcher.patch.journal import Body, GenerationRecord, Placed, Redirect
 from patcher.patch.ledger import Commit, Ledger
+from patcher.statics import candidates, find_static
 
 _SAME = (Status.SAME, Status.LINE_ONLY)
 
@@ -208,7 +209,8 @@ class _Generation:
             extent = max(unit.extent(live.address), live.size)
             ahead = self.image.target.memory.read(live.address, min(extent, live.size + 16))
             siblings = [(piece.body, piece.code) for piece in door.part.cold_pieces(door.block)]
-            entry = plan_entry(live.name, ahead, live.address, live.size, ahead[live.size :], siblings)
+            following = _filled(ahead[live.size :], live.address + extent)
+            entry = plan_entry(live.name, ahead, live.address, live.size, following, siblings)
             address = (cursor + 15) & -16
             code = displaced_copy(entry, ahead, live.address, address)
             if address + COPY_SIZE > space.code.end:
@@ -292,6 +294,12 @@ class _Generation:
         return tuple(
             (cell, value, island) for name in names for cell, value in self.image.jump_slots(name, live.address)
         )
+
+
+def _filled(following: bytes, end: int) -> bytes:
+    """Return what follows a function; zeros up to the next aligned one are padding too (mold fills gaps so)."""
+    gap = end % 16 == 0 and len(following) < 16 and not any(following)
+    return b"\x90" * len(following) if gap else following
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,6 +386,9 @@ class _Linkage:
     def _function(self, part: Part, block: Block) -> Bound | None:
         if part.status(block) not in _SAME:
             return None
+        interposed = self._interposed(part, block)
+        if interposed is not None and interposed.function:
+            return self._entry(interposed.address)
         live = part.live(block)
         if live is None:
             return None
@@ -388,6 +399,16 @@ class _Linkage:
         if redirect is None or not (redirect.born or self.ledger.is_detoured(redirect)):
             return Bound(address)
         return Bound(address, self.ledger.arenas[redirect.arena].island(redirect.index))
+
+    def _interposed(self, part: Part, block: Block) -> Definition | None:
+        """Return what a library's own exported name denotes in the process, where that is another module's."""
+        if part.module is self.image.executable:
+            return None
+        for symbol in block.symbols:
+            found = self.image.resolve(symbol.name, part.module) if not symbol.local else None
+            if found is not None and found.module is not part.module:
+                return found if self.image.binds(part.module, found) else None
+        return None
 
     def _variable(self, part: Part, block: Block) -> Bound | None:
         thread_local = block.kind is Kind.THREAD_LOCAL
@@ -416,56 +437,14 @@ class _Linkage:
             )
         return Bound(base + address, thread_local=True)
 
-    def _candidates(self, part: Part, block: Block) -> list[LiveVariable]:
-        found: dict[int, LiveVariable] = {}
-        for symbol in block.symbols:
-            for variable in part.unit.variables(symbol.name, symbol.local):
-                found.setdefault(variable.address, variable)
-        return list(found.values())
-
     def _find_variable(self, part: Part, block: Block) -> LiveVariable | None:
+        interposed = self._interposed(part, block)
+        if interposed is not None and not interposed.function and not interposed.thread_local:
+            return LiveVariable(interposed.name, interposed.address, interposed.size)
         if not numbered(block.name):
-            return next(iter(self._candidates(part, block)), None)
-        rivals = self._numbered_options(part, block)
-        found = rivals[block]
-        if len(found) > 1 or (found and sum(found == other for other in rivals.values()) > 1):
-            places = ", ".join(f"`{v.name}` at {v.address:#x}" for v in found)
-            raise UnsafeChange(
-                f"which static `{base_name(block.name)}` of {part.source} is {places} cannot be told",
-                "give the function's static variables different names, one save at a time",
-                code="ambiguous-variable",
-            )
-        return found[0] if found else None
-
-    def _numbered_options(self, part: Part, block: Block) -> dict[Block, list[LiveVariable]]:
-        """Return, for each variable that shares a numbered one's name, the live ones that its functions used."""
-        taken = set(part.delta.bindings.values())
-        options: dict[Block, list[LiveVariable]] = {}
-        for other in part.blocks.data_blocks():
-            matched = part.matched(other)
-            alike = other.kind is block.kind and numbered(other.name) and base_name(other.name) == base_name(block.name)
-            if alike and (matched is None or matched not in part.delta.bindings):
-                free = [v for v in self._candidates(part, other) if v.address not in taken and v.size == other.size]
-                users = self._old_users(part, other)
-                used = [v for v in free if any(_uses(pieces, v) for pieces in users)]
-                # A caller that a function is inlined into uses its own variables as well; the function does not.
-                options[other] = [v for v in used if all(_uses(pieces, v) for pieces in users)] or used
-        for _ in options:  # what is certain for one is out of the question for the others
-            certain = [found[0] for found in options.values() if len(found) == 1]
-            for found in options.values():
-                if len(found) > 1:
-                    found[:] = [v for v in found if v not in certain]
-        return options
-
-    def _old_users(self, part: Part, block: Block) -> list[tuple[LiveFunction, ...]]:
-        """Return the old bodies of the functions that now use `block`."""
-        found = []
-        for function in part.blocks.functions:
-            live = part.live(function)
-            references = part.blocks.references(function) if live is not None else ()
-            if live is not None and any(getattr(r.target, "block", None) is block for r in references):
-                found.append((live, *part.cold_pieces(function)))
-        return found
+            return next(iter(candidates(part.unit, block)), None)
+        base = self.image.thread_block(part.module) if block.kind is Kind.THREAD_LOCAL else None
+        return find_static(part, block, base)
 
     # --- names the object does not define -----------------------------------------------------------------------
 
@@ -515,14 +494,3 @@ class _Linkage:
             if placed.kind == "data" and not placed.local and name in placed.names:
                 return Bound(placed.address)
         return None
-
-
-def _uses(pieces: Sequence[LiveFunction], variable: LiveVariable) -> bool:
-    from patcher.code.instructions import decode
-
-    for piece in pieces:
-        for instruction in decode(piece.code, piece.body):
-            reference = instruction.reference
-            if reference is not None and variable.address <= reference < variable.address + variable.size:
-                return True
-    return False

@@ -135,6 +135,7 @@ class Session:
         self._indirect: set[Path] = set()
         self._line_only: dict[tuple[Path, str], object] = {}
         self._pending: set[Path] = set()
+        self._proven: set[tuple[Path, tuple[str, ...]]] = set()
         self._build_seconds = 0.0
         self._layouts: dict[str, Layouts | None] = {}
         self._unchecked: set[str] = set()
@@ -301,6 +302,7 @@ class Session:
 
     def _link(self, parts: list[Part], waiting: list[Part]) -> Linked:
         from patcher.link.place import FarData
+        from patcher.link.plan import DynamicThreadLocal
         from patcher.relink import NeedsArena, link_generation
 
         for _ in range(len(parts) + 2):
@@ -308,7 +310,7 @@ class Session:
                 return link_generation(self.image, self.ledger, parts, waiting)
             except NeedsArena:
                 self._map_stub_area(parts)
-            except FarData as error:
+            except (FarData, DynamicThreadLocal) as error:
                 self._make_indirect(parts, error)
         raise UnsafeChange("the change cannot be linked", "restart the program with the new code")
 
@@ -322,7 +324,7 @@ class Session:
         self.image.stub_area = next(iter(self.ledger.arenas.values())).stub
 
     def _make_indirect(self, parts: list[Part], error: Exception) -> None:
-        """Compile the unit that cannot reach some data again, with access through cells."""
+        """Compile the unit that cannot reach some data again, with access through cells, thread-locals included."""
         from patcher.blocks import Blocks
         from patcher.build import INDIRECT
         from patcher.elf import read_object
@@ -333,7 +335,7 @@ class Session:
             command = self._command_of.get(id(part.delta))
             if part.blocks.object is guilty and part.blocks is part.delta.blocks and command is not None:
                 with self._building():
-                    unit = self.compiler.compile(command, variant=INDIRECT)
+                    unit = self.compiler.compile(command, variant=INDIRECT, options=("-ftls-model=initial-exec",))
                 blocks = Blocks(read_object(unit.object))
                 self.compiler.discard(unit)
                 self._command_of.pop(id(part.delta))
@@ -420,7 +422,12 @@ class Session:
 
         changed = delta.with_status(Verdict.CHANGED)
         known = len(delta.functions) - len(delta.with_status(Verdict.ADDED))
-        if self.options.force or len(changed) < _DRIFT_MINIMUM or 2 * len(changed) <= known:
+        # What fitted once was built with this very command: from then on everything may change.
+        proof = (source.file, source.command.arguments) if source.command is not None else None
+        few = len(changed) < _DRIFT_MINIMUM or 2 * len(changed) <= known
+        if self.options.force or few or proof in self._proven:
+            if proof is not None and delta.with_status(Verdict.SAME):
+                self._proven.add(proof)
             return
         baseline = self._baseline.get(source.file)
         if baseline is not None and source.command is not None and self._fits(baseline, source.command):

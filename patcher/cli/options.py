@@ -103,6 +103,9 @@ def gather(arguments: dict[str, Any]) -> Common:
     for path in arguments.get("watch", ()):
         if not path.exists():
             raise click.UsageError(f"--watch {path}: no such file or directory")
+    database = arguments["compile_commands"]
+    if database is not None and not database.exists():
+        raise click.UsageError(f"--compile-commands {database}: no such file or directory")
     return Common(
         watch=tuple(arguments.get("watch", ())),
         compile_commands=arguments["compile_commands"],

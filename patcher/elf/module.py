@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from patcher.elf import tables as t
-from patcher.elf.symbols import SymbolIndex
+from patcher.elf.symbols import StaticSymbol, SymbolIndex
 from patcher.errors import ObjectError
 
 R_X86_64_COPY, R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT, R_X86_64_RELATIVE = 5, 6, 7, 8
@@ -97,9 +97,31 @@ class Module:
     needed: tuple[str, ...]
     interpreter: str
     cells: dict[int, Cell]
+    offset_tables: tuple[tuple[int, int], ...]  # extents of the GOT's sections; empty without section headers
+    read_only_after_start: tuple[int, int]  # what the dynamic linker protects once it has relocated (PT_GNU_RELRO)
     exports: dict[str, tuple[DynamicSymbol, ...]]
     symbols: SymbolIndex
+    demotes: bool  # linked by mold, which turns an executable's own globals into local symbols
     symbols_from: str  # where the static symbols came from, for messages; "" when there are none
+
+    def constant(self, address: int, size: int) -> bool:
+        """Tell whether some bytes lie in a segment that the program cannot write to once it runs."""
+        low, high = self.read_only_after_start
+        if low <= address and address + size <= high:
+            return True
+        return any(not s.writable and s.address <= address and address + size <= s.end for s in self.segments)
+
+    def in_offset_table(self, address: int) -> bool:
+        """Tell whether a cell lies in the global offset table, as far as the file tells where that is."""
+        return not self.offset_tables or any(low <= address < high for low, high in self.offset_tables)
+
+    def demoted(self, symbol: StaticSymbol) -> bool:
+        """Tell whether a local symbol is, or with `demotes` may be, a global that the linker turned local."""
+        return symbol.local and (self.demotes or symbol.hidden or symbol.group in self._nameless_groups)
+
+    @cached_property
+    def _nameless_groups(self) -> frozenset[int]:
+        return frozenset((-1, *self.symbols.groups("")))
 
     @property
     def start(self) -> int:
@@ -160,7 +182,7 @@ def read_module(name: str, path: Path, debug_files: Callable[[str, str], list[Pa
     raw = t.read_raw(name, data)
     if raw.type not in (t.ET_EXEC, t.ET_DYN):
         raise ObjectError(f"{name}: not an executable or shared library", "")
-    binary = _parse(name, data)
+    linkage = _linkage(name, data)
     segments = tuple(
         Segment(int(p["address"]), int(p["memory_size"]), int(p["file_size"]), int(p["offset"]), int(p["flags"]))
         for p in raw.program_headers
@@ -179,14 +201,48 @@ def read_module(name: str, path: Path, debug_files: Callable[[str, str], list[Pa
         segments=segments,
         thread_storage=_thread_storage(raw),
         dynamic_section=dynamic,
-        soname=_soname(binary),
-        needed=tuple(binary.libraries) if dynamic else (),
-        interpreter=binary.interpreter if binary.has_interpreter else "",
-        cells=_cells(binary),
-        exports=_exports(binary),
+        soname=linkage.soname,
+        needed=linkage.needed if dynamic else (),
+        interpreter=linkage.interpreter,
+        cells=linkage.cells or _resolver_cells(raw),
+        offset_tables=_offset_tables(raw),
+        read_only_after_start=_relro(raw),
+        exports=linkage.exports,
         symbols=symbols,
+        demotes=_linked_by_mold(raw),
         symbols_from=origin,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Linkage:
+    """What the dynamic tables say."""
+
+    soname: str
+    needed: tuple[str, ...]
+    interpreter: str
+    cells: dict[int, Cell]
+    exports: dict[str, tuple[DynamicSymbol, ...]]
+
+
+def _linkage(name: str, data: bytes) -> _Linkage:
+    try:
+        binary = _parse(name, data)
+        interpreter = binary.interpreter if binary.has_interpreter else ""
+        return _Linkage(_soname(binary), tuple(binary.libraries), interpreter, _cells(binary), _exports(binary))
+    except (SystemError, TypeError, ValueError, RuntimeError, AttributeError) as error:  # lief, on impossible tables
+        raise ObjectError(f"{name}: its dynamic tables cannot be read ({error})", "the file is damaged") from None
+
+
+def _resolver_cells(raw: t.RawFile) -> dict[int, Cell]:
+    """Return the cells of a static executable: IFUNCs' only, applied by its own start-up code, without dynamic tables."""
+    found = {}
+    for index, header in enumerate(raw.section_headers):
+        if int(header["type"]) == t.SHT_RELA and int(header["flags"]) & t.SHF_ALLOC:
+            for offset, kind, _, addend in raw.table(index, t.RELA).tolist():
+                if kind == R_X86_64_IRELATIVE:
+                    found[offset] = Cell(kind, "", addend)
+    return found
 
 
 def _parse(name: str, data: bytes) -> Any:
@@ -254,6 +310,26 @@ def _thread_storage(raw: t.RawFile) -> ThreadStorage | None:
         if int(p["type"]) == t.PT_TLS:
             return ThreadStorage(int(p["address"]), int(p["memory_size"]), int(p["alignment"]) or 1)
     return None
+
+
+def _relro(raw: t.RawFile) -> tuple[int, int]:
+    for p in raw.program_headers:
+        if int(p["type"]) == t.PT_GNU_RELRO:
+            return int(p["address"]), int(p["address"]) + int(p["memory_size"])
+    return 0, 0
+
+
+def _linked_by_mold(raw: t.RawFile) -> bool:
+    names = [raw.section_name(i) for i in range(len(raw.section_headers))]
+    return ".comment" in names and b"\0mold " in b"\0" + bytes(raw.contents(names.index(".comment")))
+
+
+def _offset_tables(raw: t.RawFile) -> tuple[tuple[int, int], ...]:
+    return tuple(
+        (address, address + size)
+        for name, _, _, address, _, size, *_ in raw.section_headers.tolist()
+        if t.string_at(raw.section_names, name) in (".got", ".got.plt")
+    )
 
 
 def _dynamic_table(raw: t.RawFile) -> int:

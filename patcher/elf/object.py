@@ -11,7 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,11 +39,19 @@ class SymbolBinding(IntEnum):
     UNIQUE = 10
 
 
-@dataclass(frozen=True, slots=True)
-class Symbol:
-    """One entry of the symbol table; `section` is a section index or an SHN_ constant."""
+_RESERVED = 0x10000
+_ABSOLUTE = t.SHN_ABS - _RESERVED
+_COMMON = (t.SHN_COMMON - _RESERVED, t.SHN_X86_64_LCOMMON - _RESERVED)
 
-    index: int
+
+class Symbol(NamedTuple):
+    """One entry of the symbol table.
+
+    `section` is a section index; an SHN_ constant of the reserved range stands 0x10000 lower, since an object of
+    more than 65,279 sections uses those numbers as indexes too.
+    """
+
+    number: int
     name: str
     section: int
     value: int
@@ -56,11 +66,11 @@ class Symbol:
 
     @property
     def common(self) -> bool:
-        return self.section in (t.SHN_COMMON, t.SHN_X86_64_LCOMMON)
+        return self.section in _COMMON
 
     @property
     def absolute(self) -> bool:
-        return self.section == t.SHN_ABS
+        return self.section == _ABSOLUTE
 
     @property
     def local(self) -> bool:
@@ -71,8 +81,7 @@ class Symbol:
         return self.binding == SymbolBinding.WEAK
 
 
-@dataclass(frozen=True, slots=True)
-class Relocation:
+class Relocation(NamedTuple):
     """One RELA entry: apply `type` at `offset` of its section, to symbol number `symbol`."""
 
     offset: int
@@ -97,6 +106,11 @@ class Section:
     @property
     def code(self) -> bool:
         return bool(self.flags & t.SHF_EXECINSTR)
+
+    @property
+    def writable(self) -> bool:
+        """True for what is writable as the program starts: RELRO data is."""
+        return bool(self.flags & t.SHF_WRITE)
 
     @property
     def thread_local(self) -> bool:
@@ -139,9 +153,7 @@ class ObjectFile:
     def _relocation_sections(self) -> dict[int, list[int]]:
         headers = self._raw.section_headers
         found: dict[int, list[int]] = {}
-        for index in range(len(headers)):
-            kind = int(headers[index]["type"])
-            target = int(headers[index]["info"])
+        for index, (kind, target) in enumerate(zip(headers["type"].tolist(), headers["info"].tolist(), strict=True)):
             if kind == t.SHT_REL and target in self.sections:
                 raise ObjectError(
                     f"{self.name}: section {index} has relocations without addends (SHT_REL)",
@@ -155,9 +167,8 @@ class ObjectFile:
         """Return the relocations of a section, by rising offset. Raises `ObjectError` for impossible ones."""
         result: list[Relocation] = []
         for index in self._relocation_sections.get(section, ()):
-            rows = self._raw.table(index, t.RELA).tolist()
-            result += [Relocation(offset, kind, symbol, addend) for offset, kind, symbol, addend in rows]
-        result.sort(key=lambda r: r.offset)
+            result += map(Relocation._make, self._raw.table(index, t.RELA).tolist())
+        result.sort(key=itemgetter(0))
         count, size = len(self.symbols), self.sections[section].size
         for r in result:
             if r.symbol >= count or r.offset >= size:
@@ -183,7 +194,7 @@ def read_objects(path: Path) -> tuple[ObjectFile, ...]:
         return (parse_object(str(path), data),)
     members = read_archive(path, data)
     objects = tuple(
-        parse_object(f"{path}({name})", contents) for name, contents in members if contents[:4] == b"\x7fELF"
+        parse_object(f"{path}({name})", contents) for name, contents in members if contents[:4] in t.OBJECT_MAGIC
     )
     if not objects:
         raise ObjectError(f"{path}: an archive without objects", "give an archive of relocatable objects")
@@ -208,38 +219,45 @@ def parse_object(name: str, data: bytes) -> ObjectFile:
         raise ObjectError(f"{name}: {kind}, not a relocatable object", "give what the compiler makes with -c")
     sections = _read_sections(raw)
     symbols = _read_symbols(raw)
-    names = [raw.section_name(i) for i in range(len(raw.section_headers))]
-    slim_lto = any(n.startswith(".gnu.lto_") for n in names) and not any(
-        s.size for s in sections.values() if s.code or s.name.startswith((".data", ".rodata"))
+    slim_lto = b".gnu.lto_" in raw.section_names and not any(
+        s.size for s in sections.values() if not s.name.startswith(".note")
     )
     if slim_lto or any(s.name == "__gnu_lto_slim" for s in symbols):
         raise ObjectError(f"{name}: LTO bytecode without machine code", "compile it with -fno-lto or -ffat-lto-objects")
     return ObjectFile(name, sections, symbols, raw)
 
 
+_WIDEST_CHARACTER = 16
+
+
 def _read_sections(raw: t.RawFile) -> dict[int, Section]:
     sections: dict[int, Section] = {}
-    for index in range(1, len(raw.section_headers)):
-        header = raw.section_headers[index]
-        flags, kind = int(header["flags"]), int(header["type"])
-        if not flags & t.SHF_ALLOC or kind == t.SHT_GROUP:
+    rows = raw.section_headers.tolist()
+    for index, (name_offset, kind, flags, _, _, size, _, _, alignment, entry_size) in enumerate(rows):
+        if not flags & t.SHF_ALLOC or kind in (t.SHT_NULL, t.SHT_GROUP):
             continue
-        alignment = int(header["alignment"]) or 1
+        name = t.string_at(raw.section_names, name_offset)
         if alignment & (alignment - 1) or alignment > 1 << 30:
             raise ObjectError(
-                f"{raw.name}: section {raw.section_name(index)} wants an alignment of {alignment}",
+                f"{raw.name}: section {name} wants an alignment of {alignment}",
                 "the object is damaged; compile it again",
             )
-        size = int(header["size"])
         if size > 1 << 32:
             raise ObjectError(
-                f"{raw.name}: section {raw.section_name(index)} claims {size} bytes",
+                f"{raw.name}: section {name} claims {size} bytes", "the object is damaged; compile it again"
+            )
+        if flags & t.SHF_TLS and flags & t.SHF_EXECINSTR:
+            raise ObjectError(
+                f"{raw.name}: section {name} claims to be code and thread-local",
+                "the object is damaged; compile it again",
+            )
+        if flags & t.SHF_STRINGS and entry_size > _WIDEST_CHARACTER:
+            raise ObjectError(
+                f"{raw.name}: section {name} claims characters of {entry_size} bytes",
                 "the object is damaged; compile it again",
             )
         data = bytes(raw.contents(index))
-        sections[index] = Section(
-            index, raw.section_name(index), kind, flags, size, alignment, int(header["entry_size"]), data
-        )
+        sections[index] = Section(index, name, kind, flags, size, alignment or 1, entry_size, data)
     return sections
 
 
@@ -262,7 +280,9 @@ def _read_symbols(raw: t.RawFile) -> tuple[Symbol, ...]:
     for i, (name, info, other, section, value, size) in enumerate(raw.table(index, t.SYM).tolist()):
         if section == t.SHN_XINDEX and i < len(extended):
             section = extended[i]
-        elif t.SHN_LORESERVE > section >= count:
+        elif section >= t.SHN_LORESERVE:
+            section -= _RESERVED
+        if section >= count:
             raise ObjectError(
                 f"{raw.name}: symbol {i} stands in section {section} of {count}",
                 "the object is damaged; compile it again",

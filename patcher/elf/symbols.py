@@ -1,14 +1,15 @@
 """The static symbol table of a module, as arrays: address to symbols, name to symbols, local groups.
 
 Local symbols are told apart by the STT_FILE symbol they stand under (its ordinal in the table): the
-file's name alone is a base name, and several units share one. GNU ld puts hidden symbols that it
-turned local under a nameless STT_FILE, the other linkers under the defining file.
+file's name alone is a base name, and several units share one. Symbols that a linker turned local are no
+statics: GNU ld puts hidden ones under a nameless STT_FILE, gold under the last file, lld under the
+defining file; mold turns every global of an executable that nobody imports local, under its file.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +19,7 @@ from patcher.elf.object import SymbolBinding, SymbolType
 _ADDRESSABLE = (SymbolType.NOTYPE, SymbolType.OBJECT, SymbolType.FUNC, SymbolType.IFUNC)
 
 
-@dataclass(frozen=True, slots=True)
-class StaticSymbol:
+class StaticSymbol(NamedTuple):
     """A defined symbol of a module; `value` is its link-time address (an offset for a TLS symbol)."""
 
     name: str
@@ -28,6 +28,7 @@ class StaticSymbol:
     type: int
     binding: int
     group: int  # ordinal of the STT_FILE symbol it stands under, for local symbols; -1 otherwise
+    hidden: bool = False  # of other than default visibility
 
     @property
     def local(self) -> bool:
@@ -46,6 +47,10 @@ class SymbolIndex:
         self._strings = strings
         self._types = table["info"] & 15
         self._files = np.flatnonzero(self._types == SymbolType.FILE)
+        # What was asked for once is asked for again at every save.
+        self._made: dict[int, StaticSymbol] = {}
+        self._starting: dict[int, tuple[StaticSymbol, ...]] = {}
+        self._members: dict[int, tuple[StaticSymbol, ...]] = {}
 
     @classmethod
     def empty(cls) -> SymbolIndex:
@@ -58,15 +63,17 @@ class SymbolIndex:
         # Binutils writes versioned names into .symtab as name@version: the name alone is what objects ask for.
         return t.string_at(self._strings, int(self._table["name"][index])).partition("@")[0]
 
-    def _symbol(self, index: int, name: str | None = None) -> StaticSymbol:
-        row = self._table[index]
-        info = int(row["info"])
-        binding = info >> 4
-        group = -1
-        if binding == SymbolBinding.LOCAL:
-            group = int(np.searchsorted(self._files, index, side="right")) - 1
-        text = self._name(index) if name is None else name
-        return StaticSymbol(text, int(row["value"]), int(row["size"]), info & 15, binding, group)
+    def _symbol(self, index: int) -> StaticSymbol:
+        found = self._made.get(index)
+        if found is None:
+            _, info, other, _, value, size = self._table[index].item()
+            binding = info >> 4
+            group = -1
+            if binding == SymbolBinding.LOCAL:
+                group = int(np.searchsorted(self._files, index, side="right")) - 1
+            hidden = bool(other & 3)
+            found = self._made[index] = StaticSymbol(self._name(index), value, size, info & 15, binding, group, hidden)
+        return found
 
     @cached_property
     def _names(self) -> dict[str, list[int]]:
@@ -92,13 +99,21 @@ class SymbolIndex:
 
     def named(self, name: str) -> list[StaticSymbol]:
         """Return every defined symbol of that name."""
-        return [self._symbol(i, name) for i in self._names.get(name, ())]
+        return [self._symbol(i) for i in self._names.get(name, ())]
 
-    def at(self, address: int) -> list[StaticSymbol]:
+    def at(self, address: int) -> tuple[StaticSymbol, ...]:
         """Return the symbols whose value is exactly this link-time address."""
-        values, indexes = self._by_address
-        low, high = np.searchsorted(values, address, "left"), np.searchsorted(values, address, "right")
-        return [self._symbol(int(i)) for i in indexes[low:high]]
+        found = self._starting.get(address)
+        if found is None:
+            values, indexes = self._by_address
+            if 0 <= address < 1 << 64:
+                low, high = (int(np.searchsorted(values, np.uint64(address), side)) for side in ("left", "right"))
+                found = tuple(self._symbol(i) for i in indexes[low:high].tolist())
+            else:
+                found = ()
+            if found:
+                self._starting[address] = found
+        return found
 
     def covering(self, address: int) -> StaticSymbol | None:
         """Return a function or object whose extent holds this link-time address, the nearest below it."""
@@ -118,20 +133,27 @@ class SymbolIndex:
 
     def groups(self, file_name: str) -> list[int]:
         """Return the ordinals of the STT_FILE symbols of that name; "" gives the nameless ones."""
-        return [i for i, index in enumerate(self._files.tolist()) if self._name(index) == file_name]
+        return self._groups.get(file_name, [])
+
+    @cached_property
+    def _groups(self) -> dict[str, list[int]]:
+        found: dict[str, list[int]] = {}
+        for group, index in enumerate(self._files.tolist()):
+            found.setdefault(self._name(index), []).append(group)
+        return found
 
     def group_name(self, group: int) -> str:
         return self._name(int(self._files[group])) if 0 <= group < len(self._files) else ""
 
-    def members(self, group: int) -> list[StaticSymbol]:
+    def members(self, group: int) -> tuple[StaticSymbol, ...]:
         """Return the addressable and thread-local symbols that stand under one STT_FILE symbol."""
-        start = int(self._files[group]) + 1
-        end = int(self._files[group + 1]) if group + 1 < len(self._files) else len(self._table)
-        found = []
-        for index in range(start, end):
-            kind = int(self._types[index])
-            if int(self._table["info"][index]) >> 4 != SymbolBinding.LOCAL:
-                break
-            if kind in _ADDRESSABLE or kind == SymbolType.TLS:
-                found.append(self._symbol(index))
+        found = self._members.get(group)
+        if found is None:
+            start = int(self._files[group]) + 1
+            end = int(self._files[group + 1]) if group + 1 < len(self._files) else len(self._table)
+            info = self._table["info"][start:end]
+            others = np.flatnonzero(info >> 4 != SymbolBinding.LOCAL)  # locals come first
+            kinds = info[: int(others[0]) if len(others) else None] & 15
+            wanted = np.flatnonzero(np.isin(kinds, (*_ADDRESSABLE, SymbolType.TLS))) + start
+            found = self._members[group] = tuple(self._symbol(i) for i in wanted.tolist())
         return found

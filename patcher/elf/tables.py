@@ -18,7 +18,7 @@ from patcher.errors import ObjectError
 ET_REL, ET_EXEC, ET_DYN, ET_CORE = 1, 2, 3, 4
 EM_X86_64 = 62
 
-SHT_PROGBITS, SHT_SYMTAB, SHT_STRTAB, SHT_RELA, SHT_NOBITS, SHT_REL = 1, 2, 3, 4, 8, 9
+SHT_NULL, SHT_PROGBITS, SHT_SYMTAB, SHT_STRTAB, SHT_RELA, SHT_NOBITS, SHT_REL = 0, 1, 2, 3, 4, 8, 9
 SHT_DYNSYM, SHT_GROUP, SHT_SYMTAB_SHNDX = 11, 17, 18
 SHT_X86_64_UNWIND = 0x70000001
 
@@ -29,6 +29,11 @@ SHN_UNDEF, SHN_LORESERVE, SHN_ABS, SHN_COMMON, SHN_XINDEX = 0, 0xFF00, 0xFFF1, 0
 SHN_X86_64_LCOMMON = 0xFF02
 
 PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE, PT_PHDR, PT_TLS = 1, 2, 3, 4, 6, 7
+PT_GNU_RELRO = 0x6474E552
+
+ELF_MAGIC = b"\x7fELF"
+BITCODE_MAGIC = (b"BC\xc0\xde", b"\xde\xc0\x17\x0b")  # plain, and in LLVM's wrapper
+OBJECT_MAGIC = (ELF_MAGIC, *BITCODE_MAGIC)
 
 EHDR = np.dtype(
     [
@@ -160,9 +165,9 @@ def _check_identity(name: str, view: memoryview) -> None:
     if len(view) == 0:
         raise ObjectError(f"{name}: the file is empty", "compile it again")
     start = bytes(view[:16])
-    if start[:4] in (b"BC\xc0\xde", b"\xde\xc0\x17\x0b"):
+    if start[:4] in BITCODE_MAGIC:
         raise ObjectError(f"{name}: LLVM bytecode (LTO), not machine code", "compile it without -flto")
-    if start[:4] != b"\x7fELF":
+    if start[:4] != ELF_MAGIC:
         raise ObjectError(
             f"{name}: not an ELF file", "give a relocatable object (.o), an archive (.a) or a source file"
         )

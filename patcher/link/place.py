@@ -170,7 +170,7 @@ class _Placer:
         if rule.need is Need.CELL:
             return self._encode(block, r, rule, Operands(symbol, r.addend, place, G=self._cell(symbol)))
         operands = Operands(symbol, r.addend, place)
-        if rule.need is Need.ISLAND and symbol and rule.encode(rule.formula(operands)) is None:
+        if rule.need is Need.ISLAND and rule.encode(rule.formula(operands)) is None:
             operands = Operands(self._far_jump(symbol), r.addend, place)
         return self._encode(block, r, rule, operands)
 
@@ -229,6 +229,7 @@ class _Placer:
     # --- cells and jumps --------------------------------------------------------------------------------------
 
     def _cell(self, value: int) -> int:
+        value &= _MASK
         address = self.cells.get(value)
         if address is None:
             address = self.read_only.take(8, 8)

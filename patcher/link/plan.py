@@ -13,8 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from patcher.blocks import Absolute, Block, Blocks, External, Kind, Linkable, Place, Reference
+from patcher.elf import ObjectFile
 from patcher.errors import LinkError, UnresolvedSymbol, UnsupportedRelocation
 from patcher.link.relocations import RULES, Need, R, type_name
+
+
+class DynamicThreadLocal(UnsupportedRelocation):
+    """A thread-local reached by a call of the dynamic linker; the initial-exec model would do without.
+
+    `object` is the object that has to be compiled with that model.
+    """
+
+    object: ObjectFile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +132,27 @@ class _Planner:
     def _follow(self, unit: Unit, block: Block, reference: Reference) -> None:
         rule = RULES.get(reference.type)
         if rule is None:
-            raise UnsupportedRelocation(
+            kind = DynamicThreadLocal if reference.type in _DYNAMIC_THREAD_LOCAL else UnsupportedRelocation
+            error = kind(
                 f"{where(block, reference)}: {type_name(reference.type)}{_against(reference)} cannot be applied",
                 _ADVICE.get(reference.type, "report it, with the compiler and its flags"),
             )
+            if isinstance(error, DynamicThreadLocal):
+                error.object = block.object
+            raise error
         target = reference.target
+        thread_local = rule.need in (Need.THREAD_OFFSET, Need.THREAD_CELL)
         if isinstance(target, Place):
+            if (target.block.kind is Kind.THREAD_LOCAL) != thread_local:
+                raise LinkError(
+                    f"{where(block, reference)}: {type_name(reference.type)}{_against(reference)}, which is "
+                    f"{target.block.kind.value}",
+                    "the object is damaged; compile it again",
+                )
             self._reach(unit, block, target)
         elif isinstance(target, External):
             self._resolve_external(unit, block, reference, target)
-        if rule.need in (Need.THREAD_OFFSET, Need.THREAD_CELL) and isinstance(target, Absolute):
+        if thread_local and isinstance(target, Absolute):
             raise LinkError(f"{where(block, reference)}: a thread-local reference without a symbol", "")
 
     def _reach(self, unit: Unit, user: Block, target: Place) -> None:
@@ -184,6 +205,7 @@ def _against(reference: Reference) -> str:
     return f" against `{target.block.name}`" if isinstance(target, Place) else ""
 
 
+_DYNAMIC_THREAD_LOCAL = (R.TLSGD, R.TLSLD, R.GOTPC32_TLSDESC)
 _ADVICE: dict[int, str] = {
     R.TLSGD: "compile the unit with -ftls-model=initial-exec",
     R.TLSLD: "compile the unit with -ftls-model=initial-exec",

@@ -14,9 +14,7 @@ import numpy as np
 
 from patcher.errors import PatcherError, TargetGone
 from patcher.patch.transaction import read_stack
-from patcher.target import StoppedThread, Target
-
-_STACK_LIMIT = 8 << 20  # a stack's usual limit; above a thread's stack other memory may follow without a gap
+from patcher.target import Mapping, StoppedThread, Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +41,8 @@ def find_active(
         mappings = target.mappings()
         for tid in target.threads():
             thread = known.get(tid) or _registers(target, tid)
-            end = next((m.end for m in mappings if thread is not None and thread.sp in m), 0)
-            if thread is not None and end:
-                found += [Active(tid, name) for name in _old_frames(target, thread, spans, end)]
+            if thread is not None:
+                found += [Active(tid, name) for name in _old_frames(target, thread, spans, mappings)]
     except TargetGone:
         return tuple(found)
     return tuple(found)
@@ -63,8 +60,10 @@ def _registers(target: Target, tid: int) -> StoppedThread | None:
     return StoppedThread(tid, pc, sp)
 
 
-def _old_frames(target: Target, thread: StoppedThread, spans: Sequence[tuple[int, int, str]], end: int) -> list[str]:
-    words = read_stack(target, thread.sp, min(_STACK_LIMIT, end - thread.sp))
+def _old_frames(
+    target: Target, thread: StoppedThread, spans: Sequence[tuple[int, int, str]], mappings: Sequence[Mapping]
+) -> list[str]:
+    words = read_stack(target, thread.sp, mappings)
     words = np.append(words, np.uint64(thread.pc))
     words = words[(words >= np.uint64(spans[0][0])) & (words < np.uint64(max(e for _, e, _ in spans)))]
     starts = np.array([s for s, _, _ in spans], dtype=np.uint64)

@@ -4,7 +4,8 @@ Four parts, one after another, none ever writable and executable:
 
     r--   constants and cells            | written from outside, through /proc/<pid>/mem
     r-x   islands, then code             |
-    rw-   header, slots, journal, data   | the program's own new variables are in `data`
+    rw-   header, slots, journal, data,  | the program's own new variables are in `data`
+          room for slots on their way
     r-x   one page for injected stubs
 
 It is a private mapping of a memfd called `patcher`, which shows in maps, is copied on fork and needs no
@@ -38,7 +39,11 @@ _SLOTS_OFFSET = PAGE
 _JOURNAL_OFFSET = _SLOTS_OFFSET + 8 * SLOT_COUNT
 JOURNAL_SIZE = 8 << 20
 _DATA_OFFSET = _JOURNAL_OFFSET + JOURNAL_SIZE
+_STAGING_SIZE = 8 * SLOT_COUNT
 _ISLANDS_SIZE = ISLAND_SIZE * SLOT_COUNT
+
+COPY_FUNCTION = b"\x48\x89\xd1\xf3\xa4\xc3"  # mov %rdx, %rcx; rep movsb; ret
+_COPY_FUNCTION_OFFSET = 2048  # behind the stubs
 
 # magic, base, primary's header, used r--, used r-x, used rw-, slots in use, journal bytes in use, owner, its start
 _HEADER = struct.Struct("<8sQQQQQQQQQ")
@@ -99,6 +104,16 @@ class Arena:
         return self.header + WRITABLE_SIZE
 
     @property
+    def copy_function(self) -> int:
+        """Where COPY_FUNCTION(to, from, count) is put for a stub to call."""
+        return self.stub + _COPY_FUNCTION_OFFSET
+
+    @property
+    def staging(self) -> int:
+        """Room for as many bytes as there are slots, for values on their way into them."""
+        return self.stub - _STAGING_SIZE
+
+    @property
     def end(self) -> int:
         return self.base + TOTAL_SIZE
 
@@ -124,7 +139,7 @@ class Arena:
         sane = (
             self.base <= usage.read_only <= self.code_start
             and self.code_start + _ISLANDS_SIZE <= usage.code <= self.header
-            and self.header + _DATA_OFFSET <= usage.data <= self.stub
+            and self.header + _DATA_OFFSET <= usage.data <= self.staging
             and 1 <= usage.slots <= SLOT_COUNT
             and usage.journal <= JOURNAL_SIZE
         )
@@ -153,7 +168,7 @@ class Arena:
         return Space(
             Region(usage.read_only, self.code_start),
             Region(usage.code, self.header),
-            Region(usage.data, self.stub),
+            Region(usage.data, self.staging),
         )
 
     def bytes_used(self, usage: Usage) -> int:
@@ -175,6 +190,13 @@ class Arena:
 
     def lock(self, pid: int, start_time: int) -> None:
         """Take the target for one transaction. Raises `TargetBusy` naming a living owner; a dead one's is taken."""
+        self.refuse_owner(pid, start_time)
+        self.target.memory.write(self.header + _LOCK_OFFSET, _LOCK.pack(pid, start_time))
+        if self.owner() != (pid, start_time):
+            raise TargetBusy(f"process {self.target.pid} was taken by another patcher", "try again", code="locked")
+
+    def refuse_owner(self, pid: int, start_time: int) -> None:
+        """Raise `TargetBusy` naming the owner of the lock, if it is another process and alive."""
         owner, started = self.owner()
         if owner and (owner, started) != (pid, start_time) and _is_alive(owner, started):
             raise TargetBusy(
@@ -182,9 +204,6 @@ class Arena:
                 f"wait for it, or stop it with `kill {owner}`",
                 code="locked",
             )
-        self.target.memory.write(self.header + _LOCK_OFFSET, _LOCK.pack(pid, start_time))
-        if self.owner() != (pid, start_time):
-            raise TargetBusy(f"process {self.target.pid} was taken by another patcher", "try again", code="locked")
 
     def owner(self) -> tuple[int, int]:
         pid, start = _LOCK.unpack(self.target.memory.read(self.header + _LOCK_OFFSET, _LOCK.size))

@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from patcher.errors import UnsafeChange
 
 _FRAME = struct.Struct("<II")
-_MAX_RECORD = 64 << 20
+_MAX_TEXT = 64 << 20  # of all records together, unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,15 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
+class Body:
+    """The extent of a function's code, for messages with its name."""
+
+    name: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRecord:
     """One generation: who its parent is, what it placed and where each function it changed now goes."""
 
@@ -71,8 +81,8 @@ class GenerationRecord:
     statuses: tuple[tuple[str, str, str], ...]  # function, module, "changed" or "added"
     placed: tuple[Placed, ...]
     redirects: tuple[Redirect, ...]  # the functions that got their island with this generation
-    used: tuple[tuple[int, int, int, int], ...]  # arena, and the ends of its r--, r-x and rw- regions in use
-    cells: tuple[tuple[int, int, int], ...] = ()  # GOT cells set to an island: address, old, new
+    quiet: tuple[Body, ...] = ()  # bodies without a frame when it went live
+    quiet_back: tuple[Body, ...] = ()  # bodies that must have no frame when it is taken back
 
 
 @dataclass
@@ -123,66 +133,103 @@ class Journal:
         return bodies
 
 
+@dataclass(frozen=True, slots=True)
+class ArenaView:
+    """What earlier generations made: the records, the current slot values and where islands stand."""
+
+    journal: Journal
+    bodies: Mapping[tuple[int, int], int]  # (arena, slot index) -> body that the slot points at now
+    islands: Mapping[int, tuple[int, int]]  # island address -> (arena, slot index)
+    ranges: tuple[tuple[int, int], ...] = ()  # the arenas' extents
+
+    def contains(self, address: int) -> bool:
+        return any(start <= address < end for start, end in self.ranges)
+
+
 def encode(record: GenerationRecord) -> bytes:
     """Return a record as it stands in the target's memory."""
-    body = zlib.compress(json.dumps(asdict(record), separators=(",", ":")).encode(), 1)
+    body = zlib.compress(json.dumps(asdict(record), separators=(",", ":")).encode("utf-8"), 1)
     return _FRAME.pack(len(body), zlib.crc32(body)) + body
 
 
 def decode(data: bytes) -> Journal:
     """Read back every record of a journal area. Raises `UnsafeChange` when one is damaged."""
-    journal, position = Journal(), 0
+    journal, position, room = Journal(), 0, _MAX_TEXT
     while position + _FRAME.size <= len(data):
         size, checksum = _FRAME.unpack_from(data, position)
         if size == 0:
             break
         position += _FRAME.size
         body = data[position : position + size]
-        if size > _MAX_RECORD or len(body) != size or zlib.crc32(body) != checksum:
-            raise UnsafeChange(
-                f"the journal in the process is damaged at byte {position}",
-                "restart the program; its memory was overwritten",
-                code="damaged-journal",
-            )
+        if len(body) != size or zlib.crc32(body) != checksum:
+            raise damaged(f"at byte {position}")
+        text = _unpack(body, room)
+        room -= len(text)
         position += size
-        journal.add(_parse(body))
+        journal.add(_parse(text))
     return journal
 
 
-def _parse(body: bytes) -> GenerationRecord:
+def damaged(how: str) -> UnsafeChange:
+    """Return the error for a journal that nobody can go on from."""
+    return UnsafeChange(
+        f"the journal in the process is damaged: {how}",
+        "restart the program; its memory was overwritten",
+        code="damaged-journal",
+    )
+
+
+def _unpack(body: bytes, room: int) -> bytes:
+    unpacker = zlib.decompressobj()
     try:
-        unpacker = zlib.decompressobj()
-        text = unpacker.decompress(body, _MAX_RECORD)
+        text = unpacker.decompress(body, room + 1)
+    except zlib.error as error:
+        raise damaged(f"a record cannot be unpacked ({error})") from None
+    if not unpacker.eof or len(text) > room:
+        raise damaged("a record goes on for too long")
+    return text
+
+
+def _parse(text: bytes) -> GenerationRecord:
+    try:
         return _record(json.loads(text))
-    except (zlib.error, ValueError, KeyError, TypeError) as error:
-        raise UnsafeChange(
-            f"a record of the journal in the process cannot be read: {error}",
-            "restart the program; its memory was overwritten",
-            code="damaged-journal",
-        ) from None
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise damaged(f"a record cannot be read ({type(error).__name__}: {error})") from None
 
 
 def _record(raw: dict[str, Any]) -> GenerationRecord:
     return GenerationRecord(
-        number=int(raw["number"]),
-        parent=int(raw["parent"]),
+        number=_number(raw["number"]),
+        parent=_number(raw["parent"]),
         time=float(raw["time"]),
         files=_strings(raw["files"]),
-        bodies=tuple((int(a), int(b), int(c)) for a, b, c in raw["bodies"]),
+        bodies=tuple((_number(a), _number(b), _number(c)) for a, b, c in raw["bodies"]),
         statuses=tuple((str(a), str(b), str(c)) for a, b, c in raw["statuses"]),
         placed=tuple(_placed(p) for p in raw["placed"]),
         redirects=tuple(_redirect(r) for r in raw["redirects"]),
-        used=tuple((int(a), int(b), int(c), int(d)) for a, b, c, d in raw["used"]),
-        cells=_cells(raw["cells"]),
+        quiet=_bodies(raw["quiet"]),
+        quiet_back=_bodies(raw["quiet_back"]),
     )
 
 
+def _number(raw: Any) -> int:
+    if type(raw) is not int or not 0 <= raw < 1 << 64:
+        raise ValueError(f"{str(raw)[:40]} is no address, size or count")
+    return raw
+
+
 def _strings(raw: Any) -> tuple[str, ...]:
+    if not isinstance(raw, list):
+        raise TypeError("no list of names")
     return tuple(str(s) for s in raw)
 
 
 def _cells(raw: Any) -> tuple[tuple[int, int, int], ...]:
-    return tuple((int(a), int(b), int(c)) for a, b, c in raw)
+    return tuple((_number(a), _number(b), _number(c)) for a, b, c in raw)
+
+
+def _bodies(raw: Any) -> tuple[Body, ...]:
+    return tuple(Body(str(b["name"]), _number(b["start"]), _number(b["end"])) for b in raw)
 
 
 def _placed(raw: dict[str, Any]) -> Placed:
@@ -193,8 +240,8 @@ def _placed(raw: dict[str, Any]) -> Placed:
         str(raw["module"]),
         str(raw["unit"]),
         bool(raw["local"]),
-        int(raw["address"]),
-        int(raw["size"]),
+        _number(raw["address"]),
+        _number(raw["size"]),
     )
 
 
@@ -205,11 +252,11 @@ def _redirect(raw: dict[str, Any]) -> Redirect:
         str(raw["module"]),
         str(raw["unit"]),
         bool(raw["local"]),
-        int(raw["original"]),
-        int(raw["size"]),
-        int(raw["arena"]),
-        int(raw["index"]),
-        int(raw["copy"]),
+        _number(raw["original"]),
+        _number(raw["size"]),
+        _number(raw["arena"]),
+        _number(raw["index"]),
+        _number(raw["copy"]),
         bytes.fromhex(raw["entry"]).hex(),
         _cells(raw["cells"]),
     )

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from patcher.code.entry import DETOUR_SIZE, detour, island
-from patcher.errors import PatcherError, UnsafeChange
+from patcher.errors import PatcherError, TargetBusy, UnsafeChange
 from patcher.link.place import Space
-from patcher.live import ArenaView
 from patcher.patch import journal as records
 from patcher.patch.arena import (
     JOURNAL_SIZE,
@@ -24,7 +23,7 @@ from patcher.patch.arena import (
     find_arenas,
     plan_arena,
 )
-from patcher.patch.journal import GenerationRecord, Journal, Redirect
+from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
 from patcher.patch.transaction import Flip, FlipResult, TextWrite, flip
 from patcher.target import Target
 
@@ -36,7 +35,6 @@ class Commit:
     record: GenerationRecord
     writes: tuple[tuple[int, bytes], ...]
     usage: tuple[tuple[int, Usage], ...]  # arena base -> how far it will be in use
-    quiet: tuple[tuple[int, int], ...] = ()
 
 
 class Ledger:
@@ -48,7 +46,7 @@ class Ledger:
         self.usages: dict[int, Usage] = {}
         self.journal = Journal()
         self.slots: dict[int, list[int]] = {}
-        self._journal_bytes = 0
+        self._journal_read = b""
         self._controller = (os.getpid(), _own_start_time())
         self.refresh()
 
@@ -60,12 +58,22 @@ class Ledger:
         self.usages = {base: arena.usage() for base, arena in self.arenas.items()}
         self.slots = {base: arena.read_slots(self.usages[base].slots) for base, arena in self.arenas.items()}
         primary = self.primary
-        if primary is None:
-            return
-        used = self.usages[primary.base].journal
-        if used != self._journal_bytes:
-            self.journal = records.decode(self.target.memory.read(primary.journal, used)) if used else Journal()
-            self._journal_bytes = used
+        found = self.target.memory.read(primary.journal, self.usages[primary.base].journal) if primary else b""
+        if found != self._journal_read:
+            if not found.startswith(self._journal_read):
+                self._journal_read, self.journal = b"", Journal()
+            for record in records.decode(found[len(self._journal_read) :]).generations.values():
+                self.journal.add(record)
+            self._journal_read = found
+        self._check()
+
+    def _check(self) -> None:
+        """Raise `UnsafeChange` when the journal speaks of slots that are not there."""
+        named = [(r.arena, r.index) for r in self.journal.redirects]
+        named += [(arena, index) for g in self.journal.generations.values() for arena, index, _ in g.bodies]
+        for arena, index in named:
+            if not 0 < index < len(self.slots.get(arena, ())):
+                raise records.damaged(f"it names slot {index} of an arena at {arena:#x}, which is not there")
 
     @property
     def primary(self) -> Arena | None:
@@ -96,6 +104,9 @@ class Ledger:
         arena = self.arenas[redirect.arena]
         expected = detour(redirect.original, arena.island(redirect.index))
         return self.target.memory.read(redirect.original, DETOUR_SIZE) == expected
+
+    def _is_in_place(self, redirect: Redirect) -> bool:
+        return not redirect.born and self.is_detoured(redirect)
 
     # --- arenas -----------------------------------------------------------------------------------------------
 
@@ -132,18 +143,48 @@ class Ledger:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Hold the target's lock, if there is an arena to hold it in. Raises `TargetBusy` naming who has it."""
-        primary = self.primary
-        if primary is None or primary.base not in {a.base for a in find_arenas(self.target)}:
-            yield
-            return
-        primary.lock(*self._controller)
-        try:
+        """Hold the target's lock, and finish what a controller that died left half done.
+
+        Raises `TargetBusy` naming who has it. The lock in the arena says who it is, and reaches beyond containers;
+        the claim makes taking it one step.
+        """
+        with self._claimed():
             self.refresh()
+            primary = self.primary
+            if primary is None:
+                yield
+                return
+            primary.lock(*self._controller)
+            try:
+                self._mend()
+                yield
+            finally:
+                if self.target.alive():
+                    primary.unlock()
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self.target.memory.claimed())
+            except TargetBusy:
+                self.refresh()
+                if self.primary is not None:
+                    self.primary.refuse_owner(*self._controller)
+                raise
             yield
-        finally:
-            if self.target.alive():
-                primary.unlock()
+
+    def _mend(self) -> None:
+        if self.slots != {base: self._slots_at(base, self.generation) for base in self.slots}:
+            self.revert(self.generation)
+
+    def _slots_at(self, base: int, number: int) -> list[int]:
+        """Return what an arena's slots hold while a generation is live."""
+        slots, bodies = list(self.slots[base]), self.journal.bodies_at(number)
+        for redirect in self.journal.redirects:
+            if redirect.arena == base and not (redirect.born and (base, redirect.index) not in bodies):
+                slots[redirect.index] = bodies.get((base, redirect.index), redirect.copy)
+        return slots
 
     # --- changing ---------------------------------------------------------------------------------------------
 
@@ -172,7 +213,8 @@ class Ledger:
             primary.set_usage(replace(usage, journal=start + len(encoded)))
             return flip(self.target, self._flip(change))
         except PatcherError:
-            if self.target.alive():
+            # A detour that is in place must stay on record.
+            if self.target.alive() and not any(self._is_in_place(r) for r in change.record.redirects):
                 for base, usage in before.items():
                     self.arenas[base].set_usage(usage)
             raise
@@ -200,14 +242,14 @@ class Ledger:
             values.setdefault(arena, {})[index] = body
         touched = {(arena, index) for arena, index, _ in record.bodies}
         known = [r for r in (*self.journal.redirects, *record.redirects) if (r.arena, r.index) in touched]
-        return self._assemble(values, record.number, known, change.quiet)
+        return self._assemble(values, record.number, known, record.quiet)
 
     def _assemble(
         self,
         values: dict[int, dict[int, int]],
         number: int,
         detoured: Sequence[Redirect],
-        quiet: tuple[tuple[int, int], ...],
+        quiet: tuple[Body, ...],
     ) -> Flip:
         primary = self.primary
         assert primary is not None
@@ -244,12 +286,19 @@ class Ledger:
             elif redirect.born:
                 continue
             values.setdefault(redirect.arena, {})[redirect.index] = bodies.get(key, redirect.copy)
-        change = self._assemble(values, number, kept, ())
+        change = self._assemble(values, number, kept, self._quiet_between(self.generation, number))
         if number == 0:
             change = self._restoring(change)
         result = flip(self.target, change)
         self.refresh()
         return result
+
+    def _quiet_between(self, live: int, number: int) -> tuple[Body, ...]:
+        """Return the bodies that must have no frame on the way from one generation to another."""
+        before, after = self.journal.lineage(live), self.journal.lineage(number)
+        undone = [body for record in before if record not in after for body in record.quiet_back]
+        redone = [body for record in after if record not in before for body in record.quiet]
+        return tuple(undone + redone)
 
     def _restoring(self, change: Flip) -> Flip:
         text, cells = [], []
@@ -261,7 +310,7 @@ class Ledger:
             for address, before, after in redirect.cells:
                 if self.target.memory.read(address, 8) == _cell(after):
                     cells.append(TextWrite(address, _cell(after), _cell(before)))
-        return Flip(tuple(text), tuple(cells), change.slots, change.quiet)
+        return Flip(tuple(text), tuple(cells), change.slots, change.quiet, restores=True)
 
 
 def _cell(value: int) -> bytes:

@@ -7,7 +7,9 @@ Before it, everything is written to memory that nobody executes, and the journal
     later patches               one write of the slots, nobody is stopped
 
 A detour by itself changes nothing: its slot still points at the displaced copy, which is the old body. The
-slots are contiguous and the generation's number is the first of them, so one write decides.
+slots are contiguous and the generation's number is the first of them, so one write decides. Slots on more than
+one page, or in more than one arena, are copied into place by a stub in the target, which finishes without us.
+Taking detours away goes the other way round: the slots first.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from patcher.errors import PatcherError, TargetBusy
-from patcher.patch.arena import PAGE, Arena
-from patcher.target import Stopped, StoppedThread, Target, WriteRefused
+from patcher.patch.arena import COPY_FUNCTION, PAGE, Arena
+from patcher.patch.journal import Body
+from patcher.target import FunctionCall, Mapping, Stopped, StoppedThread, Target, WriteRefused
 
-_STACK_LIMIT = 256 << 10
+_STACK_LIMIT = 8 << 20  # a stack's usual limit; a body that is far up in a deep recursion counts too
+_NEW_STACK = 64 << 10  # of a thread whose stack was mapped after we looked
 _TRIES = 20
 _STEPS = 16
 
@@ -36,6 +40,9 @@ class TextWrite:
     old: bytes
     new: bytes
 
+    def undone(self) -> TextWrite:
+        return TextWrite(self.address, self.new, self.old)
+
 
 @dataclass(frozen=True, slots=True)
 class Flip:
@@ -43,19 +50,28 @@ class Flip:
 
     `text`: detours written or taken back; `cells`: GOT cells; `slots`: new values by arena and index, slot 0 of
     the first arena among them; `quiet`: bodies (start, end) that no thread may be inside, because they jump back
-    to their own entry and would come out in the new code in the middle of their work.
+    to their own entry and would come out in the new code in the middle of their work; `restores`: the text goes back
+    to what it was at first, after the slots.
     """
 
     text: tuple[TextWrite, ...]
     cells: tuple[TextWrite, ...]
     slots: tuple[tuple[Arena, dict[int, int]], ...]
-    quiet: tuple[tuple[int, int], ...] = ()
+    quiet: tuple[Body, ...] = ()
+    restores: bool = False
 
     @property
     def needs_stop(self) -> bool:
-        if self.text or self.cells or self.quiet or len(self.slots) > 1:
-            return True
-        return any(8 * (max(values) + 1) > PAGE for _, values in self.slots if values)
+        return bool(self.text or self.cells or self.quiet)
+
+    @property
+    def in_one_write(self) -> bool:
+        """Whether one write changes every slot, none of them half done if we are killed meanwhile."""
+        return len(self.slots) < 2 and all(8 * (max(values) + 1) <= PAGE for _, values in self.slots)
+
+    def undone(self) -> Flip:
+        """Return what takes the text and the cells back, and leaves the slots alone."""
+        return Flip(tuple(w.undone() for w in self.text), tuple(w.undone() for w in self.cells), ())
 
 
 @dataclass(frozen=True)
@@ -68,21 +84,46 @@ class FlipResult:
 
 def flip(target: Target, change: Flip) -> FlipResult:
     """Make a change live. Raises `PatcherError` with the target as it was before when it cannot be done."""
-    writes = [_slot_write(arena, values) for arena, values in change.slots if values]
+    writes = [_slot_write(arena, values) for arena, values in change.slots]
+    if change.in_one_write or change.quiet:
+        return _flip(target, change, writes)
+    if change.restores:
+        _copy_slots(target, change.slots, writes)
+        return _flip(target, change, ())
+    result = _flip(target, change, ())
+    try:
+        _copy_slots(target, change.slots, writes)
+    except PatcherError:
+        _flip(target, change.undone(), ())
+        raise
+    return result
+
+
+def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResult:
     if not change.needs_stop:
-        for address, data in writes:
-            target.memory.write(address, data)
+        for write in slots:
+            target.memory.write(write.address, write.new)
         return FlipResult(0)
     detours = _Guard(((w.address, w.address + len(w.new)) for w in change.text), include_start=False)
-    bodies = _Guard(change.quiet, include_start=True)
+    bodies = _Guard(((b.start, b.end) for b in change.quiet), include_start=True)
     for attempt in range(_TRIES):
+        mappings = target.mappings()
         with target.stopped() as stopped:
-            done = detours.clear(target, stopped) and bodies.clear(target, stopped)
+            done = detours.clear(target, stopped, mappings) and bodies.clear(target, stopped, mappings)
             if done:
-                _write_all(target, change, writes)
+                _write_all(target, change, slots)
         if done:
             return FlipResult(stopped.duration_ns, stopped.threads)
         time.sleep(0.001 * (attempt + 1))
+    if change.quiet:
+        names = ", ".join(f"`{b.name}`" for b in change.quiet[:4])
+        raise TargetBusy(
+            f"process {target.pid}: a thread stays inside {names}, whose code cannot go on beside the new one "
+            "(it relies on registers that the other keeps or changes, or loops back to its entry)",
+            "wait until it has returned; a loop that never returns should call its body as a function of another "
+            "file, or be compiled with -fno-ipa-ra",
+            code="active",
+        )
     raise TargetBusy(
         f"process {target.pid}: a thread keeps standing in the first instructions of a function to be patched",
         "try again; if it stays so, the thread is suspended inside that function's entry",
@@ -90,18 +131,34 @@ def flip(target: Target, change: Flip) -> FlipResult:
     )
 
 
-def _slot_write(arena: Arena, values: dict[int, int]) -> tuple[int, bytes]:
+def _slot_write(arena: Arena, values: dict[int, int]) -> TextWrite:
     count = max(values) + 1
-    slots = arena.read_slots(count)
-    for index, value in values.items():
-        slots[index] = value
-    return arena.slots, struct.pack(f"<{count}Q", *slots)
+    before = arena.read_slots(count)
+    slots = [values.get(index, value) for index, value in enumerate(before)]
+    return TextWrite(arena.slots, struct.pack(f"<{count}Q", *before), struct.pack(f"<{count}Q", *slots))
 
 
-def _write_all(target: Target, change: Flip, writes: Sequence[tuple[int, bytes]]) -> None:
-    done: list[TextWrite] = []
+def _copy_slots(target: Target, arenas: Sequence[tuple[Arena, dict[int, int]]], writes: Sequence[TextWrite]) -> None:
+    """Let a thread of the target put new slots in place: once it is on its way, it needs nobody to finish."""
+    calls = []
+    for (arena, _), write in zip(arenas, writes, strict=True):
+        target.memory.write(arena.staging, write.new)
+        calls.append(FunctionCall(arena.copy_function, (write.address, arena.staging, len(write.new))))
+        target.memory.write(arena.copy_function, COPY_FUNCTION)
     try:
-        for write in (*change.text, *change.cells):
+        target.inject(calls, code=arenas[0][0].stub)
+    except PatcherError:
+        if target.alive():
+            for write in writes:
+                target.memory.write(write.address, write.old)
+        raise
+
+
+def _write_all(target: Target, change: Flip, slots: Sequence[TextWrite]) -> None:
+    done: list[TextWrite] = []
+    text = (*change.text, *change.cells)
+    try:
+        for write in (*slots, *text) if change.restores else (*text, *slots):
             if target.memory.read(write.address, len(write.old)) != write.old:
                 raise PatcherError(
                     f"process {target.pid}: the bytes at {write.address:#x} changed meanwhile",
@@ -110,8 +167,6 @@ def _write_all(target: Target, change: Flip, writes: Sequence[tuple[int, bytes]]
                 )
             target.memory.write(write.address, write.new)
             done.append(write)
-        for address, data in writes:
-            target.memory.write(address, data)
     except (PatcherError, WriteRefused):
         for write in reversed(done):
             target.memory.write(write.address, write.old)
@@ -127,7 +182,7 @@ class _Guard:
         self._ends = np.array([e for _, e in ordered], dtype=np.uint64)
         self._step_out = not include_start
 
-    def clear(self, target: Target, stopped: Stopped) -> bool:
+    def clear(self, target: Target, stopped: Stopped, mappings: Sequence[Mapping]) -> bool:
         if not len(self._starts):
             return True
         for thread in stopped.threads:
@@ -139,14 +194,14 @@ class _Guard:
                 if moved.pc == pc:
                     return False
                 pc, steps = moved.pc, steps + 1
-        return not any(self._on_stack(target, thread) for thread in stopped.threads)
+        return not any(self._on_stack(target, thread.sp, mappings) for thread in stopped.threads)
 
     def _inside(self, address: int) -> bool:
         i = int(np.searchsorted(self._starts, np.uint64(address), "right")) - 1
         return i >= 0 and address < int(self._ends[i])
 
-    def _on_stack(self, target: Target, thread: StoppedThread) -> bool:
-        words = read_stack(target, thread.sp, _STACK_LIMIT)
+    def _on_stack(self, target: Target, sp: int, mappings: Sequence[Mapping]) -> bool:
+        words = read_stack(target, sp, mappings)
         # Almost every word is out of range altogether: one cheap pass leaves the few that need a search.
         words = words[(words >= self._starts[0]) & (words < self._ends[-1])]
         if not len(words):
@@ -155,7 +210,11 @@ class _Guard:
         return bool(np.any(words < self._ends[position]))
 
 
-def read_stack(target: Target, sp: int, limit: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """Return the words of a stack from its pointer upwards, as far as memory is mapped, at most `limit` bytes."""
-    found = target.memory.read_available(sp & -8, limit)
+def read_stack(target: Target, sp: int, mappings: Sequence[Mapping]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """Return the words of a stack from its pointer upwards, to the end of the mapping that holds it.
+
+    Beyond that lie guard pages, which a debugger's read goes through, and other threads' stacks.
+    """
+    end = next((m.end for m in mappings if sp in m), sp + _NEW_STACK)
+    found = target.memory.read_available(sp & -8, min(end - (sp & -8), _STACK_LIMIT))
     return np.frombuffer(found[: len(found) & -8], dtype=np.uint64)

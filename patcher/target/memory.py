@@ -1,16 +1,21 @@
 """Memory: reading and writing the target's memory in bulk.
 
 Decides how /proc/<pid>/mem is used and what its errors mean. Does not decide what may be written, and does
-not change protections. The descriptor keeps the address space it was opened on: once the process has ended
-or replaced its program, it reads nothing, and never another process's memory. Specification: proc_pid_mem(5).
+not change protections: where the kernel does not force writes to read-only pages, whoever opened the memory lends
+a way to `poke` (ptrace always may). The descriptor keeps the address space it was opened on: once the process has
+ended or replaced its program, it reads nothing, and never another process's memory. Specification: proc_pid_mem(5).
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from patcher.errors import PatcherError, TargetGone
+from patcher.errors import PatcherError, TargetBusy, TargetGone
+from patcher.target.maps import read_mappings
 
 _PAGE = 4096
 
@@ -22,13 +27,26 @@ class WriteRefused(PatcherError):
 
 
 class Memory:
-    """The memory of one process, through one open /proc/<pid>/mem."""
+    """The memory of one process, through one open /proc/<pid>/mem.
 
-    __slots__ = ("_descriptor", "_pid")
+    `poke` writes what the kernel refuses to write here, and tells whether it could. With `forced_writes` false, the
+    protection of pages is respected even where the kernel would not (proc_mem.force_override=never does that).
+    """
 
-    def __init__(self, pid: int, descriptor: int) -> None:
+    __slots__ = ("_descriptor", "_pid", "_poke", "forced_writes")
+
+    def __init__(
+        self,
+        pid: int,
+        descriptor: int,
+        poke: Callable[[int, bytes], bool] | None = None,
+        *,
+        forced_writes: bool = True,
+    ) -> None:
         self._pid = pid
         self._descriptor = descriptor
+        self._poke = poke
+        self.forced_writes = forced_writes
 
     def read(self, address: int, size: int) -> bytes:
         """Return exactly `size` bytes from `address`, whatever their protection.
@@ -81,21 +99,55 @@ class Memory:
     def write(self, address: int, data: bytes) -> None:
         """Write all of `data` at `address`, into r-x pages too where the kernel forces such writes.
 
-        One call to the kernel, so a page is never split by a signal. Raises WriteRefused when the kernel says
-        no (naming how much it took, if any), TargetGone when the address space is no more.
+        One call to the kernel, so a page is never split by a signal; only where the kernel says no, word by word
+        through `poke`. Raises WriteRefused when that is refused too (naming how much the kernel took, if any),
+        TargetGone when the address space is no more.
         """
         if not data:
             return
+        written = self._write(address, data)
+        if written == len(data):
+            return
+        if self._poke is None or not self._poke(address + written, data[written:]):
+            raise self._refused(address, len(data), written)
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep every other patcher of this machine from claiming the process, for the length of the block.
+
+        Raises TargetBusy at once when one has it. The claim ends with whoever holds it, however that ends.
+        """
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TargetBusy(
+                f"process {self._pid} is being patched by another patcher", "try again when it is done", code="locked"
+            ) from None
+        try:
+            yield
+        finally:
+            if self._descriptor >= 0:
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def _write(self, address: int, data: bytes) -> int:
+        if not self.forced_writes and not self._may_write(address, address + len(data)):
+            return 0
         try:
             written = os.pwrite(self._descriptor, data, address)
         except (OSError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno not in (errno.EIO, errno.EFAULT, errno.EPERM, errno.EACCES):
                 raise
-            raise self._refused(address, len(data), 0) from error
+            return 0
         if written == 0:
             raise self._gone()
-        if written != len(data):
-            raise self._refused(address, len(data), written)
+        return written
+
+    def _may_write(self, start: int, end: int) -> bool:
+        with open(f"/proc/{self._pid}/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            for mapping in read_mappings(maps):
+                if start in mapping and mapping.writable:
+                    start = mapping.end
+        return start >= end
 
     def close(self) -> None:
         """Close the descriptor; the object is of no use afterwards."""

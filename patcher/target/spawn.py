@@ -22,6 +22,7 @@ from patcher.target.tracing import forget_exit
 
 _ADDR_NO_RANDOMIZE = 0x0040000
 _QUERY = 0xFFFFFFFF
+_COERCED = ("C.UTF-8", "C.utf8", "UTF-8")
 # Python ignores these from its start on; a program expects them as a shell leaves them.
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
@@ -62,7 +63,7 @@ def spawn(
             pid = os.posix_spawnp(
                 program,
                 [program, *arguments],
-                os.environ if environment is None else environment,
+                _own_environment() if environment is None else environment,
                 setsigmask=mask,
                 setsigdef=_IGNORED_BY_PYTHON,
             )
@@ -72,6 +73,15 @@ def spawn(
     await_program(pid, executed=True)
     randomized = _is_randomized(pid, default=not fixed)
     return SpawnedProcess(pid, randomized, _note(program, aslr, fixed, randomized))
+
+
+def _own_environment() -> dict[str, str]:
+    # In the C locale, Python adds an LC_CTYPE that nobody gave it (PEP 538); the program shall not have it either.
+    environment = dict(os.environ)
+    given = Path("/proc/self/environ").read_bytes().split(b"\0")
+    if not any(entry.startswith(b"LC_CTYPE=") for entry in given) and environment.get("LC_CTYPE") in _COERCED:
+        del environment["LC_CTYPE"]
+    return environment
 
 
 @contextmanager

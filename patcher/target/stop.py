@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -94,11 +94,17 @@ class Stopped:
 class Lingering:
     """Threads that we seized and that neither stopped nor ended in time; let go as soon as they do either.
 
-    The kernel lets a thread go only while it stands still (or when our own thread ends).
+    The kernel lets a thread go only while it stands still (or when our own thread ends). `held` are the threads
+    of the block that is open just now.
     """
 
     def __init__(self) -> None:
+        self.held: Mapping[int, Tracee] = {}
         self._tracees: list[Tracee] = []
+
+    def standing(self) -> Tracee | None:
+        """Return a thread that stands still for the open block, if there is one."""
+        return next((tracee for tracee in self.held.values() if tracee.standing), None)
 
     def add(self, tracee: Tracee) -> None:
         """Take over a thread that could not be let go."""
@@ -181,6 +187,7 @@ class _Gathering:
         self.tracees: dict[int, Tracee] = {}
         self.refused: dict[int, int] = {}
         self.started = 0
+        lingering.held = self.tracees
 
     def gather(self, seconds: float) -> Stopped:
         for _ in range(4):
@@ -234,6 +241,7 @@ class _Gathering:
                 continue
             if not _settled(tracee, 0.02):
                 self.lingering.add(tracee)
+        self.lingering.held = {}
         return time.monotonic_ns() - self.started if self.started else 0
 
     def _start(self) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping as MappingOf
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from patcher.errors import TargetGone
+from patcher.errors import PatcherError, TargetBusy, TargetGone
 from patcher.target.borrow import Borrowing
 from patcher.target.image import find_image
 from patcher.target.maps import Mapping, read_mappings
@@ -23,7 +23,9 @@ from patcher.target.memory import Memory
 from patcher.target.process import await_program, check_attachable, command_name, permission_denied, read_stat
 from patcher.target.steps import Step
 from patcher.target.stop import Lingering, Stopped, StoppedThread, list_threads, stopped_process, stopped_thread
-from patcher.target.tracing import forget_exit, noted_exit, thread_state
+from patcher.target.tracing import Tracee, forget_exit, noted_exit, thread_state
+
+_BITE = 512  # bytes poked while one thread stands still: some 0.1 ms
 
 
 class Target:
@@ -33,14 +35,14 @@ class Target:
     all of its tracing. Close it, or use it as a context manager; closing leaves the process as it is.
     """
 
-    def __init__(self, pid: int, pidfd: int, start_time: int, program: str, memory: Memory) -> None:
+    def __init__(self, pid: int, pidfd: int, start_time: int, program: str, memory: int) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.start_time = start_time
         self.program = program
-        self.memory = memory
         self._lingering = Lingering()
-        self._borrowing = Borrowing(pid, memory, self._lingering)
+        self.memory = Memory(pid, memory, self._poke)
+        self._borrowing = Borrowing(pid, self.memory, self._lingering)
 
     @classmethod
     def attach(cls, pid: int) -> Target:
@@ -61,7 +63,7 @@ class Target:
         try:
             start_time = read_stat(pid).start_time
             program = os.readlink(f"/proc/{pid}/exe")
-            memory = Memory(pid, os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC))
+            memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         except PermissionError as error:
             os.close(pidfd)
             raise permission_denied(pid, command_name(pid)) from error
@@ -166,6 +168,32 @@ class Target:
         """
         self.check_alive()
         return self._borrowing.run(tuple(steps), self.mappings(), code, timeout, accept)
+
+    def _poke(self, address: int, data: bytes) -> bool:
+        """Write through a thread that stands still: one of the open block's, or one that is stopped for it."""
+        tracee = self._lingering.standing()
+        if tracee is not None:
+            return self._poke_words(tracee, address, data)
+        # In small bites, so that no thread stands still for long however much there is to write.
+        return all(self._poke_bite(address + i, data[i : i + _BITE]) for i in range(0, len(data), _BITE))
+
+    def _poke_bite(self, address: int, data: bytes) -> bool:
+        for tid in list_threads(self.pid):
+            try:
+                with stopped_thread(self.pid, tid, self._lingering) as tracee:
+                    return self._poke_words(tracee, address, data)
+            except (TargetGone, TargetBusy):
+                continue
+        return False
+
+    def _poke_words(self, tracee: Tracee, address: int, data: bytes) -> bool:
+        start, end = address & -8, (address + len(data) + 7) & -8
+        try:
+            before = self.memory.read(start, end - start)
+        except PatcherError:
+            return False
+        words = before[: address - start] + data + before[address - start + len(data) :]
+        return all(tracee.poke(start + i, words[i : i + 8]) for i in range(0, len(words), 8))
 
     def close(self) -> None:
         """Close our descriptors; the process goes on."""

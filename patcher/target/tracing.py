@@ -24,7 +24,7 @@ class Registers(user_regs_struct):  # type: ignore[misc]
     """The general registers of a thread: struct user_regs_struct."""
 
 
-_GETREGS, _SETREGS, _SINGLESTEP, _CONT, _DETACH, _SYSCALL = 12, 13, 9, 7, 17, 24
+_POKEDATA, _GETREGS, _SETREGS, _SINGLESTEP, _CONT, _DETACH, _SYSCALL = 5, 12, 13, 9, 7, 17, 24
 _GETSIGINFO, _GETREGSET, _SETREGSET = 0x4202, 0x4204, 0x4205
 _SEIZE, _INTERRUPT = 0x4206, 0x4207
 _GETSIGMASK, _SETSIGMASK, _GET_RSEQ = 0x420A, 0x420B, 0x420F
@@ -124,6 +124,10 @@ class Tracee:
     def write_registers(self, registers: Registers) -> bool:
         """Set all general registers; false when the thread is gone."""
         return _unless_gone(_SETREGS, self.tid, 0, ctypes.addressof(registers))
+
+    def poke(self, address: int, word: bytes) -> bool:
+        """Write 8 bytes whatever the protection of their page; false when they are not mapped or the thread is gone."""
+        return _unless_gone(_POKEDATA, self.tid, address, int.from_bytes(word, "little"))
 
     def read_vector_state(self) -> bytes:
         """Return the xsave image (standard format) of the thread's FPU and vector registers."""

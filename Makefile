@@ -1,0 +1,62 @@
+# What can be done here: `make help`. Everything runs in a virtual environment of its own (.venv), which is made
+# when it is missing and brought up to date when setup.cfg or pyproject.toml changed.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+METADATA := setup.cfg pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench real clean
+
+help: ## say what can be made (this)
+	@echo 'patcher: change the code of a native program while it runs'
+	@echo
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
+	@echo
+	@echo 'Variables: PYTHON (python3), PIP_ARGS (more arguments for pip install), PYTEST_ARGS (more for pytest)'
+
+demo: $(VENV)/run.stamp ## start a small program and edit it while it runs (needs gcc; 6 seconds)
+	@$(BIN)/python fixtures/demo/run.py
+
+test: $(VENV)/dev.stamp ## run the tests (PYTEST_ARGS="-k words" for some of them)
+	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(VENV)/dev.stamp ## check style, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict patcher
+
+format: $(VENV)/dev.stamp ## put the sources into the one format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix --select I .
+
+bench: $(VENV)/run.stamp ## measure from the save to the first new answer (needs gcc and make; 2 minutes)
+	@$(BIN)/python benchmarks/latency.py
+
+real: $(VENV)/dev.stamp ## patch redis, lua and memcached (fetches and builds them with apt, gcc and make)
+	@$(BIN)/python -m pytest -q tests/real -m real $(PYTEST_ARGS)
+
+clean: ## remove the virtual environment and everything that was made
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are younger than the metadata that was installed from; pip itself is quiet unless it fails.
+$(VENV)/run.stamp: $(METADATA) | $(BIN)/python
+	@echo 'installing patcher into $(VENV)'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e .
+	@touch $@
+
+$(VENV)/dev.stamp: $(METADATA) | $(BIN)/python
+	@echo 'installing patcher and its test tools into $(VENV)'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(PIP_ARGS) -e '.[test,lint]'
+	@touch $@ $(VENV)/run.stamp
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'patcher needs Python 3.11 or later: set PYTHON' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo 'no virtual environment: install python3-venv' >&2; exit 1; }

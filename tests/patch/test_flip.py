@@ -1,0 +1,338 @@
+"""The flip itself: threads in the way, many functions at once, and what a controller that dies leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from project import MAIN, Project, assert_untouched, image_bytes
+
+import patcher
+from patcher.errors import TargetBusy
+from patcher.patch import transaction
+
+ENTRY_UNIT = """\
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <unistd.h>
+
+int spin(volatile int *go);
+volatile int go;
+static atomic_int done, wrong;
+static const int threads = 4;
+static void *run(void *unused)
+{
+    while (!go || go > 1)
+        spin(&go);
+    done++;
+    return unused;
+}
+
+int answer(int n)
+{
+    if (n == 0) {
+        for (int i = 0; i < threads; i++) {
+            pthread_t thread;
+            pthread_create(&thread, NULL, run, NULL);
+        }
+        return 0;
+    }
+    return n == 1 ? spin(&go) : done;
+}
+"""
+
+
+# A thread is nearly always between the first instruction and the end of the five bytes.
+SLOW_ENTRY = """\
+__asm__(".text\\n.p2align 4\\n.globl spin\\n.type spin, @function\\nspin:\\n"
+        "pause\\npause\\nmovl $2, %eax\\nret\\n.size spin, .-spin\\n");
+"""
+
+
+def test_threads_that_stand_in_the_entry_are_stepped_out_of_it(tmp_path, monkeypatch):
+    project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": ENTRY_UNIT, "spin.c": SLOW_ENTRY})
+    change = project.object("spin.c", ("$2", "$12"), flags=())
+    stepped = []
+    inside = transaction._Guard._inside
+
+    def watched(guard: transaction._Guard, pc: int) -> bool:
+        stepped.append(inside(guard, pc))
+        return stepped[-1]
+
+    monkeypatch.setattr(transaction._Guard, "_inside", watched)
+    with project.running() as program, patcher.attach(program.pid) as session:
+        assert program.ask(0) == "0"
+        assert program.ask(1) == "2"
+        for _ in range(4):
+            session.apply(change)
+            assert program.ask(1) == "12"
+            session.revert(0)
+            assert program.ask(1) == "2"
+        assert any(stepped), "no thread was ever inside the bytes: the test shows nothing"
+        assert_untouched(program.pid)
+
+
+# A function whose first instruction is the loop's head: a jump inside it leads back to its entry.
+LOOP_UNIT = """\
+__asm__(".text\\n.p2align 4\\n.globl loop\\n.type loop, @function\\nloop:\\n"
+        "addl $%d, (%%rdi)\\n"
+        "movl (%%rsi), %%eax\\n"
+        "cmpl $0, (%%rsi)\\n"
+        "je loop\\n"
+        "movl $%d, %%eax\\n"
+        "ret\\n.size loop, .-loop\\n");
+"""
+LOOP_CALLER = """\
+#include <pthread.h>
+int loop(volatile int *count, volatile int *stop);
+volatile int count, stop;
+static volatile int result;
+static pthread_t thread;
+static void *run(void *unused)
+{
+    result = loop(&count, &stop);
+    return unused;
+}
+int answer(int n)
+{
+    if (n == 0)
+        return stop = 0, pthread_create(&thread, 0, run, 0);
+    if (n == 1)
+        return stop = 1, pthread_join(thread, 0), result;
+    return count != 0;
+}
+"""
+
+
+def test_a_function_that_jumps_back_to_its_entry_changes_only_while_nobody_is_in_it(tmp_path):
+    sources = {"main.c": MAIN, "unit.c": LOOP_CALLER, "loop.c": LOOP_UNIT % (1, 5)}
+    project = Project(tmp_path / "p", sources)
+    change = project.object("loop.c", ("movl $5", "movl $6"), flags=())
+    with project.running() as program, patcher.attach(program.pid) as session:
+        assert program.ask(0) == "0"
+        while program.ask(2) == "0":
+            pass
+        before = image_bytes(program.pid)
+        with pytest.raises(TargetBusy, match="loop") as caught:
+            session.apply(change)
+        assert caught.value.hint
+        assert image_bytes(program.pid) == before
+        assert session.status().generation == 0
+        assert program.ask(1) == "5"
+        session.apply(change)
+        program.ask(0)
+        assert program.ask(1) == "6"
+        assert_untouched(program.pid)
+
+
+# --- many functions, several arenas ---
+
+
+def many_functions(count: int) -> str:
+    lines = [f"int f{i}(int n)\n{{\n    return n * STEP + {i};\n}}\n" for i in range(count)]
+    table = ", ".join(f"f{i}" for i in range(count))
+    return (
+        "#define STEP 1\n" + "".join(lines) + f"static int (*const table[])(int) = {{{table}}};\n"
+        "int answer(int n)\n{\n    unsigned sum = 0;\n"
+        f"    for (int i = 0; i < {count}; i++)\n        sum += table[i](n);\n    return sum;\n}}\n"
+    )
+
+
+def test_six_hundred_functions_at_once(tmp_path):
+    """Their slots take more than a page."""
+    count = 600
+    project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": many_functions(count)})
+    change = project.object("unit.c", ("#define STEP 1", "#define STEP 3"))
+    again = project.object("unit.c", ("#define STEP 1", "#define STEP 7"))
+    base = sum(range(count))
+    with project.running() as program, patcher.attach(program.pid, force=True) as session:
+        before = image_bytes(program.pid)
+        assert program.ask(10) == str(base + 10 * count)
+        for _ in range(2):
+            assert len(session.apply(change).functions) == count
+            assert program.ask(10) == str(base + 30 * count)
+            second = session.apply(again)
+            assert second.timings.stop == 0
+            assert program.ask(10) == str(base + 70 * count)
+            session.revert()
+            assert program.ask(10) == str(base + 30 * count)
+            session.revert(0)
+            assert program.ask(10) == str(base + 10 * count)
+            assert image_bytes(program.pid) == before
+        assert_untouched(program.pid)
+
+
+LIBRARY = "int count;\nint shared(int n)\n{\n    count++;\n    return n + 1;\n}\n"
+UNIT = "int shared(int);\nint answer(int n)\n{\n    return shared(n) + 1;\n}\n"
+
+
+def test_program_and_library_in_one_generation(tmp_path):
+    project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": UNIT, "lib.c": LIBRARY}, shared=("lib.c",))
+    both = [project.object("unit.c", ("+ 1", "+ 10")), project.object("lib.c", ("n + 1", "n + 20"))]
+    more = [project.object("unit.c", ("+ 1", "+ 30")), project.object("lib.c", ("n + 1", "n + 40"))]
+    with project.running() as program, patcher.attach(program.pid) as session:
+        before = image_bytes(program.pid)
+        assert program.ask(1) == "3"
+        generation = session.apply(*both)
+        assert {Path(f.module).name for f in generation.functions} == {"program", "libpart.so"}
+        assert program.ask(1) == "31"
+        assert session.apply(*more).number == 2
+        assert program.ask(1) == "71"
+        assert session.revert() == 1
+        assert program.ask(1) == "31"
+        assert session.revert(0) == 0
+        assert program.ask(1) == "3"
+        assert image_bytes(program.pid) == before
+
+
+# --- a kernel that does not force writes ---
+
+
+def test_everything_works_where_the_kernel_refuses_to_write_to_read_only_pages(tmp_path):
+    sources = {"main.c": MAIN, "unit.c": many_functions(550), "lib.c": LIBRARY}
+    project = Project(tmp_path / "p", sources, shared=("lib.c",))
+    change = [project.object("unit.c", ("#define STEP 1", "#define STEP 3"))]
+    change += [project.object("lib.c", ("n + 1", "n + 20"))]
+    base = sum(range(550))
+    with project.running() as program, patcher.attach(program.pid, force=True) as session:
+        session.target.memory.forced_writes = False
+        before = image_bytes(program.pid)
+        protections = [(m.start, m.permissions) for m in session.target.mappings() if m.inode]
+        for _ in range(2):
+            session.apply(*change)
+            assert program.ask(10) == str(base + 30 * 550)
+            session.revert(0)
+            assert program.ask(10) == str(base + 10 * 550)
+            assert image_bytes(program.pid) == before
+            assert session.apply(change[0]).functions
+            assert program.ask(10) == str(base + 30 * 550)
+            session.revert(0)
+        kept = [(m.start, m.permissions) for m in session.target.mappings() if m.inode and "memfd" not in m.path]
+        assert kept == protections
+        assert_untouched(program.pid)
+
+
+def test_the_mode_without_forced_writes_does_refuse(tmp_path):
+    """Or the test above would show nothing."""
+    with Project(tmp_path / "p").running() as program, patcher.attach(program.pid) as session:
+        memory = session.target.memory
+        text = next(m for m in session.target.mappings() if m.executable)
+        memory.forced_writes = False
+        memory._poke = None
+        with pytest.raises(patcher.PatcherError) as caught:
+            memory.write(text.start, b"\x90")
+        assert caught.value.code == "write-refused"
+        assert memory.read(text.start, 1) != b"\x90" or text.start == 0
+
+
+# --- a controller that dies ---
+
+
+class Mortals:
+    """A process that forks others, each of which patches and is killed after one of its writes.
+
+    Forked from a small one, which has everything loaded and no threads, they start quickly.
+    """
+
+    def __init__(self) -> None:
+        program = str(Path(__file__).with_name("mortals.py"))
+        self.process = subprocess.Popen(
+            [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def die_at(self, moment: int, pid: int, *files: Path) -> bool:
+        """Apply files (without files: revert 0), being killed right after write number `moment`; was it?"""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(" ".join(map(str, (moment, pid, *files))) + "\n")
+        self.process.stdin.flush()
+        code = int(self.process.stdout.readline())
+        assert code in (0, -signal.SIGKILL)
+        return code == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def mortals() -> Iterator[Mortals]:
+    found = Mortals()
+    yield found
+    found.process.communicate()
+
+
+@pytest.mark.parametrize("kind", ["apply", "apply again", "revert"])
+def test_killed_after_any_write_the_program_runs_one_generation_and_the_next_patcher_goes_on(tmp_path, mortals, kind):
+    unit = "int other(int);\nint answer(int n)\n{\n    return other(n) * 10 + 1;\n}\n"
+    other = "int total;\nint other(int n)\n{\n    total++;\n    return n + 1;\n}\n"
+    project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": unit, "other.c": other})
+    first = [project.object("unit.c", ("+ 1", "+ 2")), project.object("other.c", ("n + 1", "n + 2"))]
+    second = [project.object("unit.c", ("+ 1", "+ 3")), project.object("other.c", ("n + 1", "n + 3"))]
+    answers = {"apply": {"21", "32"}, "apply again": {"32", "43"}, "revert": {"32", "21"}}[kind]
+    seen, moment = set(), 0
+    while True:
+        moment += 1
+        with project.running() as program:
+            before = image_bytes(program.pid)
+            if kind != "apply":
+                with patcher.attach(program.pid) as session:
+                    session.apply(*first)
+            files = {"apply": first, "apply again": second, "revert": []}[kind]
+            killed = mortals.die_at(moment, program.pid, *files)
+            answer = program.ask(1)
+            assert answer in answers, f"killed after write {moment}: a mixture of two generations"
+            seen.add(answer)
+            with patcher.attach(program.pid) as session:
+                session.apply(*second)
+                assert program.ask(1) == "43", f"killed after write {moment}"
+                session.revert(0)
+                assert program.ask(1) == "21", f"killed after write {moment}"
+            assert image_bytes(program.pid) == before
+            assert_untouched(program.pid)
+        if not killed:
+            break
+    assert moment > 4
+    assert seen == answers
+
+
+def test_slots_that_a_dead_controller_left_half_written_are_mended(tmp_path):
+    unit = "int other(int);\nint answer(int n)\n{\n    return other(n) * 10 + 1;\n}\n"
+    project = Project(
+        tmp_path / "p", {"main.c": MAIN, "unit.c": unit, "other.c": "int other(int n)\n{\n    return n + 1234567;\n}\n"}
+    )
+    both = [project.object("unit.c", ("+ 1", "+ 2")), project.object("other.c", ("n + 1234567", "n + 2"))]
+    with project.running() as program, patcher.attach(program.pid) as session:
+        session.apply(*both)
+        assert program.ask(1) == "32"
+        ledger = session.ledger
+        copy = ledger.journal.redirects[0].copy
+        session.target.memory.write(ledger.primary.slot(ledger.journal.redirects[0].index), struct.pack("<Q", copy))
+        assert program.ask(1) != "32"
+        with patcher.attach(program.pid) as other:
+            assert other.apply(*both).functions == ()
+        assert program.ask(1) == "32"
+
+
+DIES_WHILE_ALL_STAND_STILL = """
+import os, signal, sys
+from patcher.target import Target
+with Target.attach(int(sys.argv[1])) as target, target.stopped():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_patcher_is_no_obstacle_and_leaves_no_tracer(tmp_path):
+    project = Project(tmp_path / "p")
+    change = project.object("unit.c", ("n + 1000 * calls", "n"))
+    with project.running() as program:
+        command = [sys.executable, "-c", DIES_WHILE_ALL_STAND_STILL]
+        assert subprocess.run([*command, str(program.pid)], check=False).returncode == -signal.SIGKILL
+        assert program.ask(1) == "1001"
+        with patcher.attach(program.pid) as session:
+            session.apply(change)
+        assert program.ask(1) == "1"
+        assert os.path.exists(f"/proc/{program.pid}")

@@ -1,0 +1,127 @@
+"""The program does not notice: a thousand patches in a row, with threads in every call that a stop could end early.
+
+programs/blocked.c counts what it should never see; tests/target has the same for single stops.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from project import Project, Running, assert_untouched
+
+import patcher
+
+PATCHES = 1000
+ANSWER = "int count;\nint answer(int n)\n{\n    count++;\n    return n + 1;\n}\n"
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.sigqueue.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    main = (Path(__file__).parent / "programs" / "blocked.c").read_text()
+    return Project(tmp_path_factory.mktemp("invisible") / "p", {"main.c": main, "unit.c": ANSWER})
+
+
+@pytest.fixture
+def program(project: Project) -> Iterator[tuple[Running, int]]:
+    """The parent, which our lines go through to the child, and the child's pid."""
+    with project.running() as parent:
+        child = int(parent.greeting)
+        yield parent, child
+        if parent.process.poll() is None:
+            os.kill(child, signal.SIGKILL)
+            parent.process.wait(10)
+
+
+def patch_again_and_again(pid: int, change: Path, count: int) -> int:
+    """Patch and go back to the original, `count` times in all, half of them each; return how often all stood still."""
+    stops = 0
+    with patcher.attach(pid) as session:
+        for _ in range(count // 2):
+            stops += session.apply(change).timings.stop > 0
+            assert session.revert(0) == 0
+    return stops
+
+
+class Signals(threading.Thread):
+    """Sends signals all the time from another thread; `sent` by number."""
+
+    def __init__(self, pid: int, numbers: range, *, one_at_a_time: Running | None = None) -> None:
+        super().__init__()
+        self.pid = pid
+        self.sent = dict.fromkeys(numbers, 0)
+        self.over = threading.Event()
+        self._program = one_at_a_time
+
+    def run(self) -> None:
+        while not self.over.wait(0.002):
+            for number in self.sent:
+                value = self.sent[number] + 1
+                if libc.sigqueue(self.pid, number, ctypes.c_void_p(value)) == 0:
+                    self.sent[number] = value
+            if self._program is not None:
+                while not all(h == n for h, n in zip(handled(self._program), self.sent.values(), strict=True)):
+                    pass
+
+    def stop(self) -> None:
+        self.over.set()
+        self.join()
+
+
+def handled(program: Running, field: int = 1) -> list[int]:
+    return [int(word.split(":")[field]) for word in program.ask("real").split()]
+
+
+@pytest.mark.timeout(150)
+def test_a_thousand_patches_leave_no_trace(project, program):
+    parent, pid = program
+    change = project.object("unit.c", ("n + 1", "n + 100"))
+    queue = Signals(pid, range(signal.SIGRTMIN, signal.SIGRTMIN + 1))
+    queue.start()
+    try:
+        assert patch_again_and_again(pid, change, PATCHES) == PATCHES // 2, "each of them has to stop the program"
+    finally:
+        queue.stop()
+    assert_untouched(pid)
+    *early, naps = parent.ask("report").split()
+    assert early == [], "calls that came back: name, times, result, errno"
+    count, short, failed = map(int, naps.split(":")[1:])
+    assert count > 10
+    assert (short, failed) == (0, 0)
+    (sent,) = queue.sent.values()
+    assert sent > 100
+    while (arrived := parent.ask("queued").split())[0] != str(sent):
+        assert int(arrived[0]) < sent, "signals were added"
+    assert arrived == [str(sent), "0"], "none lost, none out of order"
+    answered, wrong = map(int, parent.ask("answers").split())
+    assert answered > PATCHES
+    assert wrong == 0
+    assert parent.ask("end") == "0 0 1 7", "what the parent saw: no stop, no continuation, one SIGCHLD, the exit status"
+
+
+@pytest.mark.timeout(60)
+def test_a_real_signal_still_interrupts(project, program):
+    """Handlers without SA_RESTART: each signal is handled once, and ends the call with EINTR, patch or no patch."""
+    parent, pid = program
+    change = project.object("unit.c", ("n + 1", "n + 100"))
+    real = Signals(pid, range(signal.SIGRTMIN + 1, signal.SIGRTMIN + 6), one_at_a_time=parent)
+    real.start()
+    try:
+        patch_again_and_again(pid, change, 200)
+    finally:
+        real.stop()
+    assert min(real.sent.values()) > 20
+    assert handled(parent) == list(real.sent.values())
+    while (interruptions := handled(parent, 2)) != handled(parent):
+        assert max(interruptions) <= max(real.sent.values())
+    assert interruptions == list(real.sent.values())
+    *early, _ = parent.ask("report").split()
+    assert early == []

@@ -1,0 +1,147 @@
+"""The rooms of the package import each other in one direction, and each heavy library has one importer.
+
+Every import counts, those inside functions too; an import for types only does as well, save that `session`'s
+users may name its types.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import patcher
+
+ROOT = Path(patcher.__file__).parent
+
+READING = {"errors", "elf"}
+MATCHING = READING | {"blocks", "image", "live", "lines", "link", "code", "target"}
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "elf": {"errors"},
+    "code": {"errors"},
+    "target": {"errors"},
+    "build": {"errors"},
+    "watch": {"errors"},
+    "dwarf": {"errors", "elf.tables"},  # finds sections in a copy of the object, to mend relocations there
+    # Blocks cut code at the references that an assembler resolved: that takes decoding.
+    "blocks": READING | {"code"},
+    # The linker is pure: blocks in, bytes out; the only code it makes is a far jump.
+    "link": READING | {"blocks", "code"},
+    "image": READING | {"code", "target"},
+    # What earlier generations placed has names too: the journal's records say so. Units of one name are told
+    # apart by matching each (the one edge that goes against the direction).
+    "live": READING | {"blocks", "image", "code", "patch.journal", "match"},
+    "lines": READING,
+    # The relocation table says how wide a field is, and which are relative.
+    "match": READING | {"blocks", "image", "live", "lines", "link.relocations", "code"},
+    # The arena's free memory is what the linker lays out.
+    "patch": {"errors", "target", "code", "link.place"},
+    "report": {"errors"},
+    "convention": MATCHING | {"match"},
+    "statics": MATCHING | {"match", "relink"},
+    # Joins verdicts, linker and arena to a generation that is ready to be written.
+    "relink": MATCHING | {"match", "patch", "statics", "convention"},
+    "session": MATCHING | {"match", "patch", "relink", "statics", "convention", "build", "watch", "report", "dwarf"},
+    "cli": {"errors", "report", "session", "target", "build", ""},
+    "": {"errors", "session", "target", "report"},  # the package itself: the public API
+    "__main__": {"cli"},
+}
+ONE_IMPORTER = {
+    "lief": "elf",
+    "ptrace": "target",
+    "capstone": "code",
+    "drgn": "dwarf",
+    "elftools": "build",
+    "watchfiles": "watch",
+    "rich": "report",
+    "click": "cli",
+}
+
+
+def room(module: str) -> str:
+    """Return the room of a dotted module name below the package."""
+    return module.split(".")[0]
+
+
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        yield name, ast.parse(path.read_text())
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"a relative import in line {node.lineno}"
+            assert node.module is not None
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def is_allowed(name: str, imported: str) -> bool:
+    """Whether module `name` may import `imported`, dotted below the package."""
+    own = room(name)
+    if room(imported) == own and own:
+        return True
+    return any(imported == edge or imported.startswith(f"{edge}.") or edge == room(imported) for edge in ALLOWED[own])
+
+
+def package_name(imported: str) -> str:
+    """Return what is imported from the package, dotted below it: "" for the package itself."""
+    below = imported.removeprefix("patcher").removeprefix(".")
+    parts = below.split(".")
+    known = ROOT / parts[0]
+    return below if known.is_dir() or known.with_suffix(".py").is_file() else ""
+
+
+@pytest.mark.parametrize(("name", "tree"), [pytest.param(n, t, id=n or "patcher") for n, t in sources()])
+def test_imports_go_one_way(name: str, tree: ast.Module) -> None:
+    assert room(name) in ALLOWED, f"patcher.{name} belongs to no room of the table"
+    own = [(package_name(i), line) for i, line in imports(tree) if i.split(".")[0] == "patcher"]
+    assert [(imported, line) for imported, line in own if not is_allowed(name, imported)] == []
+
+
+@pytest.mark.parametrize("library", ONE_IMPORTER)
+def test_a_heavy_library_has_one_importer(library: str) -> None:
+    found = {room(name) for name, tree in sources() for i, _ in imports(tree) if i.split(".")[0] == library}
+    assert found == {ONE_IMPORTER[library]}
+
+
+def test_the_table_says_what_the_house_rules_say() -> None:
+    reach = {name: closure(name) for name in ALLOWED}
+    assert not any("cli" in reach[name] for name in ALLOWED if name not in ("cli", "__main__"))
+    assert not reach["link"] & {"target", "patch", "session", "image", "live", "match", "build"}
+    assert reach["target"] == reach["code"] == reach["build"] == reach["watch"] == {"errors"}
+    assert "session" not in reach["report"] | reach["patch"] | reach["match"] | reach["relink"]
+
+
+def closure(name: str) -> set[str]:
+    found: set[str] = set()
+    work = [name]
+    while work:
+        for edge in ALLOWED[work.pop()] if work else ():
+            if room(edge) not in found:
+                found.add(room(edge))
+                work.append(room(edge))
+    return found
+
+
+def test_every_edge_of_the_table_is_used() -> None:
+    used = {(room(n), package_name(i)) for n, t in sources() for i, _ in imports(t) if i.split(".")[0] == "patcher"}
+    for name in ("blocks", "link", "live", "match", "patch"):
+        for edge in ALLOWED[name]:
+            assert any(n == name and (i == edge or i.startswith(f"{edge}.")) for n, i in used), f"{name} -> {edge}"
+
+
+def test_starting_up_imports_nothing_heavy() -> None:
+    heavy = sorted(set(ONE_IMPORTER) - {"click"})
+    text = f"import sys, patcher.cli.main; print(*[m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= {"ptrace"}
