@@ -48,10 +48,12 @@ def attach(
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
-    `compile_commands` and `watched` say where commands for source files are to be found. Raises `TargetGone`
-    or `AttachDenied`, with what to do about it.
+    `compile_commands` and `watched` say where commands for source files are to be found; the sources that they
+    name are read now, as what the process was built from. Raises `TargetGone` or `AttachDenied`, with what to do
+    about it.
     """
-    from patcher.session import Options, Session
+    from patcher.options import Options
+    from patcher.session import Session
     from patcher.target import Target
 
     options = Options(
@@ -60,7 +62,9 @@ def attach(
         force=force,
         dry_run=dry_run,
     )
-    return Session(Target.attach(pid), options)
+    session = Session(Target.attach(pid), options)
+    session.remember_texts()
+    return session
 
 
 def spawn(

@@ -348,8 +348,10 @@ class Blocks:
         """Return the bytes from a field to the end of its instruction."""
         from patcher.code.instructions import field_end
 
-        # An instruction ends after the field that was looked at before: no need to decode from the start again.
-        known = self._boundaries.setdefault(block, [0])
+        # An instruction ends after a field that was looked at before: no need to decode from the start again.
+        known = self._boundaries.get(block)
+        if known is None:
+            known = self._boundaries[block] = [0, *self._call_ends(block)]
         i = bisect.bisect_right(known, offset)
         start = known[i - 1]
         if offset <= start or offset + 4 > len(block.data):
@@ -359,9 +361,15 @@ class Blocks:
                 "the object is damaged; compile it again",
             )
         trailing = field_end(block.data[start : offset + 16], None, offset - start)
-        if i == len(known):
-            known.append(offset + 4 + trailing)
+        known.insert(i, offset + 4 + trailing)
         return 4 + trailing
+
+    def _call_ends(self, block: Block) -> Iterable[int]:
+        """Yield where the calls and jumps with a relocation end: nothing follows their field."""
+        for offset, kind, _, _ in self._relocations_in(block):
+            at = offset - block.start
+            if kind == R.PLT32 and at and block.data[at - 1] in (0xE8, 0xE9):
+                yield at + 4
 
     def _pointed_offsets(self, section: Section) -> set[int]:
         # Where code and data point into sections that hold nameless things (jump tables, constants):

@@ -190,6 +190,8 @@ class Image:
         return tuple(order)
 
     def _module_named(self, name: str) -> LoadedModule | None:
+        if "/" in name:  # a library without a soname is needed by the path it was linked by
+            name = Path(name).name
         return next((m for m in self.modules if name in (m.module.soname, m.name)), None)
 
     def resolve(self, name: str, within: LoadedModule) -> Definition | None:

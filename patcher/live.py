@@ -266,7 +266,23 @@ class LiveUnit:
     def denotes_external(self, address: int, name: str) -> bool:
         """Tell whether a live address is what a name that the unit does not define denotes: no static of its own."""
         here = self.names_at(address)
-        return (name, Scope.PROCESS) in here or (name, Scope.MODULE) in here
+        return (name, Scope.PROCESS) in here or (name, Scope.MODULE) in here or self._is_choice(address, name)
+
+    def _is_choice(self, address: int, name: str) -> bool:
+        """Tell whether a far jump of ours leads to the process's choice for an IFUNC, which has no name of its own."""
+        from patcher.code.instructions import plt_cell
+
+        if address >> 47 or not self.view.contains(address):
+            return False
+        cell = plt_cell(self.image.target.memory.read(address, 8), address)
+        if cell is None or not self.view.contains(cell):
+            return False
+        definition = self.image.resolve(name, self.module)
+        return (
+            definition is not None
+            and definition.ifunc
+            and self.image.chosen(definition) == self.image.target.memory.read_u64(cell)
+        )
 
     def names_at(self, address: int) -> frozenset[tuple[str, Scope]]:
         """Return the names that an address has, each with who knows it by that name."""

@@ -18,15 +18,15 @@ Decides same or changed, and why. What to do about it is `link`'s and `session`'
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from patcher.blocks import Block, Blocks, External, Kind, Place, Reference, Target
 from patcher.elf import Relocation
 from patcher.errors import PatcherError, UnsafeChange
 from patcher.image import R_X86_64_DTPMOD64, R_X86_64_GLOB_DAT, R_X86_64_IRELATIVE, R_X86_64_JUMP_SLOT
-from patcher.lines import Fields
+from patcher.lines import NONE, LineNumbers
 from patcher.link.relocations import RULES, R, type_name
 from patcher.live import LiveFunction, LiveUnit, Scope, base_name
 
@@ -72,6 +72,12 @@ class Delta:
     functions: tuple[FunctionMatch, ...]
     bindings: dict[Block, int] = field(repr=False)
 
+    def with_line_only(self, functions: Sequence[FunctionMatch]) -> Delta:
+        """Return this delta with some functions taken to differ by line numbers only."""
+        chosen = {f.block for f in functions}
+        changed = tuple(replace(f, status=Status.LINE_ONLY) if f.block in chosen else f for f in self.functions)
+        return replace(self, functions=changed)
+
     def with_status(self, *statuses: Status) -> tuple[FunctionMatch, ...]:
         return tuple(f for f in self.functions if f.status in statuses)
 
@@ -87,6 +93,18 @@ def is_private_piece(name: str) -> bool:
     caller that was compiled with the old piece, nor the reverse: they live and die with their callers.
     """
     return bool(_PRIVATE.search(name))
+
+
+def fingerprint(blocks: Blocks, block: Block) -> object:
+    """Return a value that is equal for equal code: its bytes, and what its references mean by name or contents."""
+    return block.data, tuple((r.offset, r.type, r.addend, _meaning(r.target)) for r in blocks.references(block))
+
+
+def _meaning(target: Target) -> object:
+    if not isinstance(target, Place):
+        return target
+    block = target.block
+    return block.kind, block.name if block.symbols else block.data, target.offset
 
 
 def is_cold_piece(name: str) -> bool:
@@ -110,16 +128,16 @@ class _Pending:
     address: int
 
 
-def match(blocks: Blocks, unit: LiveUnit, line_numbers: Fields | None = None) -> Delta:
+def match(blocks: Blocks, unit: LiveUnit, line_numbers: LineNumbers = NONE) -> Delta:
     """Compare every function of a unit's object with what runs.
 
     Raises `UnsafeChange` for ambiguous names, and for a changed function whose code the linker made another's too.
 
-    `line_numbers`: the fields that are known to hold line numbers (`lines.line_fields`). A function that is the
+    `line_numbers`: the fields that are known to hold line numbers. A function that is the
     same but for these is `LINE_ONLY`.
     """
-    delta = _Matcher(blocks, unit, {}).delta()
-    if not line_numbers:
+    delta = _Matcher(blocks, unit, NONE).delta()
+    if not line_numbers.fields:
         _refuse_folded(unit, delta.functions)
         return delta
     tolerant = _Matcher(blocks, unit, line_numbers).delta()
@@ -156,7 +174,7 @@ class _Contents:
 
 
 class _Matcher:
-    def __init__(self, blocks: Blocks, unit: LiveUnit, line_numbers: Fields) -> None:
+    def __init__(self, blocks: Blocks, unit: LiveUnit, line_numbers: LineNumbers) -> None:
         self.blocks = blocks
         self._line_numbers = line_numbers
         self.unit = unit
@@ -173,6 +191,7 @@ class _Matcher:
         self._contents: dict[tuple[Block, int, int], _Contents] = {}
         self._assumed: set[tuple[Block, int, int]] = set()  # contents that are being compared
         self._needed: list[tuple[Block, int]] | None = None  # what these bind
+        self._windows: dict[int, bytes] = {}
         self._current: Block | None = None
 
     def delta(self) -> Delta:
@@ -275,8 +294,21 @@ class _Matcher:
         relocations = self.blocks.relocations(block)
         if relocations is None or len(code) != block.size or not self._equal_code(block, code, relocations):
             return _Walk(self, block, code, live.body, self.blocks.references(block)).run()
+        proven, base = self._proven, live.body - block.start
         for r in relocations:
-            self._check_relocation(block, r, code, live.body)
+            offset, kind, symbol, addend = r
+            if kind in _DIRECT:
+                at = offset - block.start
+                address = int.from_bytes(code[at : at + 4], "little", signed=True) + base + offset - addend & _MASK
+                if (symbol, address) in proven:
+                    continue
+                target = self.blocks.named_target(symbol)
+                if target is not None:
+                    self.check_target(target, address)
+                    if (target, address) in self._named:
+                        proven.add((symbol, address))
+                    continue
+            self.check_at(self.blocks.reference(block, r), code, offset - block.start, live.body)
         return None
 
     def _equal_code(self, block: Block, code: bytes, relocations: list[Relocation]) -> bool:
@@ -286,30 +318,20 @@ class _Matcher:
             at = offset - block.start
             low, high = (at, at + 4) if kind in _DIRECT else _field(kind, at)
             ours[low:high] = code[low:high]
-        for at in self.ignored(block):
-            ours[at : at + 4] = code[at : at + 4]
+        for at in self.lines(block):
+            self.pass_over(ours, code, at, at)
         return ours == code
 
-    def _check_relocation(self, block: Block, r: Relocation, code: bytes, body: int) -> None:
-        """Check one field that stands where the object has it; what was proven before is not looked at again."""
-        at = r.offset - block.start
-        target = self.blocks.named_target(r.symbol) if r.type in _DIRECT else None
-        if target is None:
-            self.check_at(self.blocks.reference(block, r), code, at, body)
-            return
-        address = int.from_bytes(code[at : at + 4], "little", signed=True) + body + at - r.addend & _MASK
-        if (r.symbol, address) in self._proven:
-            return
-        self.check_target(target, address)
-        if (target, address) in self._named:
-            self._proven.add((r.symbol, address))
-
-    def ignored(self, block: Block) -> list[int]:
-        """Return the offsets of the line numbers in a block, if they are to be passed over."""
-        fields = self._line_numbers.get(block.section)
-        if not fields:
-            return []
+    def lines(self, block: Block) -> list[int]:
+        """Return the offsets of the line numbers in a block."""
+        fields = self._line_numbers.in_section(block.section)
         return [f - block.start for f in fields if block.start <= f <= block.start + block.size - 4]
+
+    def pass_over(self, ours: bytearray, theirs: bytes | bytearray, at: int, live: int) -> None:
+        """Make a line number of ours equal to the live one, if both name the same line."""
+        old = bytes(theirs[live : live + 4])
+        if len(old) == 4 and at >= 0 and self._line_numbers.says_the_same(old, bytes(ours[at : at + 4])):
+            ours[at : at + 4] = old
 
     # --- references -------------------------------------------------------------------------------------------
 
@@ -552,7 +574,7 @@ class _Matcher:
         if not self._constant(block, base + start, size):
             return False
         try:
-            theirs = self.memory.read(base + start, size)
+            theirs = self._read_constant(base + start, size)
         except PatcherError:
             return False
         if not block.data:
@@ -568,17 +590,30 @@ class _Matcher:
             return False
         return True
 
+    def _read_constant(self, address: int, size: int) -> bytes:
+        """Read what does not change, through windows: a unit's constants lie close together."""
+        start = address & -_WINDOW
+        window = self._windows.get(start)
+        if window is None:
+            try:
+                window = self.memory.read(start, _WINDOW)
+            except PatcherError:
+                window = b""  # the window reaches beyond what is mapped
+            self._windows[start] = window
+        found = window[address - start : address - start + size]
+        return found if len(found) == size else self.memory.read(address, size)
+
     def _equal_but_for(self, block: Block, start: int, theirs: bytes, references: list[Reference]) -> bool:
-        ignored = self.ignored(block)
-        if not references and not ignored:
+        lines = self.lines(block)
+        if not references and not lines:
             return block.data[start:] == theirs
         left, right = bytearray(block.data[start:]), bytearray(theirs)
         for r in references:
             low, high = r.offset - start, r.offset - start + _width(r)
             left[low:high] = right[low:high] = bytes(high - low)
-        for offset in ignored:
+        for offset in lines:
             if offset >= start:
-                left[offset - start : offset - start + 4] = right[offset - start : offset - start + 4] = bytes(4)
+                self.pass_over(left, right, offset - start, offset - start)
         return left == right
 
     def _constant(self, block: Block, address: int, size: int) -> bool:
@@ -640,6 +675,7 @@ class _Matcher:
 
 
 _MASK = (1 << 64) - 1
+_WINDOW = 1 << 14
 _REWRITTEN = frozenset((R.GOTPCRELX, R.REX_GOTPCRELX, R.GOTTPOFF, R.GOTPCREL))
 _DIRECT = frozenset((R.PC32, R.PLT32))
 _NAMED_CELLS = (R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT)
@@ -748,7 +784,7 @@ class _Walk:
         self.map: dict[int, int] = {}
         self.inner: list[tuple[int, int]] = []
         self._next = 0
-        self._ignored = matcher.ignored(block)
+        self._lines = matcher.lines(block)
 
     def run(self) -> dict[int, int]:
         i = j = 0
@@ -805,11 +841,9 @@ class _Walk:
         for r in found:
             low, high = (max(0, b - ours[0]) for b in _field(r.type, r.offset))
             left[low:high] = right[low:high] = bytes(high - low)
-        for offset in self._ignored:
+        for offset in self._lines:
             if ours[0] <= offset < ours[0] + ours[1]:
-                left[offset - ours[0] : offset - ours[0] + 4] = right[offset - ours[0] : offset - ours[0] + 4] = bytes(
-                    4
-                )
+                self.matcher.pass_over(left, right, offset - ours[0], offset - ours[0])
         if not found and "[rip" in ours[3]:
             self._inner_operand(ours, theirs, left, right)
         if left != right:

@@ -127,6 +127,7 @@ class Scenario:
     linkers: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
     pie: tuple[bool, ...] = ()
+    also: tuple[str, ...] = ()  # names of variants that are never left out
     flags_each: tuple[tuple[str, ...], ...] = ()
     xfail: tuple[tuple[str, str], ...] = ()  # (pattern of variant names, why)
 

@@ -46,9 +46,14 @@ ALLOWED: dict[str, set[str]] = {
     "statics": MATCHING | {"match", "relink"},
     # Joins verdicts, linker and arena to a generation that is ready to be written.
     "relink": MATCHING | {"match", "patch", "statics", "convention"},
-    "session": MATCHING | {"match", "patch", "relink", "statics", "convention", "build", "watch", "report", "dwarf"},
-    "cli": {"errors", "report", "session", "target", "build", ""},
-    "": {"errors", "session", "target", "report"},  # the package itself: the public API
+    "options": {"errors"},
+    # A unit's share in a save: compiled, read, matched, and its types compared.
+    "units": MATCHING | {"match", "patch", "relink", "options", "build", "dwarf"},
+    "session": MATCHING | {"match", "patch", "relink", "options", "units", "build", "watch", "report", "loop"},
+    # The watch loop drives a session, which starts it.
+    "loop": {"errors", "session", "build", "watch", "report"},
+    "cli": {"errors", "options", "report", "session", "target", "build", ""},
+    "": {"errors", "options", "session", "target", "report"},  # the package itself: the public API
     "__main__": {"cli"},
 }
 ONE_IMPORTER = {

@@ -45,6 +45,7 @@ def variants(scenario: Scenario, number: int) -> list[Variant]:
         rest = ways[1:]
         start = number * WAYS_EACH
         ways = ways[:1] + [rest[(start + i) % len(rest)] for i in range(min(WAYS_EACH, len(rest)))]
+    ways += [way for way in WAYS if way.name in scenario.also and way not in ways]
     ways += [dataclasses.replace(ways[0], flags=flags) for flags in scenario.flags_each]
     return ways
 

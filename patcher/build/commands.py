@@ -57,6 +57,10 @@ class Commands:
             )
         return found
 
+    def listed(self) -> tuple[Path, ...]:
+        """Return the source files that the given database lists; none without one. Raises NoCompileCommand."""
+        return self._given.files() if self._given is not None else ()
+
     def units(self, saved: Sequence[Path]) -> tuple[Unit, ...]:
         """Return the units that saved files touch: for now each source file is its own, and headers touch none.
 

@@ -53,6 +53,11 @@ class Database:
         file = source.resolve()
         return tuple(CompileCommand(entry.directory, entry.arguments, file, origin) for entry in found)
 
+    def files(self) -> tuple[Path, ...]:
+        """Return the source files it lists. Raises as `commands` does."""
+        self._refresh()
+        return tuple(dict.fromkeys(entry.path for entry in self._entries))
+
     def __len__(self) -> int:
         self._refresh()
         return len(self._entries)

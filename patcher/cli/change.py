@@ -10,7 +10,7 @@ import click
 
 from patcher.cli.options import common, gather
 from patcher.report import Applied, Reverted
-from patcher.session import Session, apply_report
+from patcher.session import Session
 from patcher.target import Target
 
 
@@ -30,7 +30,7 @@ def apply(pid: int, files: tuple[Path, ...], as_json: bool, **rest: Any) -> int:
     asked = gather(rest)
     with asked.reporter() as reporter, Session(Target.attach(pid), asked.options(), reporter) as session:
         outcome = session.apply(*files)
-        event = apply_report(outcome, files, asked.dry_run)
+        event = outcome.as_event(files)
         reporter.emit(event)
         if as_json:
             click.echo(json.dumps(event.as_json()))

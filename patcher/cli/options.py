@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import click
 
 from patcher.errors import PatcherError
+from patcher.options import Options
 from patcher.report.console import ConsoleReport
 from patcher.report.events import EventStream, Reporter, Reporters
-from patcher.session import Options
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -235,7 +235,7 @@ def _linkage(name: str, data: bytes) -> _Linkage:
 
 
 def _resolver_cells(raw: t.RawFile) -> dict[int, Cell]:
-    """Return the cells of a static executable: IFUNCs' only, applied by its own start-up code, without dynamic tables."""
+    """Return the cells of a static executable: IFUNCs' only, which its own start-up code fills."""
     found = {}
     for index, header in enumerate(raw.section_headers):
         if int(header["type"]) == t.SHT_RELA and int(header["flags"]) & t.SHF_ALLOC:

@@ -8,6 +8,7 @@ Specification: System V ABI, chapter 4; AMD64 supplement, chapter 4.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -81,6 +82,9 @@ class Symbol(NamedTuple):
         return self.binding == SymbolBinding.WEAK
 
 
+_RELA = struct.Struct("<QIIq")  # most tables have a few rows only, where an array costs more than it saves
+
+
 class Relocation(NamedTuple):
     """One RELA entry: apply `type` at `offset` of its section, to symbol number `symbol`."""
 
@@ -130,7 +134,7 @@ class Section:
         return bool(self.flags & t.SHF_MERGE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ObjectFile:
     """A relocatable object. `name` is for messages: the path, or `archive(member)`."""
 
@@ -167,13 +171,14 @@ class ObjectFile:
         """Return the relocations of a section, by rising offset. Raises `ObjectError` for impossible ones."""
         result: list[Relocation] = []
         for index in self._relocation_sections.get(section, ()):
-            result += map(Relocation._make, self._raw.table(index, t.RELA).tolist())
+            rows = self._raw.contents(index)
+            result += map(Relocation._make, _RELA.iter_unpack(rows[: len(rows) // _RELA.size * _RELA.size]))
         result.sort(key=itemgetter(0))
         count, size = len(self.symbols), self.sections[section].size
-        for r in result:
-            if r.symbol >= count or r.offset >= size:
+        for offset, _, symbol, _ in result:
+            if symbol >= count or offset >= size:
                 raise ObjectError(
-                    f"{self.name}: a relocation at {self.sections[section].name}+{r.offset:#x} names symbol {r.symbol} "
+                    f"{self.name}: a relocation at {self.sections[section].name}+{offset:#x} names symbol {symbol} "
                     f"of {count} in a section of {size} bytes",
                     "the object is damaged; compile it again",
                 )

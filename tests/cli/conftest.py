@@ -54,16 +54,19 @@ class Session:
 
     def __init__(self, cwd: Path, *arguments: object, events: Path) -> None:
         os.mkfifo(events)
+        # Without waiting for a writer: one that never comes is then noticed after a while.
+        self._fifo = os.fdopen(os.open(events, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0)
+        command, *rest = map(str, arguments)
+        self._errors = events.with_suffix(".stderr").open("w+b")
         self.process = subprocess.Popen(
-            [*COMMAND, *map(str, arguments), "--events", str(events)],
+            [*COMMAND, command, "--events", str(events), *rest],
             cwd=cwd,
             env=ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
         )
         assert self.process.stdout is not None
-        self._fifo = events.open("rb", buffering=0)
         self._events = Lines(self._fifo)
         self.output = Lines(self.process.stdout)
         self.pid = self.process.pid
@@ -93,9 +96,9 @@ class Session:
         return self.process.wait(SECONDS)
 
     def errors(self) -> str:
-        """Return what it wrote on stderr; waits for its end."""
-        assert self.process.stderr is not None
-        return self.process.stderr.read().decode()
+        """Return what was written on stderr so far."""
+        self._errors.seek(0)
+        return self._errors.read().decode()
 
     def end(self, target: int) -> None:
         for pid in (self.pid, target):
@@ -104,7 +107,7 @@ class Session:
                     os.kill(pid, 9)
                 except ProcessLookupError:
                     continue
-        for stream in (self.process.stdin, self.process.stdout, self.process.stderr, self._fifo):
+        for stream in (self.process.stdin, self.process.stdout, self._errors, self._fifo):
             assert stream is not None
             try:
                 stream.close()

@@ -1,0 +1,19 @@
+"""What a user may choose for a session."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The choices; each has the default that suits most."""
+
+    compile_commands: Path | None = None
+    watched: tuple[Path, ...] = ()
+    build: str = ""
+    force: bool = False
+    dry_run: bool = False
+    colour: bool = False
+    allowed_layouts: tuple[str, ...] = ()  # types whose layout may change, on the user's responsibility

@@ -1,0 +1,299 @@
+"""From saved files to what they change: compile, match, and refuse what cannot be proven.
+
+A unit is compiled with its own flags and matched against the process. Its verdicts are then sharpened: functions
+that differ by line numbers only are told apart by a second compile, a unit most of which is not what runs is
+refused unless its earlier text was, and types that changed their layout are refused by name.
+
+Decides which functions are new and whether they may be; linking them is `relink`'s business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from patcher import dwarf
+from patcher.blocks import Blocks
+from patcher.build import INDIRECT, LINE_SHIFT, SHIFTED, Commands, CompileCommand, Compiler, is_unit
+from patcher.elf import ObjectFile, read_object, read_objects
+from patcher.errors import ObjectError, PatcherError, UnsafeChange
+from patcher.image import Image, LoadedModule
+from patcher.lines import LineNumbers, line_fields, moves_of_lines
+from patcher.live import LiveUnit, find_unit
+from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, match
+from patcher.options import Options
+from patcher.patch.ledger import Ledger
+from patcher.relink import Part
+from patcher.texts import Texts
+
+_DRIFT_MINIMUM = 4  # functions that must differ before a unit is thought not to be what runs
+
+Cancelled = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An object to apply, the file it stands for, and the command that made it (None: it was given as it is)."""
+
+    object: ObjectFile
+    file: Path
+    command: CompileCommand | None
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What some files change: the units with new code, those without, and what the process knows nothing of."""
+
+    parts: tuple[Part, ...]
+    idle: tuple[Part, ...]
+    absent: tuple[str, ...]
+
+    @property
+    def line_only(self) -> tuple[str, ...]:
+        return tuple(f.name for p in (*self.parts, *self.idle) for f in p.delta.with_status(Status.LINE_ONLY))
+
+    @property
+    def uncalled(self) -> tuple[str, ...]:
+        """New functions that nothing calls yet."""
+        return tuple(b.name for p in self.idle for b in p.added()) + self.absent
+
+
+class Units:
+    """The units of one process. `say` gets sentences for the user."""
+
+    def __init__(
+        self, image: Image, ledger: Ledger, options: Options, texts: Texts, say: Callable[[str], None]
+    ) -> None:
+        self.image = image
+        self.ledger = ledger
+        self.options = options
+        self.texts = texts
+        self._say = say
+        self.compiler = Compiler(colour=options.colour)
+        known = [m for m in image.modules if m.module.symbols_from]
+        self.commands = Commands(
+            compile_commands=options.compile_commands,
+            watched=options.watched,
+            programs=[m.file for m in known],
+            program_names=[Path(m.path) for m in known],
+        )
+        self.build_seconds = 0.0  # spent in compilers since it was last set to 0
+        self._proven: set[tuple[Path, tuple[str, ...]]] = set()
+        self._line_only: dict[tuple[Path, str], object] = {}
+        self._waiting: dict[Path, Source] = {}
+        self._command_of: dict[ObjectFile, CompileCommand] = {}
+        self._layouts: dict[str, dwarf.Layouts | None] = {}
+        self._unchecked: set[str] = set()
+
+    def close(self) -> None:
+        """Remove what was compiled."""
+        self.compiler.close()
+
+    # --- objects ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Count the time of a block as building: a unit may have to be compiled more than once."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.build_seconds += time.perf_counter() - began
+
+    def sources(self, files: Sequence[Path], cancelled: Cancelled) -> list[Source]:
+        """Read objects and archives, and compile source files in parallel.
+
+        Raises `BuildError` with the compiler's words, `BuildCancelled`, `NoCompileCommand`, `ObjectError`.
+        """
+        texts = [f for f in files if is_unit(f)]
+        found = [Source(o, f, None) for f in files if not is_unit(f) for o in read_objects(f)]
+        for text in texts:
+            _check_readable(text)
+        commands = [self.commands.find(f.resolve()) for f in texts]
+        if commands:
+            with self.building():
+                compiled = self.compiler.compile_all(commands, cancelled=cancelled)
+            for unit, command in zip(compiled, commands, strict=True):
+                found += [Source(o, command.file, command) for o in read_objects(unit.object)]
+                self.compiler.discard(unit)
+        return found
+
+    def _compiled(self, command: CompileCommand, **how: object) -> ObjectFile:
+        with self.building():
+            unit = self.compiler.compile(command, **how)  # type: ignore[arg-type]
+        try:
+            return read_object(unit.object)
+        finally:
+            self.compiler.discard(unit)
+
+    def with_indirect_access(self, part: Part) -> Part | None:
+        """Compile a unit that cannot reach some data again, with access through cells, thread-locals included.
+
+        Returns None when that was done already, or nothing says how it is compiled.
+        """
+        command = self._command_of.get(part.delta.blocks.object)
+        if command is None or part.blocks is not part.delta.blocks:
+            return None
+        made = self._compiled(command, variant=INDIRECT, options=("-ftls-model=initial-exec",))
+        return Part(part.delta, part.source, Blocks(made))
+
+    # --- verdicts ---------------------------------------------------------------------------------------------
+
+    def changes(self, sources: Sequence[Source]) -> Changes:
+        """Match objects against the process. Raises `UnsafeChange` for what cannot be proven."""
+        self._command_of = {s.object: s.command for s in sources if s.command is not None}
+        view = self.ledger.view()
+        parts: list[Part] = []
+        absent: list[str] = []
+        for source in sources:
+            blocks = Blocks(source.object)
+            unit = find_unit(self.image, view, blocks)
+            if unit is None:
+                self._waiting[source.file] = source
+                absent += [b.name for b in blocks.functions]
+                continue
+            delta = self._match(source, blocks, unit)
+            self._check_drift(source, delta)
+            parts.append(Part(delta, str(source.file)))
+            if parts[-1].added():
+                self._waiting[source.file] = source
+        if absent and not parts:
+            self._refuse_absent(sources, absent)
+        changed = tuple(p for p in parts if p.wanted())
+        self._check_layouts(changed)
+        return Changes(changed, tuple(p for p in parts if not p.wanted()), tuple(absent))
+
+    def waiting(self, present: Changes) -> list[Part]:
+        """Return the units seen earlier whose new functions nobody called so far."""
+        known = {p.source for p in (*present.parts, *present.idle)}
+        view = self.ledger.view()
+        parts = []
+        for file, source in self._waiting.items():
+            if str(file) not in known:
+                blocks = Blocks(source.object)
+                module = self.image.executable
+                unit = find_unit(self.image, view, blocks) or LiveUnit(self.image, view, module, file.name, None)
+                parts.append(Part(match(blocks, unit), str(file)))
+        return parts
+
+    def _refuse_absent(self, sources: Sequence[Source], absent: Sequence[str]) -> None:
+        module = self.image.executable
+        if not module.module.symbols_from:
+            raise UnsafeChange(
+                f"{module.path} has no symbol table (it was stripped), so nothing in it can be found by name",
+                "install its debug symbols, or run a program that was not stripped",
+                code="stripped",
+            )
+        if any(source.command is None for source in sources):
+            raise UnsafeChange(
+                f"none of the functions of {', '.join(str(s.file) for s in sources)} is in process "
+                f"{self.image.target.pid} ({', '.join(list(absent)[:3]) or 'it has no functions'})",
+                "give an object that the program was linked with",
+                code="not-in-process",
+            )
+
+    def _match(self, source: Source, blocks: Blocks, unit: LiveUnit) -> Delta:
+        delta = match(blocks, unit)
+        suspects = [f for f in delta.with_status(Status.CHANGED) if f.cause in (Cause.CONSTANT, Cause.DEPENDENT)]
+        if not suspects or source.command is None:
+            return delta
+        if all(self._line_only.get((source.file, f.name)) == fingerprint(blocks, f.block) for f in suspects):
+            return delta.with_line_only(suspects)
+        moves = moves_of_lines(source.file.read_bytes(), self.texts.of(source.file))
+        if not any(old != new for move in moves for old, new in move.items()):
+            return delta  # no line has moved
+        shifted = self._compiled(source.command, variant=SHIFTED)
+        numbers = LineNumbers(line_fields(source.object, shifted, LINE_SHIFT), moves)
+        delta = match(blocks, unit, numbers) if numbers.fields else delta
+        self._remember_line_only(source, delta.with_status(Status.LINE_ONLY), blocks)
+        return delta
+
+    def _remember_line_only(self, source: Source, functions: Sequence[FunctionMatch], blocks: Blocks) -> None:
+        # Proven once for exactly this code; while it stays the same, it need not be compiled twice again.
+        for function in functions:
+            self._line_only[source.file, function.name] = fingerprint(blocks, function.block)
+
+    def _check_drift(self, source: Source, delta: Delta) -> None:
+        """Refuse a unit most of which is not what runs, unless the text as it was at the start is."""
+        changed = delta.with_status(Status.CHANGED)
+        known = len(delta.functions) - len(delta.with_status(Status.ADDED))
+        # What fitted once was built with this very command: from then on everything may change.
+        proof = (source.file, source.command.arguments) if source.command is not None else None
+        few = len(changed) < _DRIFT_MINIMUM or 2 * len(changed) <= known
+        if self.options.force or few or proof in self._proven:
+            if proof is not None and delta.with_status(Status.SAME):
+                self._proven.add(proof)
+            return
+        texts = self.texts.of(source.file)
+        if texts and source.command is not None and self._fits(texts[0], source.command):
+            return
+        examples = "; ".join(f"{f.name}: {f.reason}" for f in changed[:3])
+        raise UnsafeChange(
+            f"{len(changed)} of {known} functions of {source.file} are not what process {self.image.target.pid} runs "
+            f"({examples})",
+            "it was built from other sources or with other flags: give the commands it was built with "
+            "(--compile-commands), or apply it all the same with --force",
+            code="mismatch",
+        )
+
+    def _fits(self, text: bytes, command: CompileCommand) -> bool:
+        """Tell whether most of a unit, compiled from another text, is what runs."""
+        try:
+            blocks = Blocks(self._compiled(command, text=text))
+        except PatcherError:
+            return False
+        live = find_unit(self.image, self.ledger.view(), blocks)
+        if live is None:
+            return False
+        delta = match(blocks, live)
+        return 2 * len(delta.with_status(Status.CHANGED)) <= len(delta.functions)
+
+    # --- layouts ----------------------------------------------------------------------------------------------
+
+    def _check_layouts(self, parts: Sequence[Part]) -> None:
+        """Refuse new code that sees existing data in another layout."""
+        for part in parts:
+            layouts = self.layouts_of(part.module)
+            data = bytes(part.delta.blocks.object.contents)
+            if layouts is None or not dwarf.has_types(data):
+                self._say_unchecked(part, layouts is None)
+                continue
+            changes = dwarf.changed_types(layouts, data)
+            changes = tuple(c for c in changes if not _allowed(c.name, self.options.allowed_layouts))
+            if changes:
+                names = ", ".join(f"`{c.name}`" for c in changes[:3])
+                raise UnsafeChange(
+                    f"{part.source} changes the layout of data that the process has: "
+                    + "; ".join(c.describe() for c in changes[:3]),
+                    f"restart the program; or, if nothing live is {names} any more, "
+                    f"--allow-layout-change '{changes[0].name}'",
+                    code="layout",
+                )
+
+    def layouts_of(self, module: LoadedModule) -> dwarf.Layouts | None:
+        """Return the types of a module, None without debug information."""
+        if module.path not in self._layouts:
+            file = Path(module.module.symbols_from)
+            file = module.file if str(file) == module.path or not file.is_file() else file
+            self._layouts[module.path] = dwarf.Layouts.of_program(file)
+        return self._layouts[module.path]
+
+    def _say_unchecked(self, part: Part, program: bool) -> None:
+        what = part.module.path if program else part.source
+        if what not in self._unchecked:
+            self._unchecked.add(what)
+            self._say(f"{what} has no debug information (-g): the layouts of its types are not checked")
+
+
+def _allowed(name: str, allowed: Sequence[str]) -> bool:
+    return name in allowed or name.partition(" ")[2] in allowed
+
+
+def _check_readable(path: Path) -> None:
+    if path.is_dir():
+        raise ObjectError(f"{path}: is a directory", "give an object, an archive or a source file")
+    if not path.exists():
+        raise ObjectError(f"{path}: no such file or directory", "check the path")

@@ -1,0 +1,102 @@
+"""What has to be placed, what is bound, and which names nobody defines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from living import UNIT, compile_text
+
+from link.linking import planned
+from patcher.blocks import Block, Blocks, Kind
+from patcher.elf import read_object
+from patcher.errors import LinkError, UnresolvedSymbol
+from patcher.link.plan import Bound, Plan, Unit, plan
+
+TEXT = r"""
+#include <stdio.h>
+extern int maybe(void) __attribute__((weak));
+static int counter, unused;
+static const char *const words[2] = {"left", "right"};
+static __attribute__((noinline)) int inner(int n) { return n * counter++; }
+static __attribute__((noinline)) int outer(int n) { return inner(n) + words[n][0]; }
+int work(int n) { return outer(n) + (maybe ? maybe() : 0); }
+int other(int n) { return n + unused++; }
+int prints(void) { return puts("text"); }
+__thread int mine;
+int threads(void) { return mine++; }
+"""
+
+
+@pytest.fixture
+def blocks(tmp_path: Path) -> Blocks:
+    return Blocks(read_object(compile_text(TEXT, tmp_path / "unit.o", "-O1", "-fPIE", *UNIT)))
+
+
+def names(blocks: tuple[Block, ...]) -> set[str]:
+    return {b.name for b in blocks if b.symbols}
+
+
+def nowhere(name: str) -> Bound | None:
+    return None
+
+
+def test_what_is_wanted_brings_what_it_needs_and_nothing_else(blocks: Blocks) -> None:
+    found = planned(blocks, nowhere, wanted=("work",))
+    assert names(found.code) == {"work", "outer", "inner"}
+    assert names(found.read_only) == {"words"}
+    assert {b.data for b in found.read_only if b.string} == {b"left\0", b"right\0"}
+    assert names(found.data) == {"counter"}
+
+
+def test_what_the_process_has_is_bound_and_not_followed(blocks: Blocks) -> None:
+    here = {"outer": Bound(0x1000), "counter": Bound(0x2000)}
+    found = planned(blocks, nowhere, wanted=("work",), resident=lambda b: here.get(b.name))
+    assert names(found.code) == {"work"}
+    assert found.read_only == found.data == ()
+    assert {b.name: bound.address for b, bound in found.bound.items()} == {"outer": 0x1000}
+
+
+def test_a_name_that_is_nowhere_is_refused_with_who_wants_it(blocks: Blocks) -> None:
+    with pytest.raises(UnresolvedSymbol) as caught:
+        planned(blocks, nowhere, wanted=("prints",))
+    for part in ("`puts`", "`prints`", "unit.o", ".text.prints+0x"):
+        assert part in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_weak_name_that_is_nowhere_is_zero(blocks: Blocks) -> None:
+    found = planned(blocks, nowhere, wanted=("work",))
+    assert {name: bound for (_, name), bound in found.externals.items()} == {"maybe": Bound(0)}
+
+
+def test_a_new_thread_local_is_refused_and_a_live_one_bound(blocks: Blocks) -> None:
+    with pytest.raises(LinkError, match="`threads` uses the new thread-local variable `mine`") as caught:
+        planned(blocks, nowhere, wanted=("threads",))
+    assert caught.value.code == "new-thread-local"
+    here = {"mine": Bound(-16, thread_local=True)}
+    found = planned(blocks, nowhere, wanted=("threads",), resident=lambda b: here.get(b.name))
+    assert [b.kind for b in found.bound] == [Kind.THREAD_LOCAL]
+
+
+def test_doors_are_the_placed_functions_that_are_entered_through_an_island(blocks: Blocks) -> None:
+    found = planned(blocks, nowhere, wanted=("work",), doors=lambda b: b.exported)
+    assert {b.name for b in found.doors} == {"work"}
+
+
+def two_units(folder: Path) -> tuple[Unit, Unit]:
+    texts = ("extern int born(int); int caller(int n) { return born(n); }\n", "int born(int n) { return n * 2; }\n")
+    found = [Blocks(read_object(compile_text(text, folder / f"{i}.o", "-O1", *UNIT))) for i, text in enumerate(texts)]
+    left, right = (
+        Unit(b, (b.functions if i == 0 else ()), lambda b: None, lambda b: True) for i, b in enumerate(found)
+    )
+    return left, right
+
+
+def test_another_object_of_the_generation_brings_a_definition(tmp_path: Path) -> None:
+    left, right = two_units(tmp_path)
+    (born,) = right.blocks.functions
+    found: Plan = plan([left, right], lambda b, e: None, lambda name: (right, born) if name == "born" else None)
+    assert names(found.code) == {"caller", "born"}
+    assert found.externals[left.blocks, "born"] is born
+    assert found.owners[born] is right.blocks

@@ -1,0 +1,225 @@
+"""Objects cut into blocks: what the pieces are, and what each reference means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from living import UNIT, compile_text, run
+
+from patcher.blocks import Absolute, Block, Blocks, External, Kind, Place, Reference
+from patcher.elf import read_object
+from patcher.elf.relocations import R
+from patcher.errors import ObjectError
+
+TEXT = r"""
+#include <stdio.h>
+extern int outside, array[];
+int optional(void) __attribute__((weak));
+int exported = 3, zeroed[4];
+static int counter = 1;
+static const int primes[5] = {2, 3, 5, 7, 11};
+static const char *const words[3] = {"left", "right", "middle"};
+static __thread int mine;
+int adds(int n) { counter += 1; return n + primes[n]; }
+int compares(void) { return outside == 77; }
+int far_in(void) { return array[5]; }
+const char *const *word(void) { return words; }
+const char *tail(void) { return "a right"; }
+double half(double x) { return x * 0.5; }
+int cases(int n)
+{
+    switch (n) {
+    case 0: return adds(1);
+    case 1: return compares();
+    case 2: return exported;
+    case 3: return optional ? 1 : 2;
+    case 4: return mine++;
+    case 5: return zeroed[1];
+    default: return 0;
+    }
+}
+int same(int n) __attribute__((alias("adds")));
+"""
+STYLES = {
+    "gcc": ("gcc", "-O1"),
+    "gcc-sections": ("gcc", "-O1", *UNIT),
+    "gcc-fixed": ("gcc", "-O2", "-fno-pie", *UNIT),
+    "clang": ("clang", "-O1"),
+    "clang-sections": ("clang", "-O2", *UNIT),
+}
+
+
+@pytest.fixture(scope="module", params=STYLES)
+def blocks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Blocks:
+    compiler, *flags = STYLES[request.param]
+    folder = tmp_path_factory.mktemp("blocks")
+    return Blocks(read_object(compile_text(TEXT, folder / "unit.o", *flags, compiler=compiler)))
+
+
+def function(blocks: Blocks, name: str) -> Block:
+    return next(b for b in blocks.functions if name in (s.name for s in b.symbols))
+
+
+def targets(blocks: Blocks, name: str) -> list[Reference]:
+    return list(blocks.references(function(blocks, name)))
+
+
+def test_functions_are_blocks_with_all_their_names(blocks: Blocks) -> None:
+    names = {b.name for b in blocks.functions}
+    assert names >= {"compares", "far_in", "word", "tail", "half", "cases"}
+    adds = function(blocks, "adds")
+    assert {s.name for s in adds.symbols} == {"adds", "same"}
+    assert adds.exported
+    assert not adds.anonymous
+    assert all(b.kind is Kind.CODE and len(b.data) == b.size for b in blocks.functions)
+
+
+def test_variables_and_constants_are_blocks_of_their_kind(blocks: Blocks) -> None:
+    found = {b.name.partition(".")[0]: b for b in blocks.data_blocks()}
+    assert found["exported"].kind is Kind.DATA
+    assert (found["exported"].data, found["exported"].size) == (b"\3\0\0\0", 4)
+    assert found["zeroed"].zero
+    assert found["zeroed"].size == 16
+    assert found["primes"].kind is Kind.READ_ONLY
+    assert found["words"].kind is Kind.READ_ONLY
+    assert found["mine"].kind is Kind.THREAD_LOCAL
+    assert not found["primes"].exported
+
+
+def test_a_static_is_found_whatever_the_instruction_is(blocks: Blocks) -> None:
+    # addl $1, counter(%rip) has a byte behind the field, and the section's symbol an addend of -5
+    found = {r.target.block.name: r.target.offset for r in targets(blocks, "adds") if isinstance(r.target, Place)}
+    assert found["counter"] == 0
+    assert found["primes"] == 0
+
+
+def test_externals_keep_their_addends(blocks: Blocks) -> None:
+    (reference,) = (r for r in targets(blocks, "far_in") if r.target == External("array"))
+    if reference.type in (R.PC32, R.A32S, R.A32):
+        assert reference.addend == 20 - (4 if reference.type == R.PC32 else 0)
+    assert External("optional", weak=True) in [r.target for r in targets(blocks, "cases")]
+
+
+def test_strings_are_blocks_of_a_pool_and_tails_are_offsets(blocks: Blocks) -> None:
+    table = next(b for b in blocks.data_blocks() if b.name.startswith("words"))
+    strings = [r.target for r in blocks.references(table)]
+    assert all(isinstance(s, Place) and s.block.string for s in strings)
+    assert [s.block.data[s.offset :] for s in strings if isinstance(s, Place)] == [b"left\0", b"right\0", b"middle\0"]
+    (tail,) = (r.target for r in targets(blocks, "tail"))
+    assert isinstance(tail, Place)
+    assert tail.block.data[tail.offset :] == b"a right\0"
+
+
+def test_a_constant_of_a_pool_is_one_entry(blocks: Blocks) -> None:
+    (half,) = (r.target for r in targets(blocks, "half"))
+    assert isinstance(half, Place)
+    assert half.block.data[half.offset : half.offset + 8] == bytes.fromhex("000000000000e03f")
+    assert half.block.kind is Kind.READ_ONLY
+
+
+def test_a_jump_table_is_a_block_whose_entries_point_into_the_function(blocks: Blocks) -> None:
+    cases = function(blocks, "cases")
+    tables = {
+        r.target.block
+        for r in blocks.references(cases)
+        if isinstance(r.target, Place) and r.target.block.kind is Kind.READ_ONLY and r.target.block.anonymous
+    }
+    (table,) = tables
+    entries = [r.target for r in blocks.references(table)]
+    assert len(entries) >= 5
+    assert all(isinstance(e, Place) and e.block is cases and 0 < e.offset < cases.size for e in entries)
+
+
+def test_references_rise_and_stay_inside(blocks: Blocks) -> None:
+    for block in (*blocks.functions, *blocks.data_blocks()):
+        offsets = [r.offset for r in blocks.references(block)]
+        assert offsets == sorted(offsets)
+        assert all(0 <= offset < block.size for offset in offsets)
+        assert blocks.references(block) is blocks.references(block), "worked out once"
+
+
+def test_every_byte_of_a_section_is_in_one_block(blocks: Blocks) -> None:
+    for index, section in blocks.object.sections.items():
+        if section.code or section.mergeable or not section.size or section.name.startswith((".note", ".eh_frame")):
+            continue
+        offset = 0
+        while offset < section.size:
+            place = blocks.at(index, offset)
+            assert (place.offset, place.block.start) == (0, offset)
+            offset += place.block.size
+        assert offset == section.size
+
+
+def test_a_place_outside_its_section_is_refused(blocks: Blocks) -> None:
+    index = next(i for i, s in blocks.object.sections.items() if s.strings)
+    with pytest.raises(ObjectError, match="outside its"):
+        blocks.at(index, 1 << 20)
+    with pytest.raises(ObjectError, match="not loaded"):
+        blocks.at(60_000, 0)
+
+
+def test_commons_are_zeroed_data(tmp_path: Path) -> None:
+    blocks = Blocks(read_object(compile_text("double shared[3]; double *get(void) { return shared; }\n",
+                                             tmp_path / "unit.o", "-O1", "-fcommon")))  # fmt: skip
+    (shared,) = blocks.data_blocks()
+    assert (shared.kind, shared.size, shared.zero) == (Kind.DATA, 24, True)
+    assert shared.alignment >= 8
+
+
+def assembled(folder: Path, text: str) -> Blocks:
+    (folder / "unit.s").write_text(f'.file "unit.c"\n{text}')
+    run("as", folder / "unit.s", "-o", folder / "unit.o")
+    return Blocks(read_object(folder / "unit.o"))
+
+
+def test_what_an_assembler_resolved_is_a_reference_again(tmp_path: Path) -> None:
+    blocks = assembled(
+        tmp_path,
+        ".text\n.type near, @function\nnear: ret\n.size near, 1\n.globl f\n.type f, @function\n"
+        "f: call near\n lea near(%rip), %rax\n je near\n jmp 1f\n1: ret\n.size f, . - f\n",
+    )
+    found = targets(blocks, "f")
+    assert [(r.type, r.target.block.name, r.addend) for r in found if isinstance(r.target, Place)] == [
+        (R.PLT32, "near", -4),
+        (R.PC32, "near", -4),
+        (R.PC8, "near", -1),
+    ]
+    assert blocks.relocations(function(blocks, "f")) is None, "they are not all relocations"
+    linkable = blocks.linkable(function(blocks, "f"))
+    assert linkable.lead == 5
+    assert linkable.data[:1] == b"\xe9"
+    assert [r.type for r in linkable.references] == [R.PLT32, R.PLT32, R.PC32]
+
+
+@pytest.mark.parametrize(
+    ("instruction", "offset", "behind"),
+    [
+        ("addl $1, here(%rip)", 2, 1),
+        ("movl $70000, here(%rip)", 2, 4),
+        ("movw $700, here(%rip)", 3, 2),
+        ("cmpb $3, here(%rip)", 2, 1),
+        ("mov here(%rip), %rax", 3, 0),
+        ("pshufd $3, here(%rip), %xmm1", 4, 1),
+        ("vpermilps $3, here(%rip), %ymm1", 5, 1),
+        ("imul $9, here(%rip), %ecx", 2, 1),
+    ],
+)
+def test_immediates_behind_a_field_do_not_move_what_it_means(
+    tmp_path: Path, instruction: str, offset: int, behind: int
+) -> None:
+    text = '.section .data.d,"aw"\n.quad 5\nhere: .quad 6\n.section .text.f,"ax"\n.globl f\n.type f, @function\n'
+    blocks = assembled(tmp_path, f"{text}f: {instruction}\n {instruction}\n ret\n.size f, . - f\n")
+    found = targets(blocks, "f")
+    assert len(found) == 2
+    for reference in found:
+        assert isinstance(reference.target, Place)
+        assert reference.target.block.start + reference.target.offset == 8
+        assert reference.addend == -4 - behind
+    assert found[0].offset == offset
+
+
+def test_absolute_symbols_are_values(tmp_path: Path) -> None:
+    blocks = assembled(tmp_path, ".globl f\n.type f, @function\n.set fixed, 0x1234\n.globl fixed\nf: mov $fixed, %eax\n"
+                                 " movabs $fixed, %rax\n ret\n.size f, . - f\n")  # fmt: skip
+    assert {r.target for r in targets(blocks, "f")} <= {Absolute(0x1234)}
