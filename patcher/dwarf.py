@@ -91,11 +91,11 @@ def changed_types(old: Layouts, data: bytes) -> tuple[TypeChange, ...]:
     strings = _debug_strings(raw)
     changes = []
     for name in _candidates(strings):
-        theirs = new.find(name)
-        if theirs is None or not _laid_out(theirs):
+        ours = old.find(name)  # remembered from save to save, so asked first
+        if ours is None or not _laid_out(ours):
             continue
-        ours = old.find(name)
-        if ours is None or not _laid_out(ours) or _same(ours, theirs):
+        theirs = new.find(name)
+        if theirs is None or not _laid_out(theirs) or _same(ours, theirs):
             continue
         if not any((other := old.find(name, f)) is not None and _same(other, theirs) for f in _files(strings)):
             changes.append(TypeChange(name, tuple(_differences(ours, theirs))))

@@ -113,12 +113,12 @@ class _Statics:
         return () if live is None else (live, *self.part.cold_pieces(function))
 
     def _refers(self, pieces: Sequence[LiveFunction], variable: LiveVariable) -> bool:
-        from patcher.code.instructions import decode
+        from patcher.code.instructions import references_into
 
         if self.thread_block is not None:
             return any(self._accesses(piece, self.thread_block + variable.address) for piece in pieces)
         within = range(variable.address, variable.address + variable.size)
-        if any(i.reference in within for piece in pieces for i in decode(piece.code, piece.body)):
+        if any(references_into(piece.code, piece.body, within.start, within.stop) for piece in pieces):
             return True
         if self.part.unit.module.module.position_independent:
             return False

@@ -11,7 +11,7 @@ from pathlib import Path
 from patcher.build import is_unit
 
 _LIMIT = 256 << 20  # bytes that are remembered
-_KEPT = 16  # texts of one file, beside the first
+_KEPT = 4  # texts of one file, beside the first
 
 
 class Texts:
@@ -41,4 +41,6 @@ class Texts:
         """Note that live code comes from the text that a file has now."""
         if is_unit(file) and file.is_file():
             texts = self._texts.setdefault(file, [])
-            texts[1:] = [*texts[1:], file.read_bytes()][-_KEPT:]
+            text = file.read_bytes()
+            if text not in texts:
+                texts[1:] = [*texts[1:], text][-_KEPT:]

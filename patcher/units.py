@@ -202,11 +202,11 @@ class Units:
             return delta
         if all(self._line_only.get((source.file, f.name)) == fingerprint(blocks, f.block) for f in suspects):
             return delta.with_line_only(suspects)
-        moves = moves_of_lines(source.file.read_bytes(), self.texts.of(source.file))
-        if not any(old != new for move in moves for old, new in move.items()):
-            return delta  # no line has moved
+        new, texts = source.file.read_bytes(), self.texts.of(source.file)
+        if all(text.count(b"\n") == new.count(b"\n") for text in texts):
+            return delta  # no line has moved, or none can be told to have
         shifted = self._compiled(source.command, variant=SHIFTED)
-        numbers = LineNumbers(line_fields(source.object, shifted, LINE_SHIFT), moves)
+        numbers = LineNumbers(line_fields(source.object, shifted, LINE_SHIFT), moves_of_lines(new, texts))
         delta = match(blocks, unit, numbers) if numbers.fields else delta
         self._remember_line_only(source, delta.with_status(Status.LINE_ONLY), blocks)
         return delta

@@ -10,7 +10,7 @@ from pathlib import Path
 from patcher.blocks import Blocks
 from patcher.elf import read_object
 from patcher.image import Image
-from patcher.lines import Fields
+from patcher.lines import NONE, LineNumbers
 from patcher.live import ArenaView, LiveUnit, find_unit
 from patcher.match import Delta, match
 from patcher.patch.journal import Journal
@@ -100,7 +100,7 @@ def live_unit(target: Target, blocks: Blocks, image: Image | None = None) -> Liv
     return found
 
 
-def matched(target: Target, unit: Path, lines: Fields | None = None, image: Image | None = None) -> Delta:
+def matched(target: Target, unit: Path, lines: LineNumbers = NONE, image: Image | None = None) -> Delta:
     """Match an object against a process that nothing has patched yet."""
     blocks = Blocks(read_object(unit))
     return match(blocks, live_unit(target, blocks, image), lines)

@@ -47,9 +47,10 @@ ALLOWED: dict[str, set[str]] = {
     # Joins verdicts, linker and arena to a generation that is ready to be written.
     "relink": MATCHING | {"match", "patch", "statics", "convention"},
     "options": {"errors"},
+    "texts": {"errors"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
-    "units": MATCHING | {"match", "patch", "relink", "options", "build", "dwarf"},
-    "session": MATCHING | {"match", "patch", "relink", "options", "units", "build", "watch", "report", "loop"},
+    "units": MATCHING | {"match", "patch", "relink", "options", "texts", "build", "dwarf"},
+    "session": MATCHING | {"match", "patch", "relink", "options", "texts", "units", "build", "watch", "report", "loop"},
     # The watch loop drives a session, which starts it.
     "loop": {"errors", "session", "build", "watch", "report"},
     "cli": {"errors", "options", "report", "session", "target", "build", ""},

@@ -8,7 +8,7 @@ import pytest
 from living import UNIT, compile_text
 
 from patcher.elf import ObjectFile, read_object
-from patcher.lines import Fields, line_fields
+from patcher.lines import NONE, Fields, LineNumbers, line_fields, moved_lines
 
 SHIFT = 100_000
 HEAD = "#include <stdio.h>\n" * 200  # so that line numbers take four bytes
@@ -76,3 +76,26 @@ def test_sections_of_another_length_are_left_out(tmp_path: Path) -> None:
     plain = read_object(compile_text(text, tmp_path / "plain.o", "-O1", *UNIT))
     shifted = read_object(compile_text(f"#line {SHIFT + 1}\n{text}", tmp_path / "shifted.o", "-O1", *UNIT))
     assert line_fields(plain, shifted, SHIFT) == {}
+
+
+# --- which line is which ---
+
+
+def test_a_line_that_both_texts_have_keeps_its_identity() -> None:
+    assert moved_lines(b"a\nb\nc", b"a\nnew\nb\nc") == {1: 1, 2: 3, 3: 4}
+    assert moved_lines(b"a\nb\nc", b"a\nc") == {1: 1, 3: 2}
+    assert moved_lines(b"a\nb", b"a\nb") == {1: 1, 2: 2}
+    assert moved_lines(b"a", b"b") == {}
+
+
+def test_a_field_says_the_same_when_it_names_the_same_line(pair: tuple[ObjectFile, ObjectFile]) -> None:
+    plain, shifted = pair
+    old = TEXT.replace("#include <stdio.h>\n", "", 5)
+    moves = tuple(moved_lines(text, TEXT.encode()) for text in (b"another text", old.encode()))
+    numbers = LineNumbers(line_fields(plain, shifted, SHIFT), moves)
+    here, before = line_of("int logs"), line_of("int logs") - 5
+    assert numbers.says_the_same(before.to_bytes(4, "little"), here.to_bytes(4, "little"))
+    assert not numbers.says_the_same(here.to_bytes(4, "little"), (here + 1).to_bytes(4, "little"))
+    assert not numbers.says_the_same((100_000).to_bytes(4, "little"), here.to_bytes(4, "little"))
+    assert any(numbers.in_section(index) for index in plain.sections)
+    assert not NONE.says_the_same(here.to_bytes(4, "little"), here.to_bytes(4, "little"))

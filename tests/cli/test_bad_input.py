@@ -62,7 +62,6 @@ BAD_OBJECTS: dict[str, Callable[[bytes, Path], object]] = {
     "gcc's LTO bytecode": lambda _, place: compiled(place, ANSWER, "gcc", "-O2", "-flto"),
     "clang's LTO bytecode": lambda _, place: compiled(place, ANSWER, "clang", "-O2", "-flto"),
     "of another program": lambda _, place: compiled(place, "int elsewhere(int n)\n{\n    return n;\n}\n", "gcc"),
-    "no functions": lambda _, place: compiled(place, "int number = 5;\n", "gcc"),
     "a directory": lambda _, place: place,
     "not there": lambda _, place: place / "missing.o",
     "an unreadable name": lambda _, place: place / "strange\udcff.o",
@@ -80,7 +79,7 @@ def test_objects_that_cannot_be_applied(kind, good, program, tmp_path):
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
     (sentence,) = sentences(done.stderr)
-    assert os.fsencode(str(made)).decode(errors="replace") in sentence or Path(str(made)).name in sentence
+    assert str(made).partition("\udcff")[0] in sentence
     assert len(done.stderr.splitlines()) <= 2, "a sentence and a hint"
     assert (image_bytes(program.pid), Path(f"/proc/{program.pid}/maps").read_text()) == (before, maps)
     assert_untouched(program.pid)
