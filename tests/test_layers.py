@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     # Joins verdicts, linker and arena to a generation that is ready to be written.
     "relink": MATCHING | {"match", "patch", "statics", "convention"},
     "options": {"errors"},
-    "texts": {"errors"},
+    "texts": {"errors", "build"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
     "units": MATCHING | {"match", "patch", "relink", "options", "texts", "build", "dwarf"},
     "session": MATCHING | {"match", "patch", "relink", "options", "texts", "units", "build", "watch", "report", "loop"},

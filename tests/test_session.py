@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -49,10 +48,14 @@ def test_attach_apply_revert_status(project):
 
 
 def test_spawn(tmp_path):
-    with patcher.spawn("sh", ["-c", "echo $0 $1; exec cat <fifo", "x y", "z"]) as session:
+    os.mkfifo(tmp_path / "fifo")
+    script = f'echo "$1" >{tmp_path}/out; exec cat {tmp_path}/fifo'
+    with patcher.spawn("sh", ["-c", script, "sh", "a b"]) as session:
         pid = session.target.pid
-        os.kill(pid, signal.SIGKILL)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (-signal.SIGKILL, 1, 2)
+        assert session.status().pid == pid
+        (tmp_path / "fifo").write_text("")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert (tmp_path / "out").read_text() == "a b\n"
         with pytest.raises(TargetGone):
             session.status()
     with pytest.raises(patcher.PatcherError, match="there is no program"):

@@ -38,7 +38,10 @@ APPLIED = Applied(
 EVENTS: list[tuple[Event, dict[str, object]]] = [
     (Ready(5, "/bin/p", ("src",)), {"event": "ready", "pid": 5, "program": "/bin/p", "watching": ["src"]}),
     (Saved(("/a.c",)), {"event": "saved", "files": ["/a.c"]}),
-    (BuildFailed("/a.c", "a.c:1: error\n", "no"), {"event": "build_failed", "file": "/a.c", "diagnostics": "a.c:1: error\n"}),
+    (
+        BuildFailed("/a.c", "a.c:1: error\n", "no"),
+        {"event": "build_failed", "file": "/a.c", "diagnostics": "a.c:1: error\n"},
+    ),
     (
         Refused("layout", "it grew", "restart", "/a.c"),
         {"event": "refused", "reason": "layout", "message": "it grew", "hint": "restart", "file": "/a.c"},
@@ -60,7 +63,7 @@ EVENTS: list[tuple[Event, dict[str, object]]] = [
     (Reverted(0), {"event": "reverted", "generation": 0}),
     (Exited(status=3), {"event": "exited", "status": 3}),
     (Exited(signal=9), {"event": "exited", "signal": 9}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("event", "fields"), EVENTS, ids=[type(e).__name__ for e, _ in EVENTS])
