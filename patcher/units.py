@@ -156,6 +156,7 @@ class Units:
                 absent += [b.name for b in blocks.functions]
                 continue
             delta = self._match(source, blocks, unit)
+            self._check_origin(source, delta)
             self._check_drift(source, delta)
             parts.append(Part(delta, str(source.file)))
             if parts[-1].added():
@@ -215,6 +216,24 @@ class Units:
         # Proven once for exactly this code; while it stays the same, it need not be compiled twice again.
         for function in functions:
             self._line_only[source.file, function.name] = fingerprint(blocks, function.block)
+
+    def _check_origin(self, source: Source, delta: Delta) -> None:
+        """Refuse a unit that shares names with a module, but is not known to be part of it.
+
+        Another program of the same tree has a `main` as well.
+        """
+        module = delta.unit.module
+        if self.options.force or delta.unit.group is not None or not module.module.symbols.has_files:
+            return
+        if delta.with_status(Status.SAME, Status.LINE_ONLY) or not delta.with_status(Status.CHANGED):
+            return
+        names = ", ".join(f"`{f.name}`" for f in delta.with_status(Status.CHANGED)[:3])
+        raise UnsafeChange(
+            f"{source.file} is not among the files that {module.name} was built from, and what it has of the same "
+            f"name ({names}) is not what process {self.image.target.pid} runs",
+            "if the file was renamed since, restart the program; or apply it all the same with --force",
+            code="mismatch",
+        )
 
     def _check_drift(self, source: Source, delta: Delta) -> None:
         """Refuse a unit most of which is not what runs, unless the text as it was at the start is."""

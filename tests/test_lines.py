@@ -99,3 +99,29 @@ def test_a_field_says_the_same_when_it_names_the_same_line(pair: tuple[ObjectFil
     assert not numbers.says_the_same((100_000).to_bytes(4, "little"), here.to_bytes(4, "little"))
     assert any(numbers.in_section(index) for index in plain.sections)
     assert not NONE.says_the_same(here.to_bytes(4, "little"), here.to_bytes(4, "little"))
+
+
+OLD = b"a\nb\nc\nd\ne\n"
+
+
+@pytest.mark.parametrize(
+    ("new", "moves"),
+    [
+        (OLD, {1: 1, 2: 2, 3: 3, 4: 4, 5: 5}),
+        (b"new\n" + OLD, {1: 2, 2: 3, 3: 4, 4: 5, 5: 6}),
+        (b"a\nb\nx\nd\ne\n", {1: 1, 2: 2, 4: 4, 5: 5}),
+        (b"a\nx\nb\nc\nd\ny\nz\ne\n", {1: 1, 2: 3, 3: 4, 4: 5, 5: 8}),
+        (b"d\ne\n", {4: 1, 5: 2}),
+    ],
+)
+def test_each_line_is_found_where_it_is_now(new: bytes, moves: dict[int, int]) -> None:
+    found = moved_lines(OLD, new)
+    assert {old: now for old, now in found.items() if old <= 5} == moves
+
+
+def test_a_number_is_a_line_only_where_that_line_went() -> None:
+    numbers = LineNumbers({}, (moved_lines(OLD, b"new\n" + OLD),))
+    assert numbers.says_the_same((3).to_bytes(4, "little"), (4).to_bytes(4, "little"))
+    assert not numbers.says_the_same((3).to_bytes(4, "little"), (3).to_bytes(4, "little"))
+    assert not numbers.says_the_same((3).to_bytes(4, "little"), (104).to_bytes(4, "little"))
+    assert not LineNumbers({}, ()).says_the_same((3).to_bytes(4, "little"), (3).to_bytes(4, "little"))

@@ -142,6 +142,11 @@ class SymbolIndex:
             found.setdefault(self._name(index), []).append(group)
         return found
 
+    @cached_property
+    def has_files(self) -> bool:
+        """Tell whether the table says which files the module was built from."""
+        return any(self._name(index) for index in self._files.tolist())
+
     def group_name(self, group: int) -> str:
         return self._name(int(self._files[group])) if 0 <= group < len(self._files) else ""
 

@@ -247,15 +247,18 @@ class Mortals:
             [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def die_at(self, moment: int, pid: int, *files: Path) -> bool:
-        """Apply files (without files: revert 0), being killed right after write number `moment`; was it?"""
+    def die_at(self, moment: int, pid: int, *files: Path) -> int:
+        """Apply files (without files: revert 0), being killed right after write number `moment`.
+
+        Returns 0, or the number of writes if it came to its end before.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(" ".join(map(str, (moment, pid, *files))) + "\n")
         self.process.stdin.flush()
-        code = int(self.process.stdout.readline())
+        code, writes = map(int, self.process.stdout.readline().split())
         assert code in (0, -signal.SIGKILL)
-        return code == -signal.SIGKILL
+        return writes
 
 
 @pytest.fixture(scope="module")
@@ -265,14 +268,24 @@ def mortals() -> Iterator[Mortals]:
     found.process.communicate()
 
 
+# Two functions that change together, and a third that calls both and never changes.
+TOGETHER = {
+    "main.c": MAIN,
+    "unit.c": "int tens(int n);\nint ones(int n);\nint answer(int n)\n{\n    return tens(n) * 10 + ones(n);\n}\n",
+    "tens.c": "int count_tens;\nint tens(int n)\n{\n    count_tens++;\n    return n + 1;\n}\n",
+    "ones.c": "int count_ones;\nint ones(int n)\n{\n    count_ones++;\n    return n + 1;\n}\n",
+}
+
+
+def together(project: Project, step: int) -> list[Path]:
+    return [project.object(name, ("n + 1", f"n + {step}")) for name in ("tens.c", "ones.c")]
+
+
 @pytest.mark.parametrize("kind", ["apply", "apply again", "revert"])
 def test_killed_after_any_write_the_program_runs_one_generation_and_the_next_patcher_goes_on(tmp_path, mortals, kind):
-    unit = "int other(int);\nint answer(int n)\n{\n    return other(n) * 10 + 1;\n}\n"
-    other = "int total;\nint other(int n)\n{\n    total++;\n    return n + 1;\n}\n"
-    project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": unit, "other.c": other})
-    first = [project.object("unit.c", ("+ 1", "+ 2")), project.object("other.c", ("n + 1", "n + 2"))]
-    second = [project.object("unit.c", ("+ 1", "+ 3")), project.object("other.c", ("n + 1", "n + 3"))]
-    answers = {"apply": {"21", "32"}, "apply again": {"32", "43"}, "revert": {"32", "21"}}[kind]
+    project = Project(tmp_path / "p", TOGETHER)
+    first, second = together(project, 2), together(project, 3)
+    answers = {"apply": {"22", "33"}, "apply again": {"33", "44"}, "revert": {"33", "22"}}[kind]
     seen, moment = set(), 0
     while True:
         moment += 1
@@ -282,39 +295,60 @@ def test_killed_after_any_write_the_program_runs_one_generation_and_the_next_pat
                 with patcher.attach(program.pid) as session:
                     session.apply(*first)
             files = {"apply": first, "apply again": second, "revert": []}[kind]
-            killed = mortals.die_at(moment, program.pid, *files)
+            ended = mortals.die_at(moment, program.pid, *files)
             answer = program.ask(1)
             assert answer in answers, f"killed after write {moment}: a mixture of two generations"
             seen.add(answer)
             with patcher.attach(program.pid) as session:
                 session.apply(*second)
-                assert program.ask(1) == "43", f"killed after write {moment}"
+                assert program.ask(1) == "44", f"killed after write {moment}"
                 session.revert(0)
-                assert program.ask(1) == "21", f"killed after write {moment}"
+                assert program.ask(1) == "22", f"killed after write {moment}"
             assert image_bytes(program.pid) == before
             assert_untouched(program.pid)
-        if not killed:
+        if ended:
             break
     assert moment > 4
     assert seen == answers
 
 
+def test_killed_while_a_program_and_its_library_change_together(tmp_path, mortals):
+    """Slots in two arenas; the last writes are those that matter."""
+    project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": UNIT, "lib.c": LIBRARY}, shared=("lib.c",))
+    first = [project.object("unit.c", ("+ 1", "+ 10")), project.object("lib.c", ("n + 1", "n + 20"))]
+    second = [project.object("unit.c", ("+ 1", "+ 30")), project.object("lib.c", ("n + 1", "n + 40"))]
+    with project.running() as program:
+        before = image_bytes(program.pid)
+        with patcher.attach(program.pid) as session:
+            session.apply(*first)
+            writes = mortals.die_at(1 << 40, program.pid, *second)
+            assert writes > 8
+            answers = []
+            for moment in range(writes - 8, writes + 1):
+                session.revert(1)
+                assert program.ask(1) == "31"
+                mortals.die_at(moment, program.pid, *second)
+                answers.append(program.ask(1))
+            assert set(answers) == {"31", "71"}, "a mixture of two generations"
+            assert answers == sorted(answers)
+            session.revert(0)
+        assert image_bytes(program.pid) == before
+        assert_untouched(program.pid)
+
+
 def test_slots_that_a_dead_controller_left_half_written_are_mended(tmp_path):
-    unit = "int other(int);\nint answer(int n)\n{\n    return other(n) * 10 + 1;\n}\n"
-    project = Project(
-        tmp_path / "p", {"main.c": MAIN, "unit.c": unit, "other.c": "int other(int n)\n{\n    return n + 1234567;\n}\n"}
-    )
-    both = [project.object("unit.c", ("+ 1", "+ 2")), project.object("other.c", ("n + 1234567", "n + 2"))]
+    project = Project(tmp_path / "p", TOGETHER)
+    change = together(project, 2)
     with project.running() as program, patcher.attach(program.pid) as session:
-        session.apply(*both)
-        assert program.ask(1) == "32"
+        session.apply(*change)
+        assert program.ask(1) == "33"
         ledger = session.ledger
-        copy = ledger.journal.redirects[0].copy
-        session.target.memory.write(ledger.primary.slot(ledger.journal.redirects[0].index), struct.pack("<Q", copy))
-        assert program.ask(1) != "32"
+        redirect = ledger.journal.redirects[0]
+        session.target.memory.write(ledger.primary.slot(redirect.index), struct.pack("<Q", redirect.copy))
+        assert program.ask(1) == "23"
         with patcher.attach(program.pid) as other:
-            assert other.apply(*both).functions == ()
-        assert program.ask(1) == "32"
+            assert other.apply(*change).functions == ()
+        assert program.ask(1) == "33"
 
 
 DIES_WHILE_ALL_STAND_STILL = """

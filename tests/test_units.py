@@ -1,0 +1,98 @@
+"""What a unit may change: it must be part of what runs, and a line number must name the line it named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import patcher
+from patcher.texts import Texts
+
+PROGRAM = """
+#include <stdio.h>
+#include <string.h>
+__attribute__((noipa)) int size(const char *line) { return (int)strlen(line); }
+int main(void)
+{
+    char line[100];
+    while (fgets(line, sizeof line, stdin)) {
+        printf("%d\\n", size(line));
+        fflush(stdout);
+    }
+    return 0;
+}
+"""
+OTHER = """
+#include <stdio.h>
+__attribute__((noipa)) int size(const char *line) { return line[0] * 100; }
+int main(int count, char **words) { printf("another program: %d\\n", size(words[count - 1])); return 0; }
+"""
+
+
+class Tree:
+    """A folder with two programs; only the first one runs."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        self.folder = folder
+        entries = []
+        for name, text in (("program.c", PROGRAM), ("other.c", OTHER)):
+            (folder / name).write_text(text)
+            command = ["gcc", "-O1", *flags, "-c", name, "-o", name + ".o"]
+            entries.append({"directory": str(folder), "file": name, "arguments": command})
+        subprocess.run(entries[0]["arguments"], cwd=folder, check=True)
+        subprocess.run(["gcc", "-o", "program", "program.c.o"], cwd=folder, check=True)
+        (folder / "compile_commands.json").write_text(json.dumps(entries))
+        self.process = subprocess.Popen(
+            [folder / "program"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def ask(self, line: str) -> str:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(line + "\n")
+        return self.process.stdout.readline().strip()
+
+    def attach(self, **options: bool) -> patcher.Session:
+        return patcher.attach(self.process.pid, compile_commands=self.folder / "compile_commands.json", **options)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_another_programs_source_is_refused_although_names_are_the_same(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    try:
+        assert tree.ask("abc") == "4"
+        with tree.attach() as session:
+            with pytest.raises(patcher.UnsafeChange) as refused:
+                session.apply(tmp_path / "other.c")
+            assert refused.value.code == "mismatch"
+            assert "other.c is not among the files" in refused.value.message
+            assert "`size`" in refused.value.message
+            assert session.status().arenas == ()
+        assert tree.ask("abc") == "4"
+        with tree.attach(force=True) as session:
+            session.apply(tmp_path / "other.c")
+        assert tree.ask("abc") == str(ord("a") * 100)
+    finally:
+        tree.close()
+
+
+def test_a_first_text_stays_known_however_many_are_applied(tmp_path: Path) -> None:
+    file = tmp_path / "unit.c"
+    file.write_text("first")
+    texts = Texts()
+    texts.remember([tmp_path])
+    for number in range(20):
+        file.write_text(f"text {number}")
+        texts.applied(file)
+    known = texts.of(file)
+    assert known[0] == b"first"
+    assert known[-1] == b"text 19"
+    assert len(known) < 10
+    texts.remember([tmp_path])
+    assert texts.of(file) == known
