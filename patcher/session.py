@@ -195,7 +195,6 @@ class Session:
     def _relink(self, units: Units, sources: Sequence[Source]) -> Generation:
         self.image.refresh()
         with self.ledger.transaction():
-            self.ledger.refresh()
             if self.ledger.primary is not None:
                 self.image.stub_area = self.ledger.primary.stub
             changes = units.changes(sources)
@@ -270,7 +269,6 @@ class Session:
         """
         self.target.check_alive()
         with self.ledger.transaction():
-            self.ledger.refresh()
             live = self.ledger.generation
             if generation is None:
                 generation = self.ledger.journal.lineage(live)[-1].parent if live else 0

@@ -46,6 +46,7 @@ class Ledger:
         self.usages: dict[int, Usage] = {}
         self.journal = Journal()
         self.slots: dict[int, list[int]] = {}
+        self._planned: set[int] = set()  # arenas that are chosen and not mapped
         self._journal_read = b""
         self._controller = (os.getpid(), _own_start_time())
         self.refresh()
@@ -120,6 +121,7 @@ class Ledger:
                 return arena
         primary = self.primary
         arena = plan_arena(self.target, low, high, primary.base if primary else None, below_2g=below_2g)
+        self._planned.add(arena.base)
         self.arenas[arena.base] = arena
         self.usages[arena.base] = arena.fresh_usage()
         self.slots[arena.base] = [0]
@@ -127,16 +129,15 @@ class Ledger:
 
     def realise(self) -> None:
         """Map every arena that so far is only planned. Raises `TargetBusy` when the kernel refuses."""
-        there = {a.base for a in find_arenas(self.target)}
-        for base, arena in self.arenas.items():
-            if base not in there:
-                create_arena(self.target, arena)
+        while self._planned:
+            create_arena(self.target, self.arenas[min(self._planned)])
+            self._planned.remove(min(self._planned))
 
     def forget_plans(self) -> None:
         """Drop arenas that were planned and never mapped."""
-        there = {a.base for a in find_arenas(self.target)}
-        for base in [b for b in self.arenas if b not in there]:
+        for base in self._planned & set(self.arenas):
             del self.arenas[base], self.usages[base], self.slots[base]
+        self._planned.clear()
 
     def space(self, arena: Arena) -> Space:
         return arena.space(self.usages[arena.base])

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from project import MAIN, Project, Running, image_bytes
 import patcher
 from patcher.errors import PatcherError, TargetBusy, UnsafeChange
 from patcher.patch.arena import Arena, find_arenas
+from patcher.patch.journal import encode
 from patcher.target import Target
 
 LIBRARY = "int count;\nint shared(int n)\n{\n    count++;\n    return n + 1;\n}\n"
@@ -142,6 +144,23 @@ def test_a_damaged_journal_is_refused_and_the_program_runs_on(program, change):
     with patcher.attach(program.pid) as session, pytest.raises(UnsafeChange) as caught:
         session.revert()
     assert caught.value.code == "damaged-journal"
+    assert program.ask(1) == "12"
+
+
+@pytest.mark.parametrize("body", [(0xDEAD000, 1, 5), (None, 500, 5)], ids=["arena", "slot"])
+def test_a_journal_that_names_what_is_not_there_is_refused(program, change, body):
+    with patcher.attach(program.pid) as session:
+        session.apply(change)
+        arena = primary(session)
+        record = session.ledger.journal.generations[1]
+        hostile = encode(replace(record, bodies=((body[0] or arena.base, *body[1:]),)))
+        session.target.memory.write(arena.journal, hostile)
+        arena.set_usage(replace(arena.usage(), journal=len(hostile)))
+    with patcher.attach(program.pid) as session:
+        for action in (session.status, session.revert, lambda: session.apply(change)):
+            with pytest.raises(UnsafeChange, match="which is not there") as caught:
+                action()
+            assert caught.value.code == "damaged-journal"
     assert program.ask(1) == "12"
 
 
