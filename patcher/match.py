@@ -26,9 +26,12 @@ from patcher.blocks import Block, Blocks, External, Kind, Place, Reference, Targ
 from patcher.elf import Relocation
 from patcher.errors import PatcherError, UnsafeChange
 from patcher.image import R_X86_64_DTPMOD64, R_X86_64_GLOB_DAT, R_X86_64_IRELATIVE, R_X86_64_JUMP_SLOT
-from patcher.lines import NONE, LineNumbers
+from patcher.lines import NONE as NO_LINES
+from patcher.lines import LineNumbers
 from patcher.link.relocations import RULES, R, type_name
 from patcher.live import LiveFunction, LiveUnit, Scope, base_name
+from patcher.stamps import NONE as NO_STAMPS
+from patcher.stamps import Stamps
 
 
 class Status(Enum):
@@ -128,19 +131,19 @@ class _Pending:
     address: int
 
 
-def match(blocks: Blocks, unit: LiveUnit, line_numbers: LineNumbers = NONE) -> Delta:
+def match(blocks: Blocks, unit: LiveUnit, line_numbers: LineNumbers = NO_LINES, stamps: Stamps = NO_STAMPS) -> Delta:
     """Compare every function of a unit's object with what runs.
 
     Raises `UnsafeChange` for ambiguous names, and for a changed function whose code the linker made another's too.
 
-    `line_numbers`: the fields that are known to hold line numbers. A function that is the
-    same but for these is `LINE_ONLY`.
+    `line_numbers`: the fields that are known to hold line numbers; a function that is the same but for these is
+    `LINE_ONLY`. `stamps`: what this compile wrote of its own moment, which makes no difference at all.
     """
-    delta = _Matcher(blocks, unit, NONE).delta()
+    delta = _Matcher(blocks, unit, NO_LINES, stamps).delta()
     if not line_numbers.fields:
         _refuse_folded(unit, delta.functions)
         return delta
-    tolerant = _Matcher(blocks, unit, line_numbers).delta()
+    tolerant = _Matcher(blocks, unit, line_numbers, stamps).delta()
     functions = tuple(
         FunctionMatch(loose.block, Status.LINE_ONLY, loose.live)
         if strict.status is Status.CHANGED and loose.status is Status.SAME
@@ -174,9 +177,10 @@ class _Contents:
 
 
 class _Matcher:
-    def __init__(self, blocks: Blocks, unit: LiveUnit, line_numbers: LineNumbers) -> None:
+    def __init__(self, blocks: Blocks, unit: LiveUnit, line_numbers: LineNumbers, stamps: Stamps) -> None:
         self.blocks = blocks
         self._line_numbers = line_numbers
+        self._stamps = stamps
         self.unit = unit
         self.memory = unit.image.target.memory
         self.bindings: dict[Block, int] = {}
@@ -606,7 +610,7 @@ class _Matcher:
     def _equal_but_for(self, block: Block, start: int, theirs: bytes, references: list[Reference]) -> bool:
         lines = self.lines(block)
         if not references and not lines:
-            return block.data[start:] == theirs
+            return block.data[start:] == theirs or self._stamps.same_but_for(block.data[start:], theirs)
         left, right = bytearray(block.data[start:]), bytearray(theirs)
         for r in references:
             low, high = r.offset - start, r.offset - start + _width(r)

@@ -27,6 +27,8 @@ from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, matc
 from patcher.options import Options
 from patcher.patch.ledger import Ledger
 from patcher.relink import Part
+from patcher.stamps import NONE as NO_STAMPS
+from patcher.stamps import Stamps, stamps_between
 from patcher.texts import Texts
 
 _DRIFT_MINIMUM = 4  # functions that must differ before a unit is thought not to be what runs
@@ -41,6 +43,7 @@ class Source:
     object: ObjectFile
     file: Path
     command: CompileCommand | None
+    stamps: Stamps = NO_STAMPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +117,12 @@ class Units:
             _check_readable(text)
         commands = [self.commands.find(f.resolve()) for f in texts]
         if commands:
+            began = time.time()
             with self.building():
                 compiled = self.compiler.compile_all(commands, cancelled=cancelled)
             for unit, command in zip(compiled, commands, strict=True):
-                found += [Source(o, command.file, command) for o in read_objects(unit.object)]
+                stamps = stamps_between(began, time.time(), command.file.stat().st_mtime)
+                found += [Source(o, command.file, command, stamps) for o in read_objects(unit.object)]
                 self.compiler.discard(unit)
         return found
 
@@ -197,7 +202,7 @@ class Units:
             )
 
     def _match(self, source: Source, blocks: Blocks, unit: LiveUnit) -> Delta:
-        delta = match(blocks, unit)
+        delta = match(blocks, unit, stamps=source.stamps)
         suspects = [f for f in delta.with_status(Status.CHANGED) if f.cause in (Cause.CONSTANT, Cause.DEPENDENT)]
         if not suspects or source.command is None:
             return delta
@@ -208,7 +213,7 @@ class Units:
             return delta  # no line has moved, or none can be told to have
         shifted = self._compiled(source.command, variant=SHIFTED)
         numbers = LineNumbers(line_fields(source.object, shifted, LINE_SHIFT), moves_of_lines(new, texts))
-        delta = match(blocks, unit, numbers) if numbers.fields else delta
+        delta = match(blocks, unit, numbers, source.stamps) if numbers.fields else delta
         self._remember_line_only(source, delta.with_status(Status.LINE_ONLY), blocks)
         return delta
 

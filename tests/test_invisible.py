@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +38,12 @@ def program(project: Project) -> Iterator[tuple[Running, int]]:
         child = int(parent.greeting)
         yield parent, child
         if parent.process.poll() is None:
-            os.kill(child, signal.SIGKILL)
-            parent.process.wait(10)
+            parent.tell("end")  # which also removes its semaphores and its message queue
+            try:
+                parent.process.wait(5)
+            except subprocess.TimeoutExpired:
+                os.kill(child, signal.SIGKILL)
+                parent.process.wait(10)
 
 
 def patch_again_and_again(pid: int, change: Path, count: int) -> int:

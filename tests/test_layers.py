@@ -37,8 +37,9 @@ ALLOWED: dict[str, set[str]] = {
     # apart by matching each (the one edge that goes against the direction).
     "live": READING | {"blocks", "image", "code", "patch.journal", "match"},
     "lines": READING,
+    "stamps": set(),
     # The relocation table says how wide a field is, and which are relative.
-    "match": READING | {"blocks", "image", "live", "lines", "link.relocations", "code"},
+    "match": READING | {"blocks", "image", "live", "lines", "stamps", "link.relocations", "code"},
     # The arena's free memory is what the linker lays out.
     "patch": {"errors", "target", "code", "link.place"},
     "report": {"errors"},
@@ -49,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"errors"},
     "texts": {"errors", "build"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
-    "units": MATCHING | {"match", "patch", "relink", "options", "texts", "build", "dwarf"},
+    "units": MATCHING | {"match", "patch", "relink", "options", "texts", "stamps", "build", "dwarf"},
     "session": MATCHING | {"match", "patch", "relink", "options", "texts", "units", "build", "watch", "report", "loop"},
     # The watch loop drives a session, which starts it.
     "loop": {"errors", "session", "build", "watch", "report"},

@@ -96,3 +96,30 @@ def test_a_first_text_stays_known_however_many_are_applied(tmp_path: Path) -> No
     assert len(known) < 10
     texts.remember([tmp_path])
     assert texts.of(file) == known
+
+
+STAMPED = PROGRAM.replace(
+    "int main(void)",
+    '__attribute__((noipa)) const char *built(void) { return "built " __DATE__ " at " __TIME__ ", " __TIMESTAMP__; }\n'
+    "int main(void)",
+).replace('printf("%d\\n", size(line));', 'printf("%d %s\\n", size(line), built());')
+
+
+def test_a_build_stamp_alone_makes_no_function_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(__name__ + ".PROGRAM", STAMPED)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")  # the program was built long ago
+    tree = Tree(tmp_path)
+    monkeypatch.delenv("SOURCE_DATE_EPOCH")
+    try:
+        before = tree.ask("abc")
+        assert "built Sep  9 2001 at 01:46:40" in before
+        with tree.attach() as session:
+            (tmp_path / "program.c").write_text(STAMPED.replace("strlen(line)", "strlen(line) * 2"))
+            assert [f.name for f in session.apply(tmp_path / "program.c").functions] == ["size"]
+            assert tree.ask("abc") == before.replace("4 ", "8 ", 1)
+            other = STAMPED.replace("__DATE__", '"Sep  9 2002"').replace("strlen(line)", "strlen(line) * 2")
+            (tmp_path / "program.c").write_text(other)
+            assert [f.name for f in session.apply(tmp_path / "program.c").functions] == ["built"]
+            assert "built Sep  9 2002 at " in tree.ask("abc")
+    finally:
+        tree.close()

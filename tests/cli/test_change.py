@@ -143,7 +143,7 @@ def test_killed_while_it_watches_the_program_runs_on(project, tmp_path):
     source = project.sources / "unit.c"
     with project.running() as program:
         live = remainder(program.ask(5))
-        for round_number in range(8):
+        for round_number in range(6):
             command = [*COMMAND, "attach", str(program.pid), "--watch", "src", "--quiet"]
             log = tmp_path / f"events{round_number}"
             os.mkfifo(log)
@@ -153,7 +153,7 @@ def test_killed_while_it_watches_the_program_runs_on(project, tmp_path):
                 events.readline()
                 value = str(10 + round_number)
                 source.write_text(TEXT % int(value))
-                time.sleep(0.025 * round_number)  # no waiting for luck: any moment will do
+                time.sleep(0.03 * round_number)  # no waiting for luck: any moment will do
                 patcher.kill()
             answers = {live, value}
             live = remainder(program.ask(5))

@@ -50,8 +50,8 @@ def test_what_follows_the_dashes_is_the_programs_own(command, tmp_path):
 def test_the_program_inherits_what_a_shell_would_give_it(tmp_path):
     """Environment, descriptors, signal mask and dispositions, directory, group, limits."""
     script = (
-        "cat /proc/self/environ | tr '\\0' '\\n' | grep -v ^_= | sort; ls -1 /proc/$$/fd; pwd; umask; ulimit -a;"
-        " grep -E '^Sig(Blk|Ign|Cgt)' /proc/$$/status; cat <&3; echo hello >&4"
+        "cat /proc/self/environ | tr '\\0' '\\n' | grep -v ^_= | sort; ls -1 /proc/self/fd; pwd; umask; ulimit -a;"
+        " grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status; cat <&3; echo hello >&4"
     )
     outputs = []
     for prefix in ([], [*COMMAND, "spawn", "--quiet", "--"]):

@@ -24,6 +24,7 @@
 #include <sys/epoll.h>
 #include <sys/ipc.h>
 #include <sys/msg.h>
+#include <sys/prctl.h>
 #include <sys/select.h>
 #include <sys/sem.h>
 #include <sys/socket.h>
@@ -189,6 +190,7 @@ static void prepare(void)
     sigemptyset(&nothing_sent);
     sigaddset(&nothing_sent, SIGRTMIN + 20);
     if (!(sleeper = fork())) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
         pause();
         _exit(0);
     }
