@@ -174,9 +174,6 @@ class Blocks:
         start = starts[max(0, bisect.bisect_right(starts, offset) - 1)]
         return Place(self._at[section_index, start], offset - start)
 
-    def of_symbol(self, symbol: Symbol) -> Block:
-        return self._common(symbol) if symbol.common else self.at(symbol.section, symbol.value).block
-
     def _cut(self, section: Section) -> list[int]:
         starts = self._starts.get(section.index)
         if starts is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from patcher.blocks import Block, Blocks, External, Kind
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, displaced_copy, plan_entry
@@ -110,7 +110,6 @@ class Linked:
     commit: Commit
     replaced: tuple[Replaced, ...]
     new_variables: tuple[str, ...]
-    kept_initialisers: tuple[str, ...] = field(default=())
 
 
 class NeedsArena(Exception):

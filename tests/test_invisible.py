@@ -10,7 +10,8 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,42 +48,56 @@ def program(project: Project) -> Iterator[tuple[Running, int]]:
 
 
 def patch_again_and_again(pid: int, change: Path, count: int) -> int:
-    """Patch and go back to the original, `count` times in all, half of them each; return how often all stood still."""
+    """Patch and go back to the original, `count` times; return in how many patches all threads had to stand still."""
     stops = 0
     with patcher.attach(pid) as session:
-        for _ in range(count // 2):
+        for _ in range(count):
             stops += session.apply(change).timings.stop > 0
             assert session.revert(0) == 0
     return stops
 
 
 class Signals(threading.Thread):
-    """Sends signals all the time from another thread; `sent` by number."""
+    """Sends signals with values 1, 2, 3 ... all the time; `sent` by number. `before`: what to wait for each time."""
 
-    def __init__(self, pid: int, numbers: range, *, one_at_a_time: Running | None = None) -> None:
+    def __init__(self, pid: int, numbers: range, before: Callable[[], object] = lambda: None) -> None:
         super().__init__()
         self.pid = pid
         self.sent = dict.fromkeys(numbers, 0)
         self.over = threading.Event()
-        self._program = one_at_a_time
+        self._before = before
 
     def run(self) -> None:
         while not self.over.wait(0.002):
+            self._before()
             for number in self.sent:
                 value = self.sent[number] + 1
                 if libc.sigqueue(self.pid, number, ctypes.c_void_p(value)) == 0:
                     self.sent[number] = value
-            if self._program is not None:
-                while not all(h == n for h, n in zip(handled(self._program), self.sent.values(), strict=True)):
-                    pass
 
     def stop(self) -> None:
         self.over.set()
         self.join()
 
 
-def handled(program: Running, field: int = 1) -> list[int]:
+def real(program: Running, field: int) -> list[int]:
     return [int(word.split(":")[field]) for word in program.ask("real").split()]
+
+
+HANDLED, INTERRUPTIONS, THREAD = 1, 2, 3
+
+
+def wait_until_all_sleep(program: Running, pid: int) -> None:
+    """Each signal was handled, and each thread is in its call again: between two calls nothing can be interrupted."""
+    deadline = time.monotonic() + 10
+    while real(program, HANDLED) != real(program, INTERRUPTIONS) or any(
+        state(pid, thread) != "S" for thread in real(program, THREAD)
+    ):
+        assert time.monotonic() < deadline, program.ask("real")
+
+
+def state(pid: int, thread: int) -> str:
+    return Path(f"/proc/{pid}/task/{thread}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 @pytest.mark.timeout(150)
@@ -92,7 +107,7 @@ def test_a_thousand_patches_leave_no_trace(project, program):
     queue = Signals(pid, range(signal.SIGRTMIN, signal.SIGRTMIN + 1))
     queue.start()
     try:
-        assert patch_again_and_again(pid, change, PATCHES) == PATCHES // 2, "each of them has to stop the program"
+        assert patch_again_and_again(pid, change, PATCHES) == PATCHES, "each of them has to stop the program"
     finally:
         queue.stop()
     assert_untouched(pid)
@@ -117,16 +132,14 @@ def test_a_real_signal_still_interrupts(project, program):
     """Handlers without SA_RESTART: each signal is handled once, and ends the call with EINTR, patch or no patch."""
     parent, pid = program
     change = project.object("unit.c", ("n + 1", "n + 100"))
-    real = Signals(pid, range(signal.SIGRTMIN + 1, signal.SIGRTMIN + 6), one_at_a_time=parent)
-    real.start()
+    signals = Signals(pid, range(signal.SIGRTMIN + 1, signal.SIGRTMIN + 6), lambda: wait_until_all_sleep(parent, pid))
+    signals.start()
     try:
-        patch_again_and_again(pid, change, 200)
+        while min(signals.sent.values()) < 30:
+            patch_again_and_again(pid, change, 10)
     finally:
-        real.stop()
-    assert min(real.sent.values()) > 20
-    assert handled(parent) == list(real.sent.values())
-    while (interruptions := handled(parent, 2)) != handled(parent):
-        assert max(interruptions) <= max(real.sent.values())
-    assert interruptions == list(real.sent.values())
+        signals.stop()
+    wait_until_all_sleep(parent, pid)
+    assert real(parent, HANDLED) == real(parent, INTERRUPTIONS) == list(signals.sent.values())
     *early, _ = parent.ask("report").split()
     assert early == []

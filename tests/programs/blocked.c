@@ -4,7 +4,7 @@
  * The child is what is patched: its first line is its pid. It answers lines:
  *   report   the calls that came back early: name, times and errno of each
  *   queued   values received so far, and how many were out of order
- *   real     for each call with a handler of its own: signals handled, and EINTRs seen
+ *   real     for each call with a handler of its own: signals handled, EINTRs seen, and the thread
  *   answers  wrong answers of `answer`, called all the time by one thread
  *   end      the child exits with 7
  * When the child has ended, the parent writes: stops and continuations it saw, SIGCHLDs, and the exit status.
@@ -117,7 +117,8 @@ static void *nap(void *poll_instead)
 
 /* --- signals --------------------------------------------------------------------------------------------------- */
 
-static volatile int queued, disordered, wrong_answers, answered;
+static volatile int queued, disordered;
+static volatile long wrong_answers, answered;
 
 static void on_queued(int number, siginfo_t *info, void *context)
 {
@@ -150,6 +151,7 @@ struct interrupted {
     const char *name;
     long (*call)(void);
     volatile int handled, interruptions;
+    volatile pid_t thread;
 };
 
 static struct interrupted real[] = {
@@ -162,6 +164,7 @@ static void on_real(int number) { real[number - SIGRTMIN - 1].handled++; }
 static void *be_interrupted(void *argument)
 {
     struct interrupted *me = argument;
+    me->thread = gettid();
     unblock(SIGRTMIN + 1 + (me - real));
     while (!ending)
         if (me->call() == -1 && errno == EINTR)
@@ -238,10 +241,10 @@ static int child(void)
         else if (!strcmp(line, "queued\n"))
             printf("%d %d\n", queued, disordered);
         else if (!strcmp(line, "answers\n"))
-            printf("%d %d\n", answered, wrong_answers);
+            printf("%ld %ld\n", answered, wrong_answers);
         else {
             for (int i = 0; i < REAL; i++)
-                printf("%s:%d:%d ", real[i].name, real[i].handled, real[i].interruptions);
+                printf("%s:%d:%d:%d ", real[i].name, real[i].handled, real[i].interruptions, real[i].thread);
             printf("\n");
         }
     }

@@ -1,26 +1,9 @@
-"""Live matching: proving that a function of an object is what runs in the process, or finding where it differs.
-
-Object code and live code are walked side by side. Bytes that encode no reference must be equal; every
-reference is checked by what it means, never by its number: functions, variables and imports by symbol,
-strings, constants and jump tables by contents. (Known from Ksplice as run-pre matching.)
-
-Two walks give the same verdict. The first compares whole bodies with the reference fields masked, and
-settles nearly every unchanged function. Where lengths or bytes differ, the second goes instruction by
-instruction, since an assembler may have made a tail call within a section a short jump, a linker may have
-rewritten a GOT load, and padding differs; it keeps a map of object offsets to live offsets.
-
-What matches also tells where the unit's renumbered and ambiguous variables are: each matched reference
-binds its block to a live address (`Delta.bindings`).
-
-Decides same or changed, and why. What to do about it is `link`'s and `session`'s business.
-"""
+"""The comparison of one unit: whole bodies first, then what every reference means."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from patcher.blocks import Block, Blocks, External, Kind, Place, Reference, Target
 from patcher.elf import Relocation
@@ -30,95 +13,34 @@ from patcher.lines import NONE as NO_LINES
 from patcher.lines import LineNumbers
 from patcher.link.relocations import RULES, R, type_name
 from patcher.live import LiveFunction, LiveUnit, Scope, base_name
+from patcher.match.rewritten import (
+    DIRECT,
+    MASK,
+    REWRITTEN,
+    absolute_immediate,
+    field_of,
+    jump_and_nop,
+    made_direct,
+    opcode_bytes,
+    thread_immediate,
+    width_of,
+)
+from patcher.match.verdict import (
+    Cause,
+    Delta,
+    FunctionMatch,
+    Mismatch,
+    Status,
+    is_cold_piece,
+    is_private_piece,
+    parent_of,
+)
+from patcher.match.walk import Walk
 from patcher.stamps import NONE as NO_STAMPS
 from patcher.stamps import Stamps
 
-
-class Status(Enum):
-    SAME = "same"
-    CHANGED = "changed"
-    LINE_ONLY = "line-only"
-    ADDED = "added"
-
-
-class Cause(Enum):
-    """What kind of difference came first; only some can come from a moved line."""
-
-    NONE = "none"
-    CODE = "code"
-    CONSTANT = "constant"
-    REFERENCE = "reference"
-    DEPENDENT = "dependent"
-
-
-@dataclass(frozen=True, slots=True)
-class FunctionMatch:
-    """The verdict on one function block. `live` is None for an added one."""
-
-    block: Block
-    status: Status
-    live: LiveFunction | None
-    cause: Cause = Cause.NONE
-    reason: str = ""
-
-    @property
-    def name(self) -> str:
-        return self.block.name
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What a unit's object changes against what runs."""
-
-    blocks: Blocks
-    unit: LiveUnit
-    functions: tuple[FunctionMatch, ...]
-    bindings: dict[Block, int] = field(repr=False)
-
-    def with_line_only(self, functions: Sequence[FunctionMatch]) -> Delta:
-        """Return this delta with some functions taken to differ by line numbers only."""
-        chosen = {f.block for f in functions}
-        changed = tuple(replace(f, status=Status.LINE_ONLY) if f.block in chosen else f for f in self.functions)
-        return replace(self, functions=changed)
-
-    def with_status(self, *statuses: Status) -> tuple[FunctionMatch, ...]:
-        return tuple(f for f in self.functions if f.status in statuses)
-
-
-_PRIVATE = re.compile(r"\.(cold|part|isra|constprop)(\.\d+)*$|\.(part|isra|constprop)\.")
-_COLD = re.compile(r"\.cold(\.\d+)?$")
-
-
-def is_private_piece(name: str) -> bool:
-    """Tell whether a function is a piece the compiler split off, callable by its own unit's code only.
-
-    Such pieces may have a calling convention of their own, so that new code must never be reached by a
-    caller that was compiled with the old piece, nor the reverse: they live and die with their callers.
-    """
-    return bool(_PRIVATE.search(name))
-
-
-def fingerprint(blocks: Blocks, block: Block) -> object:
-    """Return a value that is equal for equal code: its bytes, and what its references mean by name or contents."""
-    return block.data, tuple((r.offset, r.type, r.addend, _meaning(r.target)) for r in blocks.references(block))
-
-
-def _meaning(target: Target) -> object:
-    if not isinstance(target, Place):
-        return target
-    block = target.block
-    return block.kind, block.name if block.symbols else block.data, target.offset
-
-
-def is_cold_piece(name: str) -> bool:
-    return bool(_COLD.search(name))
-
-
-class _Mismatch(Exception):
-    def __init__(self, cause: Cause, reason: str) -> None:
-        super().__init__(reason)
-        self.cause = cause
-        self.reason = reason
+_WINDOW = 1 << 14
+_NAMED_CELLS = (R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +61,11 @@ def match(blocks: Blocks, unit: LiveUnit, line_numbers: LineNumbers = NO_LINES, 
     `line_numbers`: the fields that are known to hold line numbers; a function that is the same but for these is
     `LINE_ONLY`. `stamps`: what this compile wrote of its own moment, which makes no difference at all.
     """
-    delta = _Matcher(blocks, unit, NO_LINES, stamps).delta()
+    delta = Matcher(blocks, unit, NO_LINES, stamps).delta()
     if not line_numbers.fields:
         _refuse_folded(unit, delta.functions)
         return delta
-    tolerant = _Matcher(blocks, unit, line_numbers, stamps).delta()
+    tolerant = Matcher(blocks, unit, line_numbers, stamps).delta()
     functions = tuple(
         FunctionMatch(loose.block, Status.LINE_ONLY, loose.live)
         if strict.status is Status.CHANGED and loose.status is Status.SAME
@@ -176,7 +98,7 @@ class _Contents:
     pending: tuple[_Pending, ...] = ()
 
 
-class _Matcher:
+class Matcher:
     def __init__(self, blocks: Blocks, unit: LiveUnit, line_numbers: LineNumbers, stamps: Stamps) -> None:
         self.blocks = blocks
         self._line_numbers = line_numbers
@@ -219,7 +141,7 @@ class _Matcher:
         pending = len(self.pending)
         try:
             self.maps[block] = self._compare(block, live)
-        except _Mismatch as mismatch:
+        except Mismatch as mismatch:
             self.unit.refuse_elsewhere(live, block)
             del self.pending[pending:]
             return FunctionMatch(block, Status.CHANGED, live, mismatch.cause, mismatch.reason)
@@ -276,7 +198,7 @@ class _Matcher:
             piece = work.pop()
             affected = inside.get(piece, []) + users.get(piece, [])
             if is_cold_piece(piece.name):
-                parent = _COLD.sub("", piece.name)
+                parent = parent_of(piece.name)
                 affected += [b for b in results if b.name == parent]
             for user in affected:
                 if results[user].status is Status.SAME:
@@ -297,13 +219,13 @@ class _Matcher:
             code = self.unit.read_ahead(live, block.size) if live.size == 0 else code
         relocations = self.blocks.relocations(block)
         if relocations is None or len(code) != block.size or not self._equal_code(block, code, relocations):
-            return _Walk(self, block, code, live.body, self.blocks.references(block)).run()
+            return Walk(self, block, code, live.body, self.blocks.references(block)).run()
         proven, base = self._proven, live.body - block.start
         for r in relocations:
             offset, kind, symbol, addend = r
-            if kind in _DIRECT:
+            if kind in DIRECT:
                 at = offset - block.start
-                address = int.from_bytes(code[at : at + 4], "little", signed=True) + base + offset - addend & _MASK
+                address = int.from_bytes(code[at : at + 4], "little", signed=True) + base + offset - addend & MASK
                 if (symbol, address) in proven:
                     continue
                 target = self.blocks.named_target(symbol)
@@ -320,7 +242,7 @@ class _Matcher:
         ours = bytearray(block.data)
         for offset, kind, _, _ in relocations:
             at = offset - block.start
-            low, high = (at, at + 4) if kind in _DIRECT else _field(kind, at)
+            low, high = (at, at + 4) if kind in DIRECT else field_of(kind, at)
             ours[low:high] = code[low:high]
         for at in self.lines(block):
             self.pass_over(ours, code, at, at)
@@ -340,17 +262,17 @@ class _Matcher:
     # --- references -------------------------------------------------------------------------------------------
 
     def check_at(self, r: Reference, code: bytes, offset: int, body: int) -> None:
-        """Check the field at `offset` of a live body, which stands for `r`; raises `_Mismatch`."""
-        if r.type in _DIRECT:
+        """Check the field at `offset` of a live body, which stands for `r`; raises `Mismatch`."""
+        if r.type in DIRECT:
             value = int.from_bytes(code[offset : offset + 4], "little", signed=True)
-            self.check_target(r.target, value + body + offset - r.addend & _MASK)
-        elif r.type in _REWRITTEN:
+            self.check_target(r.target, value + body + offset - r.addend & MASK)
+        elif r.type in REWRITTEN:
             self.check_rewritten(r, code, offset, body)
         else:
-            self.check(r, code[offset : offset + _width(r)], body + offset)
+            self.check(r, code[offset : offset + width_of(r)], body + offset)
 
     def check(self, r: Reference, raw: bytes, place: int) -> None:
-        """Check a field that holds the relocation as it stands; raises `_Mismatch`."""
+        """Check a field that holds the relocation as it stands; raises `Mismatch`."""
         rule = RULES.get(r.type)
         if rule is None:
             self._check_dynamic_tls(r, raw, place)
@@ -361,18 +283,18 @@ class _Matcher:
         elif r.type in (R.A64, R.A32, R.A32S, R.A16, R.A8):
             if r.type == R.A32:
                 value &= 0xFFFFFFFF
-            self.check_target(r.target, value - r.addend & _MASK)
+            self.check_target(r.target, value - r.addend & MASK)
         elif r.type in (R.GOTPCREL, R.GOTPCRELX, R.REX_GOTPCRELX):
-            self._check_cell(r.target, value + place - r.addend & _MASK)
+            self._check_cell(r.target, value + place - r.addend & MASK)
         elif r.type == R.GOTTPOFF:
-            offset = self._read_table(value + place - r.addend & _MASK)
+            offset = self._read_table(value + place - r.addend & MASK)
             self._check_thread_offset(r.target, offset - (1 << 64) if offset >> 63 else offset)
         else:
-            self.check_target(r.target, value + place - r.addend & _MASK)
+            self.check_target(r.target, value + place - r.addend & MASK)
 
     def check_rewritten(self, r: Reference, code: bytes, field_offset: int, body: int) -> None:
         """Check a GOT reference that the linker may have made direct (AMD64 supplement, appendix B)."""
-        own = _opcode_bytes(r.type)
+        own = opcode_bytes(r.type)
         ours = self._block().data[max(0, r.offset - own) : r.offset]
         theirs = code[max(0, field_offset - own) : field_offset]
         value = int.from_bytes(code[field_offset : field_offset + 4], "little", signed=True)
@@ -380,19 +302,19 @@ class _Matcher:
         if ours == theirs:
             self.check(r, code[field_offset : field_offset + 4], place)
         elif r.type == R.GOTTPOFF:
-            if not _thread_immediate(ours, theirs):
-                raise _Mismatch(Cause.CODE, f"other instruction at +{r.offset:#x}")
+            if not thread_immediate(ours, theirs):
+                raise Mismatch(Cause.CODE, f"other instruction at +{r.offset:#x}")
             self._check_thread_offset(r.target, value)
-        elif _made_direct(ours, theirs):
-            self.check_target(r.target, value + place + 4 & _MASK)
-        elif ours[-2:] == b"\xff\x25" and ours[:-2] == theirs[:-2] and _jump_and_nop(code, field_offset - 2):
+        elif made_direct(ours, theirs):
+            self.check_target(r.target, value + place + 4 & MASK)
+        elif ours[-2:] == b"\xff\x25" and ours[:-2] == theirs[:-2] and jump_and_nop(code, field_offset - 2):
             # The field moves one byte forward.
             moved = int.from_bytes(code[field_offset - 1 : field_offset + 3], "little", signed=True)
-            self.check_target(r.target, moved + place + 3 & _MASK)
-        elif _absolute_immediate(ours, theirs):
-            self.check_target(r.target, value & _MASK)
+            self.check_target(r.target, moved + place + 3 & MASK)
+        elif absolute_immediate(ours, theirs):
+            self.check_target(r.target, value & MASK)
         else:
-            raise _Mismatch(Cause.CODE, f"other instruction at +{r.offset:#x}")
+            raise Mismatch(Cause.CODE, f"other instruction at +{r.offset:#x}")
 
     def _block(self) -> Block:
         assert self._current is not None
@@ -408,7 +330,7 @@ class _Matcher:
             self.check_target(target, known.addend + module.bias)
             return
         if known is not None and known.name and not value:
-            raise _Mismatch(Cause.REFERENCE, f"uses the cell of `{known.name}`")
+            raise Mismatch(Cause.REFERENCE, f"uses the cell of `{known.name}`")
         self.check_target(target, value)
 
     def _cell_names(self, target: Target, name: str) -> bool:
@@ -418,17 +340,17 @@ class _Matcher:
 
     def _read_table(self, cell: int) -> int:
         if cell & 7 or not (self.unit.module.in_offset_table(cell) or self.unit.view.contains(cell)):
-            raise _Mismatch(Cause.REFERENCE, f"reads {cell:#x}, which is no cell of the offset table")
+            raise Mismatch(Cause.REFERENCE, f"reads {cell:#x}, which is no cell of the offset table")
         return self._read_cell(cell)
 
     def _read_cell(self, cell: int) -> int:
         try:
             return self.memory.read_u64(cell)
         except PatcherError:
-            raise _Mismatch(Cause.REFERENCE, f"reads a cell at {cell:#x}, which is not mapped") from None
+            raise Mismatch(Cause.REFERENCE, f"reads a cell at {cell:#x}, which is not mapped") from None
 
     def check_target(self, target: Target, address: int) -> None:
-        """Check that a live address is what the object means by `target`; raises `_Mismatch`."""
+        """Check that a live address is what the object means by `target`; raises `Mismatch`."""
         if (target, address) in self._named:
             return
         if isinstance(target, Place):
@@ -436,14 +358,14 @@ class _Matcher:
         elif isinstance(target, External):
             self._check_external(target, address)
         elif address != target.value:
-            raise _Mismatch(Cause.CONSTANT, f"{address:#x} instead of {target.value:#x}")
+            raise Mismatch(Cause.CONSTANT, f"{address:#x} instead of {target.value:#x}")
 
     def _check_external(self, target: External, address: int) -> None:
         weakly_absent = target.weak and address in (0, self.unit.module.bias)
         if weakly_absent or self.unit.denotes_external(address, target.name) or self._chosen(target.name) == address:
             self._named.add((target, address))
             return
-        raise _Mismatch(Cause.REFERENCE, f"refers to `{target.name}` instead of {self._describe(address)}")
+        raise Mismatch(Cause.REFERENCE, f"refers to `{target.name}` instead of {self._describe(address)}")
 
     def _chosen(self, name: str) -> int | None:
         definition = self.unit.image.resolve(name, self.unit.module)
@@ -460,7 +382,7 @@ class _Matcher:
         elif block.kind is Kind.DATA:
             self._bind(block, start)
         else:
-            raise _Mismatch(Cause.REFERENCE, f"takes the address of the thread-local `{block.name}`")
+            raise Mismatch(Cause.REFERENCE, f"takes the address of the thread-local `{block.name}`")
 
     def _check_function(self, target: Place, address: int) -> None:
         block = target.block
@@ -471,7 +393,7 @@ class _Matcher:
         if not self.unit.denotes(address, names, all(s.local for s in block.symbols)) or not self._same_unit(
             block, address
         ):
-            raise _Mismatch(Cause.REFERENCE, f"refers to `{block.name}` instead of {self._describe(address)}")
+            raise Mismatch(Cause.REFERENCE, f"refers to `{block.name}` instead of {self._describe(address)}")
         self._named.add((target, address))
 
     def _same_unit(self, block: Block, address: int) -> bool:
@@ -490,19 +412,19 @@ class _Matcher:
         if self._needed is None and (self.bindings.get(block) == address or self._trial.get(block) == address):
             return
         if block.anonymous:
-            raise _Mismatch(Cause.REFERENCE, f"refers to nameless data ({block.name})")
+            raise Mismatch(Cause.REFERENCE, f"refers to nameless data ({block.name})")
         if self.unit.module.constant(address, block.size) and block.size:
-            raise _Mismatch(Cause.REFERENCE, f"`{base_name(block.name)}` was a constant")
+            raise Mismatch(Cause.REFERENCE, f"`{base_name(block.name)}` was a constant")
         for symbol in block.symbols:
             sizes = self.unit.sizes_at(address, symbol.name, symbol.local)
             if sizes and block.size not in sizes and 0 not in sizes:
-                raise _Mismatch(
+                raise Mismatch(
                     Cause.REFERENCE, f"`{base_name(symbol.name)}` has {block.size} bytes instead of {sizes[0]}"
                 )
             if sizes or (not symbol.local and self.unit.denotes(address, (symbol.name,), local=False)):
                 self._record(block, address)
                 return
-        raise _Mismatch(Cause.REFERENCE, f"refers to `{block.name}` instead of {self._describe(address)}")
+        raise Mismatch(Cause.REFERENCE, f"refers to `{block.name}` instead of {self._describe(address)}")
 
     def _record(self, block: Block, address: int) -> None:
         """Bind a variable, unless that contradicts what is bound: one address each, and one variable an address."""
@@ -514,12 +436,12 @@ class _Matcher:
         elif known is None:
             other = self._bound_at(block.kind is Kind.THREAD_LOCAL, address)
             if other is not None and other is not block and other.size and block.size:
-                raise _Mismatch(
+                raise Mismatch(
                     Cause.REFERENCE, f"uses `{base_name(block.name)}` where others use `{base_name(other.name)}`"
                 )
             self._trial[block] = address
         elif known != address:
-            raise _Mismatch(Cause.REFERENCE, f"uses another `{base_name(block.name)}` than other functions do")
+            raise Mismatch(Cause.REFERENCE, f"uses another `{base_name(block.name)}` than other functions do")
 
     def _bound_at(self, thread_local: bool, address: int) -> Block | None:
         for block, bound in self._trial.items():
@@ -537,10 +459,10 @@ class _Matcher:
         if block.exported and not self.unit.denotes(
             address - offset, tuple(s.name for s in block.symbols), local=False
         ):
-            raise _Mismatch(Cause.REFERENCE, f"refers to `{block.name}` instead of {self._describe(address)}")
+            raise Mismatch(Cause.REFERENCE, f"refers to `{block.name}` instead of {self._describe(address)}")
         if not self._same_contents(block, offset, address):
             what = f"the string {_excerpt(block.data[offset:])}" if block.string else f"`{block.name}`"
-            raise _Mismatch(Cause.CONSTANT, f"the contents of {what} differ")
+            raise Mismatch(Cause.CONSTANT, f"the contents of {what} differ")
         if block.symbols:
             self._record(block, address - offset)
 
@@ -589,8 +511,8 @@ class _Matcher:
         try:
             for r in references:
                 low = r.offset - start
-                self.check(r, theirs[low : low + _width(r)], base + r.offset)
-        except _Mismatch:
+                self.check(r, theirs[low : low + width_of(r)], base + r.offset)
+        except Mismatch:
             return False
         return True
 
@@ -613,7 +535,7 @@ class _Matcher:
             return block.data[start:] == theirs or self._stamps.same_but_for(block.data[start:], theirs)
         left, right = bytearray(block.data[start:]), bytearray(theirs)
         for r in references:
-            low, high = r.offset - start, r.offset - start + _width(r)
+            low, high = r.offset - start, r.offset - start + width_of(r)
             left[low:high] = right[low:high] = bytes(high - low)
         for offset in lines:
             if offset >= start:
@@ -636,30 +558,30 @@ class _Matcher:
             definition = image.resolve(target.name, module)
             expected = image.thread_offset(definition) if definition is not None else None
             if expected != offset:
-                raise _Mismatch(Cause.REFERENCE, f"uses another thread-local than `{target.name}`")
+                raise Mismatch(Cause.REFERENCE, f"uses another thread-local than `{target.name}`")
             return
         if not isinstance(target, Place):
-            raise _Mismatch(Cause.REFERENCE, "uses a nameless thread-local")
+            raise Mismatch(Cause.REFERENCE, "uses a nameless thread-local")
         block_start = image.thread_block(module)
         if block_start is None:
-            raise _Mismatch(Cause.REFERENCE, f"`{target.block.name}` has no fixed place in each thread")
+            raise Mismatch(Cause.REFERENCE, f"`{target.block.name}` has no fixed place in each thread")
         self._check_block_offset(target, offset - block_start)
 
     def _check_dynamic_tls(self, r: Reference, raw: bytes, place: int) -> None:
         value = int.from_bytes(raw, "little", signed=True)
         if r.type in (R.TLSGD, R.TLSLD):
-            cell = value + place - r.addend & _MASK
+            cell = value + place - r.addend & MASK
             known = self.unit.image.cell_at(cell)
             if known is None or known.type != R_X86_64_DTPMOD64 or not self.unit.module.contains(cell):
-                raise _Mismatch(Cause.REFERENCE, "uses another module's thread-locals")
+                raise Mismatch(Cause.REFERENCE, "uses another module's thread-locals")
             if r.type == R.TLSGD and not (known.name and self._cell_names(r.target, known.name)):
                 self._check_block_offset(r.target, self._read_cell(cell + 8))
             elif r.type == R.TLSLD and known.name:
-                raise _Mismatch(Cause.REFERENCE, f"uses the thread-locals of `{known.name}`'s module")
+                raise Mismatch(Cause.REFERENCE, f"uses the thread-locals of `{known.name}`'s module")
         elif r.type == R.DTPOFF32:
             self._check_block_offset(r.target, value - r.addend)
         else:
-            raise _Mismatch(Cause.CODE, f"uses {type_name(r.type)}, which is not matched")
+            raise Mismatch(Cause.CODE, f"uses {type_name(r.type)}, which is not matched")
 
     def _check_block_offset(self, target: Target, offset: int) -> None:
         """Check an offset in the module's thread-local block."""
@@ -670,250 +592,14 @@ class _Matcher:
                     if variable.address == offset - target.offset and variable.size in (0, block.size):
                         self._record(block, variable.address)
                         return
-            raise _Mismatch(Cause.REFERENCE, f"uses another thread-local than `{block.name}`")
-        raise _Mismatch(Cause.REFERENCE, "uses another thread-local")
+            raise Mismatch(Cause.REFERENCE, f"uses another thread-local than `{block.name}`")
+        raise Mismatch(Cause.REFERENCE, "uses another thread-local")
 
     def _describe(self, address: int) -> str:
         names = sorted(n for n, _ in self.unit.names_at(address))
         return f"`{names[0]}`" if names else f"{address:#x}"
 
 
-_MASK = (1 << 64) - 1
-_WINDOW = 1 << 14
-_REWRITTEN = frozenset((R.GOTPCRELX, R.REX_GOTPCRELX, R.GOTTPOFF, R.GOTPCREL))
-_DIRECT = frozenset((R.PC32, R.PLT32))
-_NAMED_CELLS = (R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT)
-
-
-_WIDTHS = {kind: rule.width for kind, rule in RULES.items()} | {R.DTPOFF64: 8, R.DTPMOD64: 8}
-
-
-def _width(r: Reference) -> int:
-    return _WIDTHS.get(r.type, 4)
-
-
-def _field(kind: int, offset: int) -> tuple[int, int]:
-    """Return the bytes that are checked by meaning: for what a linker may rewrite, the opcode too."""
-    return max(0, offset - _opcode_bytes(kind)), offset + _WIDTHS.get(kind, 4)
-
-
-def _opcode_bytes(kind: int) -> int:
-    """Return how many bytes before the field belong to the instruction for certain, where a linker may rewrite it."""
-    if kind not in _REWRITTEN:
-        return 0
-    return 3 if kind in (R.REX_GOTPCRELX, R.GOTTPOFF) else 2
-
-
-def _made_direct(ours: bytes, theirs: bytes) -> bool:
-    """Tell whether `call *foo@GOTPCREL(%rip)` became `addr32 call foo`, or `mov` became `lea foo(%rip)`."""
-    if len(ours) < 2 or ours[:-2] != theirs[:-2]:
-        return False
-    if ours[-2:] == b"\xff\x15":
-        return theirs[-2:] == b"\x67\xe8"
-    return ours[-2] == 0x8B and theirs[-2] == 0x8D and ours[-1] == theirs[-1]
-
-
-def _jump_and_nop(code: bytes, offset: int) -> bool:
-    """Tell whether `jmp foo; nop` stands there, which `jmp *foo@GOTPCREL(%rip)` may have become."""
-    return code[offset : offset + 1] == b"\xe9" and code[offset + 5 : offset + 6] == b"\x90"
-
-
-def _absolute_immediate(ours: bytes, theirs: bytes) -> bool:
-    """Tell whether a GOT load became an instruction with the address as immediate (position-dependent code).
-
-    Register numbers move from ModRM.reg to ModRM.rm and from REX.R to REX.B.
-    """
-    if len(ours) < 2 or len(ours) != len(theirs):
-        return False
-    opcode, modrm = ours[-2:]
-    live_opcode, live_modrm = theirs[-2:]
-    register = modrm >> 3 & 7
-    if len(ours) == 3 and theirs[0] != (ours[0] & ~5 | (ours[0] >> 2 & 1)):
-        return False
-    if opcode == 0x8B:
-        return live_opcode == 0xC7 and live_modrm == 0xC0 | register
-    if opcode == 0x85:
-        return live_opcode == 0xF7 and live_modrm == 0xC0 | register
-    operation = opcode >> 3 & 7
-    return opcode & 0xC7 == 0x03 and live_opcode == 0x81 and live_modrm == 0xC0 | operation << 3 | register
-
-
-def _thread_immediate(ours: bytes, theirs: bytes) -> bool:
-    """Tell whether an initial-exec access became local-exec (ELF Handling For TLS, section 5, IE to LE)."""
-    if len(ours) < 3 or len(theirs) < 3:
-        return False
-    rex, opcode, modrm = ours
-    register = modrm >> 3 & 7
-    moved_rex = rex & ~5 | (rex >> 2 & 1)
-    if opcode == 0x8B:
-        return theirs == bytes((moved_rex, 0xC7, 0xC0 | register))
-    if opcode == 0x03:
-        lea_rex = rex & ~5 | (5 if rex & 4 else 0)
-        return theirs in (
-            bytes((moved_rex, 0x81, 0xC0 | register)),
-            bytes((lea_rex, 0x8D, 0x80 | register << 3 | register)),
-        )
-    return False
-
-
 def _excerpt(data: bytes) -> str:
     text = data.rstrip(b"\0").decode("utf-8", "replace")
     return repr(text if len(text) <= 40 else text[:37] + "...")
-
-
-_Lite = tuple[int, int, str, str]
-_NOP = re.compile(  # as assemblers and linkers write them: other operand bytes would be somebody else's
-    rb"[\x66\x2e]*(?:\x90|\x0f\x1f(?:\x00|\x40\x00|\x44\x00\x00|\x80\x00{4}|\x84\x00{5}))"
-)
-
-
-class _Walk:
-    """One function, instruction by instruction."""
-
-    def __init__(
-        self, matcher: _Matcher, block: Block, code: bytes, body: int, references: tuple[Reference, ...]
-    ) -> None:
-        from patcher.code.instructions import decode_lite
-
-        self.matcher = matcher
-        self.block = block
-        self.code = code
-        self.body = body
-        self.references = references
-        try:
-            self.ours = decode_lite(block.data, 0)
-            self.theirs = decode_lite(code, 0)
-        except PatcherError as error:
-            raise _Mismatch(Cause.CODE, f"cannot be decoded: {error}") from None
-        self.map: dict[int, int] = {}
-        self.inner: list[tuple[int, int]] = []
-        self._next = 0
-        self._lines = matcher.lines(block)
-
-    def run(self) -> dict[int, int]:
-        i = j = 0
-        ours, theirs = self.ours, self.theirs
-        while True:
-            while i < len(ours) and self._nop(self.block.data, ours[i]):
-                self.map[ours[i][0]] = theirs[j][0] if j < len(theirs) else len(self.code)
-                self._skip_references(ours[i])
-                i += 1
-            while j < len(theirs) and self._nop(self.code, theirs[j]):
-                j += 1
-            if i >= len(ours) or j >= len(theirs):
-                break
-            self.map[ours[i][0]] = theirs[j][0]
-            self._pair(ours[i], theirs[j])
-            i, j = i + 1, j + 1
-        if i < len(ours) or j < len(theirs):
-            raise _Mismatch(Cause.CODE, "is longer" if i < len(ours) else "is shorter")
-        self.map[self.block.size] = len(self.code)
-        for source, destination in self.inner:
-            if self.map.get(source) != destination:
-                raise _Mismatch(Cause.CODE, f"branches elsewhere (to +{source:#x})")
-        return self.map
-
-    def _nop(self, data: bytes, instruction: _Lite) -> bool:
-        offset, size, _, _ = instruction
-        return _NOP.fullmatch(data, offset, offset + size) is not None
-
-    def _skip_references(self, instruction: _Lite) -> None:
-        while self._next < len(self.references) and self.references[self._next].offset < sum(instruction[:2]):
-            self._next += 1
-
-    def _pair(self, ours: _Lite, theirs: _Lite) -> None:
-        start, size = ours[0], ours[1]
-        found = []
-        while self._next < len(self.references) and self.references[self._next].offset < start + size:
-            found.append(self.references[self._next])
-            self._next += 1
-        mine = self.block.data[start : start + size]
-        other = self.code[theirs[0] : theirs[0] + theirs[1]]
-        branch = _relative_branch(mine)
-        if branch is not None and not (found and found[0].type in _REWRITTEN):
-            self._branch(branch, other, ours, theirs, found)
-            return
-        if found and mine[:2] == b"\xff\x25" and other[:1] == b"\xe9":
-            self.matcher.check_rewritten(found[0], self.code, theirs[0] + 2, self.body)
-            return
-        if size != theirs[1]:
-            raise _Mismatch(Cause.CODE, f"other instruction at +{start:#x}: {ours[2]} instead of {theirs[2]}")
-        self._plain(ours, theirs, mine, other, found)
-
-    def _plain(self, ours: _Lite, theirs: _Lite, mine: bytes, other: bytes, found: list[Reference]) -> None:
-        left, right = bytearray(mine), bytearray(other)
-        for r in found:
-            low, high = (max(0, b - ours[0]) for b in _field(r.type, r.offset))
-            left[low:high] = right[low:high] = bytes(high - low)
-        for offset in self._lines:
-            if ours[0] <= offset < ours[0] + ours[1]:
-                self.matcher.pass_over(left, right, offset - ours[0], offset - ours[0])
-        if not found and "[rip" in ours[3]:
-            self._inner_operand(ours, theirs, left, right)
-        if left != right:
-            same_operation = ours[2] == theirs[2] and ours[1] == theirs[1]
-            cause = Cause.CONSTANT if same_operation else Cause.CODE
-            raise _Mismatch(cause, f"{ours[2]} {ours[3]} instead of {theirs[2]} {theirs[3]} at +{ours[0]:#x}")
-        for r in found:
-            offset = theirs[0] + r.offset - ours[0]
-            self.matcher.check_at(r, self.code, offset, self.body)
-
-    def _inner_operand(self, ours: _Lite, theirs: _Lite, left: bytearray, right: bytearray) -> None:
-        """Take a reference to the function's own code, which the assembler resolved, for one of the inner ones."""
-        from patcher.code.instructions import field_end, lite_reference
-
-        source, destination = lite_reference(ours, 0), lite_reference(theirs, 0)
-        if source is None or destination is None:
-            return
-        value = (source - ours[0] - ours[1] & 0xFFFFFFFF).to_bytes(4, "little")
-        position = left.rfind(value)
-        if position > 1 and field_end(bytes(left), 0, position) + position + 4 == len(left):
-            left[position : position + 4] = right[position : position + 4] = bytes(4)
-            self.inner.append((source, destination))
-
-    def _branch(self, branch: _Branch, other: bytes, ours: _Lite, theirs: _Lite, found: list[Reference]) -> None:
-        live = _relative_branch(other)
-        if live is None or live[:2] != branch[:2]:
-            raise _Mismatch(Cause.CODE, f"{ours[2]} {ours[3]} instead of {theirs[2]} {theirs[3]} at +{ours[0]:#x}")
-        destination = theirs[0] + theirs[1] + live[2]
-        if not found:
-            self.inner.append((ours[0] + ours[1] + branch[2], destination))
-            return
-        reference = found[0]
-        if reference.type not in (R.PC32, R.PLT32, R.PC8):
-            raise _Mismatch(Cause.CODE, f"{type_name(reference.type)} in a branch at +{ours[0]:#x}")
-        width = _width(reference)
-        self.matcher.check_target(reference.target, self.body + destination - reference.addend - width & _MASK)
-
-
-_Branch = tuple[bytes, str, int]
-
-
-def _relative_branch(raw: bytes) -> _Branch | None:
-    """Return a relative branch's (prefixes, operation, displacement), the same for its short and long forms."""
-    found = _BRANCH.match(raw)
-    if found is None:
-        return None
-    opcode, rest = raw[found.end()], raw[found.end() + 1 :]
-    operation = _branch_operation(opcode, rest)
-    if operation is None:
-        return None
-    width = 1 if len(rest) == 1 else 4
-    return found[0], operation, int.from_bytes(rest[-width:], "little", signed=True)
-
-
-_BRANCH = re.compile(rb"[\x66\x67\xf2\xf3\x2e\x3e\x48\x40]*(?=[\xe8\xe9\xeb\x70-\x7f\x0f\xe0-\xe3])")
-
-
-def _branch_operation(opcode: int, rest: bytes) -> str | None:
-    if opcode == 0xE8 and len(rest) == 4:
-        return "call"
-    if opcode in (0xE9, 0xEB) and len(rest) in (1, 4):
-        return "jmp"
-    if opcode & 0xF0 == 0x70 and len(rest) == 1:
-        return f"j{opcode & 15:x}"
-    if opcode == 0x0F and len(rest) == 5 and rest[0] & 0xF0 == 0x80:
-        return f"j{rest[0] & 15:x}"
-    if 0xE0 <= opcode <= 0xE3 and len(rest) == 1:
-        return f"loop{opcode & 3}"
-    return None
