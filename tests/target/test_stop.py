@@ -8,6 +8,7 @@ import signal
 import subprocess
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -154,6 +155,8 @@ def test_stepping_moves_one_thread_by_one_instruction(start, attach):
 
 def test_stepping_a_blocked_thread_leaves_it_where_it_is(start, attach):
     program = start("signals", "spinning")
+    while not Path(f"/proc/{program.pid}/syscall").read_text().startswith("0 "):
+        pass  # it has greeted us, and is on its way into read(2)
     target = attach(program.pid)
     with target.stopped() as stopped:
         before = next(thread for thread in stopped.threads if thread.tid == program.pid)
