@@ -350,9 +350,10 @@ def find_unit(image: Image, view: ArenaView, blocks: Blocks) -> LiveUnit | None:
     """
     file_symbol = unit_of(blocks.object)
     candidates: list[tuple[float, LoadedModule, int | None]] = []
+    names = _Names.of(blocks)
     for module in image.modules:
         if len(module.module.symbols):
-            score, group = _best_group(image, view, module, blocks, file_symbol)
+            score, group = _best_group(image, view, module, blocks, file_symbol, names)
             if score > 0:
                 candidates.append((score, module, group))
     if not candidates:
@@ -376,16 +377,28 @@ def find_unit(image: Image, view: ArenaView, blocks: Blocks) -> LiveUnit | None:
     return LiveUnit(image, view, chosen[0][1], file_symbol, chosen[0][2])
 
 
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """The names by which an object may be known: its global functions, its local functions and variables."""
+
+    exported: frozenset[str]
+    local: frozenset[str]
+
+    @classmethod
+    def of(cls, blocks: Blocks) -> _Names:
+        functions = [s for b in blocks.functions for s in b.symbols]
+        local = {s.name for s in functions if s.local}
+        local |= {base_name(s.name) for b in blocks.data_blocks() for s in b.symbols if s.local}
+        return cls(frozenset(s.name for s in functions if not s.local), frozenset(local))
+
+
 def _best_group(
-    image: Image, view: ArenaView, module: LoadedModule, blocks: Blocks, file_symbol: str
+    image: Image, view: ArenaView, module: LoadedModule, blocks: Blocks, file_symbol: str, names: _Names
 ) -> tuple[float, int | None]:
     symbols = module.module.symbols
-    global_names = {s.name for b in blocks.functions for s in b.symbols if not s.local}
-    local_names = {s.name for b in blocks.functions for s in b.symbols if s.local}
-    local_names |= {base_name(s.name) for b in blocks.data_blocks() for s in b.symbols if s.local}
-    score = float(sum(any(s.function for s in symbols.named(n)) for n in global_names))
+    score = float(sum(any(s.function for s in symbols.named(n)) for n in names.exported))
     groups = symbols.groups(file_symbol) if file_symbol else []
-    ranked = sorted(((len(local_names & _names(symbols.members(g))), g) for g in groups), reverse=True)
+    ranked = sorted(((len(names.local & _names(symbols.members(g))), g) for g in groups), reverse=True)
     if not ranked:
         return score, None
     if len(ranked) > 1 and ranked[0][0] == ranked[1][0] and ranked[0][0]:

@@ -191,9 +191,10 @@ class Matcher:
         if not work:
             return
         users: dict[Block, list[Block]] = {}
-        for block in results:
-            for target in self._private_targets(block):
-                users.setdefault(target, []).append(block)
+        if any(is_private_piece(block.name) for block in results):
+            for block in results:
+                for target in self._private_targets(block):
+                    users.setdefault(target, []).append(block)
         while work:
             piece = work.pop()
             affected = inside.get(piece, []) + users.get(piece, [])
