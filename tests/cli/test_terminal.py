@@ -113,7 +113,7 @@ def test_a_session_on_a_terminal(tmp_path, shell):
     shell.type(f"{sys.executable} -m patcher spawn ./program --watch src\n")
     pid = int(shell.expect(r"program (\d+)\r")[1])
     shell.expect("watching src")
-    child = statuses(pid, "PPid").pop()
+    controller = int(statuses(pid, "PPid").pop())
 
     shell.type("a\n")
     shell.expect(r"\[a int=0 term=0 winch=0 cont=0 answer=2\]")
@@ -127,7 +127,12 @@ def test_a_session_on_a_terminal(tmp_path, shell):
     shell.type("c\n")
     shell.expect(r"\[c int=1 term=0 winch=0 cont=0 answer=42\]")
 
-    os.kill(int(child), signal.SIGTERM)
+    os.kill(controller, signal.SIGTERM)
+    terminations = "0"
+    while terminations == "0":  # handed on by patcher, in its own time
+        shell.type("t\n")
+        terminations = shell.expect(r"\[t int=1 term=(\d+)")[1]
+    assert terminations == "1"
     shell.type("\x1a")
     shell.expect("Stopped")
     wait_for_state(pid, {"T"})
