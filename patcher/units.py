@@ -150,6 +150,7 @@ class Units:
     def changes(self, sources: Sequence[Source]) -> Changes:
         """Match objects against the process. Raises `UnsafeChange` for what cannot be proven."""
         self._command_of = {s.object: s.command for s in sources if s.command is not None}
+        _check_code(sources)
         view = self.ledger.view()
         parts: list[Part] = []
         absent: list[str] = []
@@ -314,6 +315,13 @@ class Units:
 
 def _allowed(name: str, allowed: Sequence[str]) -> bool:
     return name in allowed or name.partition(" ")[2] in allowed
+
+
+def _check_code(sources: Sequence[Source]) -> None:
+    given = [s for s in sources if s.command is None]
+    if given and not any(section.code and section.size for s in given for section in s.object.sections.values()):
+        names = ", ".join(dict.fromkeys(str(s.file) for s in given))
+        raise ObjectError(f"{names}: there is no code in it", "give an object with functions that the program has")
 
 
 def _check_readable(path: Path) -> None:

@@ -123,3 +123,15 @@ def test_a_build_stamp_alone_makes_no_function_new(tmp_path: Path, monkeypatch: 
             assert "built Sep  9 2002 at " in tree.ask("abc")
     finally:
         tree.close()
+
+
+def test_an_object_without_code_is_refused(tmp_path: Path) -> None:
+    tree = Tree(tmp_path)
+    try:
+        subprocess.run(
+            ["gcc", "-x", "c", "-c", "-o", "data.o", "-"], input=b"int lonely = 5;", cwd=tmp_path, check=True
+        )
+        with tree.attach() as session, pytest.raises(patcher.ObjectError, match="no code in it"):
+            session.apply(tmp_path / "data.o")
+    finally:
+        tree.close()
