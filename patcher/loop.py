@@ -33,6 +33,7 @@ class Loop:
         self.session = session
         self.paths = tuple(paths)
         self._pending: set[Path] = set()
+        self._built: set[Path] = set()  # what compiled at least once: its command is right
         build = session.options.build
         roots = [p.resolve() for p in paths]
         self._builder = BuildCommand(build, directory=Path.cwd(), objects_in=roots) if build else None
@@ -90,13 +91,15 @@ class Loop:
             raise
         except PatcherError as error:
             return error
+        self._built.update(files)
         self.session.emit(outcome.as_event(files))
         return None
 
     def _report(self, error: PatcherError, files: Sequence[Path]) -> None:
         named = ", ".join(str(f) for f in files)
         if isinstance(error, BuildError):
-            self.session.emit(BuildFailed(error.file or named, error.diagnostics, error.message, error.hint))
+            hint = "" if self._built.issuperset(files) else error.hint
+            self.session.emit(BuildFailed(error.file or named, error.diagnostics, error.message, hint))
         else:
             self.session.emit(Refused(error.code, error.message, error.hint, named))
 

@@ -39,7 +39,8 @@ class ConsoleReport:
     def emit(self, event: Event) -> None:
         if isinstance(event, BuildFailed):
             self._write(event.diagnostics.rstrip("\n"), "")
-            self._say(f"[red]{_escape(event.message or event.file + ' does not compile')}[/]; the old code runs on")
+            message = event.message if self._verbose and event.message else f"{event.file} does not compile"
+            self._say(f"[red]{_escape(message)}[/]; the old code runs on")
             self._hint(event.hint)
         elif isinstance(event, Refused):
             self._say(f"[red]refused[/]: {_escape(event.message)}")

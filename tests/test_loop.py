@@ -1,0 +1,91 @@
+"""Rounds of saves: what is told of a file that does not compile, and of one that is no source."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from patcher.loop import Loop
+from patcher.options import Options
+from patcher.report import Applied, BuildFailed, Event, Note, Saved
+from patcher.session import Session
+from patcher.target import Target
+
+TEXT = """
+#include <stdio.h>
+__attribute__((noipa)) int answer(void) { return 1; }
+int main(void)
+{
+    while (getchar() != EOF) {
+        printf("%d", answer());
+        fflush(stdout);
+    }
+    return 0;
+}
+"""
+
+
+class Seen:
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
+
+    def take(self) -> list[Event]:
+        found, self.events = self.events, []
+        return found
+
+
+@pytest.fixture
+def loop(tmp_path: Path) -> Iterator[tuple[Loop, Seen, Path]]:
+    source = tmp_path / "unit.c"
+    source.write_text(TEXT)
+    command = ["gcc", "-O1", "-c", "unit.c", "-o", "unit.o"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    subprocess.run(["gcc", "-o", "program", "unit.o"], cwd=tmp_path, check=True)
+    database = tmp_path / "compile_commands.json"
+    database.write_text(json.dumps([{"directory": str(tmp_path), "file": "unit.c", "arguments": command}]))
+    process = subprocess.Popen([tmp_path / "program"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    seen = Seen()
+    try:
+        options = Options(compile_commands=database, watched=(tmp_path,))
+        with Session(Target.attach(process.pid), options, seen) as session:
+            yield Loop(session, [tmp_path]), seen, source
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def save(loop: Loop, file: Path, text: str) -> None:
+    file.write_text(text)
+    loop.round({file}, lambda: False)
+
+
+def test_advice_on_commands_ends_once_a_file_has_compiled(loop: tuple[Loop, Seen, Path]) -> None:
+    watching, seen, source = loop
+    save(watching, source, TEXT.replace("return 1", "return one"))
+    (_, first) = seen.take()
+    assert isinstance(first, BuildFailed)
+    assert first.hint
+    assert "one" in first.diagnostics
+    save(watching, source, TEXT.replace("return 1", "return 2"))
+    assert [type(e) for e in seen.take() if not isinstance(e, Note)] == [Saved, Applied]
+    save(watching, source, TEXT.replace("return 1", "return two"))
+    (_, second) = seen.take()
+    assert isinstance(second, BuildFailed)
+    assert second.hint == ""
+    assert "two" in second.diagnostics
+
+
+def test_a_saved_header_is_told_to_touch_nothing(loop: tuple[Loop, Seen, Path]) -> None:
+    watching, seen, source = loop
+    save(watching, source.with_name("unit.h"), "int answer(void);\n")
+    (saved, note) = seen.take()
+    assert isinstance(saved, Saved)
+    assert isinstance(note, Note)
+    assert "unit.h: no source file" in note.text
