@@ -155,6 +155,8 @@ class Units:
         parts: list[Part] = []
         absent: list[str] = []
         for source in sources:
+            self._waiting.pop(source.file, None)  # what an earlier text of it had is no more
+        for source in sources:
             blocks = Blocks(source.object)
             unit = find_unit(self.image, view, blocks)
             if unit is None:
@@ -184,6 +186,9 @@ class Units:
                 module = self.image.executable
                 unit = find_unit(self.image, view, blocks) or LiveUnit(self.image, view, module, file.name, None)
                 parts.append(Part(match(blocks, unit), str(file)))
+        for part in parts:
+            if not part.added():
+                del self._waiting[Path(part.source)]  # all of it is in the process by now
         return parts
 
     def _refuse_absent(self, sources: Sequence[Source], absent: Sequence[str]) -> None:

@@ -135,3 +135,30 @@ def test_an_object_without_code_is_refused(tmp_path: Path) -> None:
             session.apply(tmp_path / "data.o")
     finally:
         tree.close()
+
+
+def test_a_function_that_was_taken_out_again_before_anything_called_it_is_not_there(tmp_path: Path) -> None:
+    head = "int one(void);\nint foo(void);\n"
+    (tmp_path / "a.c").write_text(head + "__attribute__((noipa)) int one(void) { return 1; }\n")
+    main = head + PROGRAM.replace("(int)strlen(line)", "one()")
+    (tmp_path / "main.c").write_text(main)
+    commands = {name: ["gcc", "-O1", "-c", f"{name}.c", "-o", f"{name}.o"] for name in ("a", "main")}
+    for command in commands.values():
+        subprocess.run(command, cwd=tmp_path, check=True)
+    subprocess.run(["gcc", "-o", "program", "a.o", "main.o"], cwd=tmp_path, check=True)
+    entries = [{"directory": str(tmp_path), "file": f"{n}.c", "arguments": c} for n, c in commands.items()]
+    (tmp_path / "compile_commands.json").write_text(json.dumps(entries))
+    process = subprocess.Popen([tmp_path / "program"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        with patcher.attach(process.pid, compile_commands=tmp_path / "compile_commands.json") as session:
+            before = (tmp_path / "a.c").read_text()
+            (tmp_path / "a.c").write_text(before + "int foo(void) { return 7; }\n")
+            assert session.apply(tmp_path / "a.c").waiting == ("foo",)
+            (tmp_path / "a.c").write_text(before)
+            assert session.apply(tmp_path / "a.c").waiting == ()
+            (tmp_path / "main.c").write_text(main.replace("return one()", "return foo()"))
+            with pytest.raises(patcher.UnresolvedSymbol, match="`foo`"):
+                session.apply(tmp_path / "main.c")
+    finally:
+        process.kill()
+        process.communicate()
