@@ -145,6 +145,7 @@ class Image:
         self.modules = tuple(loaded)
         self._scope = None
         self._imports.clear()
+        self._ifuncs.clear()
 
     def _load(self, key: tuple[str, int, str], group: list[Mapping]) -> LoadedModule | None:
         path = group[0].path

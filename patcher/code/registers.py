@@ -87,7 +87,8 @@ def relies_on(code: bytes, clobbers: CallSites, taken: CallSites) -> bool:
     callee of some calls overwrites from now on. A register counts when a value that was put into it before the
     call may be read after it; in doubt it does.
     """
-    return any(_Flow(code, clobbers).survives(site, name) for site, names in taken.items() for name in names)
+    flow = _Flow(code, clobbers)
+    return any(flow.survives(site, name) for site, names in taken.items() for name in names)
 
 
 @dataclass(frozen=True, slots=True)
