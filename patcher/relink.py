@@ -19,7 +19,7 @@ from patcher.image import Definition, Image, LoadedModule
 from patcher.link.place import Placement, Region, Space, place
 from patcher.link.plan import Bound, Plan, Unit, plan
 from patcher.live import LiveFunction, LiveVariable, base_name, numbered
-from patcher.match import Delta, FunctionMatch, Status, is_cold_piece, is_private_piece
+from patcher.match import Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
 from patcher.patch.arena import SLOT_COUNT, Arena, Usage
 from patcher.patch.journal import Body, GenerationRecord, Placed, Redirect
 from patcher.patch.ledger import Commit, Ledger
@@ -87,12 +87,8 @@ class Part:
 
     def cold_pieces(self, block: Block) -> list[LiveFunction]:
         """Return the live pieces that were split off a function."""
-        found = (self._verdicts[b].live for b in self.delta.blocks.functions if _parent(b.name) == block.name)
-        return [live for live in found if live is not None]
-
-
-def _parent(name: str) -> str:
-    return name.partition(".cold")[0] if is_cold_piece(name) else ""
+        pieces = (b for b in self.delta.blocks.functions if is_cold_piece(b.name) and parent_of(b.name) == block.name)
+        return [live for b in pieces if (live := self._verdicts[b].live) is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,13 +161,13 @@ class _Generation:
         low, high = module.text
         fixed = not module.module.position_independent
         arena = self.ledger.arena_near(low, high, below_2g=fixed)
-        linkage = _Linkage(self.image, self.ledger, arena, (*parts, *waiting))
+        linkage = _Linkage(self.image, self.ledger, (*parts, *waiting))
         units = [linkage.unit(part, part.wanted()) for part in parts]
         units += [linkage.unit(part, ()) for part in waiting]
         found = plan(units, linkage.resolve, linkage.provide)
         doors = self._doors(arena, found, linkage)
         space = self.ledger.space(arena)
-        copies, space = self._copies(doors, space, linkage)
+        copies, space = self._copies(doors, space)
         islands = {d.block: arena.island(d.index) for d in doors}
         originals = {d.block: d.live.address for d in doors if d.live is not None}
         placement = place(found, space, islands, originals)
@@ -195,9 +191,7 @@ class _Generation:
             raise LinkError(f"the arena at {arena.base:#x} has no slot left", "restart the program", code="arena-full")
         return doors
 
-    def _copies(
-        self, doors: list[_Door], space: Space, linkage: _Linkage
-    ) -> tuple[dict[Block, tuple[int, bytes]], Space]:
+    def _copies(self, doors: list[_Door], space: Space) -> tuple[dict[Block, tuple[int, bytes]], Space]:
         """Displace the entries of the functions that get their island now: block -> (copy, original bytes)."""
         copies: dict[Block, tuple[int, bytes]] = {}
         cursor = space.code.start
@@ -331,15 +325,22 @@ def _placed(block: Block, part: Part, placement: Placement) -> Placed:
     )
 
 
+def _without_fixed_place(name: str, module: LoadedModule) -> LinkError:
+    return LinkError(
+        f"the thread-local `{name}` of {module.name} has no fixed place in each thread",
+        "it belongs to a library that was loaded late; restart the program",
+        code="thread-local",
+    )
+
+
 class _Linkage:
     """What the blocks and names of one module's parts mean in the process."""
 
-    def __init__(self, image: Image, ledger: Ledger, arena: Arena, parts: Sequence[Part]) -> None:
+    def __init__(self, image: Image, ledger: Ledger, parts: Sequence[Part]) -> None:
         self.image = image
         self.ledger = ledger
-        self.arena = arena
         self._parts = {p.blocks: p for p in parts}
-        self._objects = {id(p.blocks.object): p for p in parts}
+        self._objects = {p.blocks.object: p for p in parts}
         self._units: dict[Blocks, Unit] = {}
         self._brought: dict[str, tuple[Part, Block]] = {}
         for part in parts:
@@ -354,7 +355,7 @@ class _Linkage:
         self._redirects = {r.original: r for r in ledger.journal.redirects}
 
     def part_of(self, block: Block) -> Part:
-        return self._objects[id(block.object)]
+        return self._objects[block.object]
 
     def unit(self, part: Part, wanted: tuple[Block, ...]) -> Unit:
         unit = Unit(part.blocks, wanted, self._resident(part), part.is_door)
@@ -429,11 +430,7 @@ class _Linkage:
             return Bound(address)
         base = self.image.thread_block(part.module)
         if base is None:
-            raise LinkError(
-                f"the thread-local `{block.name}` of {part.module.name} has no fixed place in each thread",
-                "it belongs to a library that was loaded late; restart the program",
-                code="thread-local",
-            )
+            raise _without_fixed_place(block.name, part.module)
         return Bound(base + address, thread_local=True)
 
     def _find_variable(self, part: Part, block: Block) -> LiveVariable | None:
@@ -478,11 +475,7 @@ class _Linkage:
     def _thread_local(self, definition: Definition) -> Bound:
         offset = self.image.thread_offset(definition)
         if offset is None:
-            raise LinkError(
-                f"the thread-local `{definition.name}` of {definition.module.name} has no fixed place in each thread",
-                "it belongs to a library that was loaded late; restart the program",
-                code="thread-local",
-            )
+            raise _without_fixed_place(definition.name, definition.module)
         return Bound(offset, thread_local=True)
 
     def _from_earlier_generation(self, part: Part, name: str) -> Bound | None:

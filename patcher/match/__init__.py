@@ -16,6 +16,25 @@ Decides same or changed, and why. What to do about it is `link`'s and `session`'
 """
 
 from patcher.match.matcher import match
-from patcher.match.verdict import Cause, Delta, FunctionMatch, Status, fingerprint, is_cold_piece, is_private_piece
+from patcher.match.verdict import (
+    Cause,
+    Delta,
+    FunctionMatch,
+    Status,
+    fingerprint,
+    is_cold_piece,
+    is_private_piece,
+    parent_of,
+)
 
-__all__ = ["Cause", "Delta", "FunctionMatch", "Status", "fingerprint", "is_cold_piece", "is_private_piece", "match"]
+__all__ = [
+    "Cause",
+    "Delta",
+    "FunctionMatch",
+    "Status",
+    "fingerprint",
+    "is_cold_piece",
+    "is_private_piece",
+    "match",
+    "parent_of",
+]
