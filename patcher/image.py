@@ -18,17 +18,12 @@ from pathlib import Path
 
 from patcher.elf import SymbolType
 from patcher.elf.module import (
-    R_X86_64_COPY,
-    R_X86_64_DTPMOD64,
-    R_X86_64_GLOB_DAT,
-    R_X86_64_IRELATIVE,
-    R_X86_64_JUMP_SLOT,
-    R_X86_64_TPOFF64,
     Cell,
     DynamicSymbol,
     Module,
     read_module,
 )
+from patcher.elf.relocations import R
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import ObjectError, PatcherError, UnsafeChange
 from patcher.target import Mapping, Target
@@ -239,9 +234,9 @@ class Image:
         """
         cells = module.module.cells
         for cell in module.module.cells_named(definition.name):
-            if cells[cell].type == R_X86_64_GLOB_DAT:
+            if cells[cell].type == R.GLOB_DAT:
                 return self.target.memory.read_u64(cell + module.bias) == definition.address
-            if cells[cell].type == R_X86_64_JUMP_SLOT:
+            if cells[cell].type == R.JUMP_SLOT:
                 return True
         return False
 
@@ -287,7 +282,7 @@ class Image:
         found = []
         for module in self.modules:
             for cell in module.module.cells_named(name):
-                if module.module.cells[cell].type != R_X86_64_JUMP_SLOT:
+                if module.module.cells[cell].type != R.JUMP_SLOT:
                     continue
                 value = self.target.memory.read_u64(cell + module.bias)
                 if value == address:
@@ -350,7 +345,7 @@ class Image:
             return -(((size + storage.alignment - 1) & -storage.alignment) + first)
         for module in self.modules:
             for address, cell in module.module.cells.items():
-                if cell.type != R_X86_64_TPOFF64:
+                if cell.type != R.TPOFF64:
                     continue
                 offset = self._offset_in(loaded, module, cell)
                 if offset is not None:
@@ -371,7 +366,7 @@ def _ours(mapping: Mapping) -> bool:
     return mapping.path.startswith("/memfd:patcher")
 
 
-_BOUND = (R_X86_64_JUMP_SLOT, R_X86_64_GLOB_DAT)
+_BOUND = (R.JUMP_SLOT, R.GLOB_DAT)
 
 
 def _exported(loaded: LoadedModule, name: str) -> Definition | None:
@@ -423,11 +418,6 @@ def _debug_files(path: str, build_id: str, link: str) -> list[Path]:
 
 
 __all__ = [
-    "R_X86_64_COPY",
-    "R_X86_64_DTPMOD64",
-    "R_X86_64_GLOB_DAT",
-    "R_X86_64_IRELATIVE",
-    "R_X86_64_JUMP_SLOT",
     "Definition",
     "Image",
     "LoadedModule",

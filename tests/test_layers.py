@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "lines": READING,
     "stamps": set(),
     # The relocation table says how wide a field is, and which are relative.
-    "match": READING | {"blocks", "image", "live", "lines", "stamps", "link.relocations", "code"},
+    "match": READING | {"blocks", "live", "lines", "stamps", "link.relocations", "code"},
     # The arena's free memory is what the linker lays out.
     "patch": {"errors", "target", "code", "link.place"},
     "report": {"errors"},

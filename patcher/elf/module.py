@@ -18,11 +18,9 @@ from typing import Any
 import numpy as np
 
 from patcher.elf import tables as t
+from patcher.elf.relocations import R
 from patcher.elf.symbols import StaticSymbol, SymbolIndex
 from patcher.errors import ObjectError
-
-R_X86_64_COPY, R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT, R_X86_64_RELATIVE = 5, 6, 7, 8
-R_X86_64_DTPMOD64, R_X86_64_DTPOFF64, R_X86_64_TPOFF64, R_X86_64_IRELATIVE = 16, 17, 18, 37
 
 _HIDDEN_VERSION = 0x8000
 
@@ -146,7 +144,7 @@ class Module:
     @cached_property
     def resolver_cells(self) -> tuple[int, ...]:
         """Addresses of the cells that an IFUNC's resolver fills without a symbol (R_X86_64_IRELATIVE)."""
-        return tuple(address for address, cell in self.cells.items() if cell.type == R_X86_64_IRELATIVE)
+        return tuple(address for address, cell in self.cells.items() if cell.type == R.IRELATIVE)
 
     def exported_at(self, address: int) -> list[str]:
         """Return the names of the exported symbols that start at a link-time address."""
@@ -240,7 +238,7 @@ def _resolver_cells(raw: t.RawFile) -> dict[int, Cell]:
     for index, header in enumerate(raw.section_headers):
         if int(header["type"]) == t.SHT_RELA and int(header["flags"]) & t.SHF_ALLOC:
             for offset, kind, _, addend in raw.table(index, t.RELA).tolist():
-                if kind == R_X86_64_IRELATIVE:
+                if kind == R.IRELATIVE:
                     found[offset] = Cell(kind, "", addend)
     return found
 

@@ -16,6 +16,10 @@ class R(IntEnum):
     PC32 = 2
     GOT32 = 3
     PLT32 = 4
+    COPY = 5
+    GLOB_DAT = 6
+    JUMP_SLOT = 7
+    RELATIVE = 8
     GOTPCREL = 9
     A32 = 10
     A32S = 11
@@ -43,6 +47,7 @@ class R(IntEnum):
     SIZE64 = 33
     GOTPC32_TLSDESC = 34
     TLSDESC_CALL = 35
+    IRELATIVE = 37
     GOTPCRELX = 41
     REX_GOTPCRELX = 42
 

@@ -15,7 +15,7 @@ binds its block to a live address (`Delta.bindings`).
 Decides same or changed, and why. What to do about it is `link`'s and `session`'s business.
 """
 
-from patcher.match.matcher import match
+from patcher.match.matcher import match, past_lines
 from patcher.match.verdict import (
     Cause,
     Delta,
@@ -37,4 +37,5 @@ __all__ = [
     "is_private_piece",
     "match",
     "parent_of",
+    "past_lines",
 ]

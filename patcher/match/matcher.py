@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from patcher.blocks import Block, Blocks, External, Kind, Place, Reference, Target
 from patcher.elf import Relocation
 from patcher.errors import PatcherError, UnsafeChange
-from patcher.image import R_X86_64_DTPMOD64, R_X86_64_GLOB_DAT, R_X86_64_IRELATIVE, R_X86_64_JUMP_SLOT
 from patcher.lines import NONE as NO_LINES
 from patcher.lines import LineNumbers
 from patcher.link.relocations import RULES, R, type_name
@@ -40,7 +39,7 @@ from patcher.stamps import NONE as NO_STAMPS
 from patcher.stamps import Stamps
 
 _WINDOW = 1 << 14
-_NAMED_CELLS = (R_X86_64_GLOB_DAT, R_X86_64_JUMP_SLOT)
+_NAMED_CELLS = (R.GLOB_DAT, R.JUMP_SLOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +61,22 @@ def match(blocks: Blocks, unit: LiveUnit, line_numbers: LineNumbers = NO_LINES, 
     `LINE_ONLY`. `stamps`: what this compile wrote of its own moment, which makes no difference at all.
     """
     delta = Matcher(blocks, unit, NO_LINES, stamps).delta()
-    if not line_numbers.fields:
-        _refuse_folded(unit, delta.functions)
-        return delta
-    tolerant = Matcher(blocks, unit, line_numbers, stamps).delta()
+    if line_numbers.fields:
+        delta = past_lines(delta, line_numbers, stamps)
+    _refuse_folded(unit, delta.functions)
+    return delta
+
+
+def past_lines(delta: Delta, line_numbers: LineNumbers, stamps: Stamps = NO_STAMPS) -> Delta:
+    """Tell apart the functions of a delta that are the same but for line numbers."""
+    tolerant = Matcher(delta.blocks, delta.unit, line_numbers, stamps).delta()
     functions = tuple(
         FunctionMatch(loose.block, Status.LINE_ONLY, loose.live)
         if strict.status is Status.CHANGED and loose.status is Status.SAME
         else strict
         for strict, loose in zip(delta.functions, tolerant.functions, strict=True)
     )
-    _refuse_folded(unit, functions)
-    return Delta(blocks, unit, functions, tolerant.bindings)
+    return Delta(delta.blocks, delta.unit, functions, tolerant.bindings)
 
 
 def _refuse_folded(unit: LiveUnit, functions: Iterable[FunctionMatch]) -> None:
@@ -327,7 +330,7 @@ class Matcher:
         known = self.unit.image.cell_at(cell)
         if known is not None and known.name and known.type in _NAMED_CELLS and self._cell_names(target, known.name):
             return
-        if known is not None and known.type == R_X86_64_IRELATIVE:
+        if known is not None and known.type == R.IRELATIVE:
             self.check_target(target, known.addend + module.bias)
             return
         if known is not None and known.name and not value:
@@ -573,7 +576,7 @@ class Matcher:
         if r.type in (R.TLSGD, R.TLSLD):
             cell = value + place - r.addend & MASK
             known = self.unit.image.cell_at(cell)
-            if known is None or known.type != R_X86_64_DTPMOD64 or not self.unit.module.contains(cell):
+            if known is None or known.type != R.DTPMOD64 or not self.unit.module.contains(cell):
                 raise Mismatch(Cause.REFERENCE, "uses another module's thread-locals")
             if r.type == R.TLSGD and not (known.name and self._cell_names(r.target, known.name)):
                 self._check_block_offset(r.target, self._read_cell(cell + 8))

@@ -11,14 +11,8 @@ import pytest
 from living import compile_text, run
 
 from elf.samples import TEXT
-from patcher.elf.module import (
-    R_X86_64_GLOB_DAT,
-    R_X86_64_IRELATIVE,
-    R_X86_64_JUMP_SLOT,
-    R_X86_64_RELATIVE,
-    Module,
-    read_module,
-)
+from patcher.elf.module import Module, read_module
+from patcher.elf.relocations import R
 from patcher.errors import ObjectError
 
 MAIN = TEXT + "__thread int theirs;\nint main(int n, char **v) { (void)v; return work(n); }\n"
@@ -71,12 +65,12 @@ def test_every_kind_by_every_linker(tmp_path: Path, kind: str, linker: str) -> N
     if "static" not in kind:
         assert "libc.so.6" in module.needed
         (puts,) = module.cells_named("puts")
-        assert module.cells[puts].type in (R_X86_64_JUMP_SLOT, R_X86_64_GLOB_DAT)
+        assert module.cells[puts].type in (R.JUMP_SLOT, R.GLOB_DAT)
         assert module.in_offset_table(puts)
         assert not module.in_offset_table(listed(program, "exported"))
     else:
         assert module.resolver_cells
-        assert {module.cells[c].type for c in module.resolver_cells} == {R_X86_64_IRELATIVE}
+        assert {module.cells[c].type for c in module.resolver_cells} == {R.IRELATIVE}
 
 
 def test_constants_are_told_from_variables(tmp_path: Path) -> None:
@@ -93,7 +87,7 @@ def test_packed_relative_relocations_are_no_cells_with_names(tmp_path: Path, lin
     option = "-Wl,--pack-dyn-relocs=relr" if linker != "bfd" else "-Wl,-z,pack-relative-relocs"
     module = read(link(tmp_path, "pie", option, linker=linker))
     assert module.cells_named("puts")
-    assert all(not c.name for c in module.cells.values() if c.type == R_X86_64_RELATIVE)
+    assert all(not c.name for c in module.cells.values() if c.type == R.RELATIVE)
 
 
 def test_versions_and_which_is_the_default(tmp_path: Path) -> None:
