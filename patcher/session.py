@@ -270,16 +270,15 @@ class Session:
         self.target.check_alive()
         with self.ledger.transaction():
             live = self.ledger.generation
+            if generation is None and not live:
+                raise UnsafeChange(
+                    f"process {self.target.pid} runs the program as it was started, there is nothing to revert",
+                    "",
+                    code="nothing-to-revert",
+                )
             if generation is None:
-                generation = self.ledger.journal.lineage(live)[-1].parent if live else 0
-                if not live:
-                    raise UnsafeChange(
-                        f"process {self.target.pid} runs the program as it was started, there is nothing to revert",
-                        "",
-                        code="nothing-to-revert",
-                    )
+                generation = self.ledger.journal.lineage(live)[-1].parent
             if generation != live:
-                self.ledger.journal.lineage(generation)
                 self.ledger.revert(generation)
         return generation
 

@@ -23,7 +23,7 @@ class Texts:
 
     def remember(self, roots: Iterable[Path]) -> None:
         """Keep the sources at and below `roots` as they are now, those that are not known already."""
-        for root in roots:
+        for root in dict.fromkeys(roots):
             for path in [root] if root.is_file() else sorted(root.rglob("*")):
                 if is_unit(path) and path.is_file() and self._size < _LIMIT:
                     self._keep_first(path.resolve())

@@ -23,7 +23,7 @@ from patcher.errors import ObjectError, PatcherError, UnsafeChange
 from patcher.image import Image, LoadedModule
 from patcher.lines import LineNumbers, line_fields, moves_of_lines
 from patcher.live import LiveUnit, find_unit
-from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, match
+from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, match, past_lines
 from patcher.options import Options
 from patcher.patch.ledger import Ledger
 from patcher.relink import Part
@@ -219,7 +219,7 @@ class Units:
             return delta  # no line has moved, or none can be told to have
         shifted = self._compiled(source.command, variant=SHIFTED)
         numbers = LineNumbers(line_fields(source.object, shifted, LINE_SHIFT), moves_of_lines(new, texts))
-        delta = match(blocks, unit, numbers, source.stamps) if numbers.fields else delta
+        delta = past_lines(delta, numbers, source.stamps) if numbers.fields else delta
         self._remember_line_only(source, delta.with_status(Status.LINE_ONLY), blocks)
         return delta
 
@@ -291,8 +291,8 @@ class Units:
             if layouts is None or not dwarf.has_types(data):
                 self._say_unchecked(part, layouts is None)
                 continue
-            changes = dwarf.changed_types(layouts, data)
-            changes = tuple(c for c in changes if not _allowed(c.name, self.options.allowed_layouts))
+            found = dwarf.changed_types(layouts, data)
+            changes = [c for c in found if not _allowed(c.name, self.options.allowed_layouts)]
             if changes:
                 names = ", ".join(f"`{c.name}`" for c in changes[:3])
                 raise UnsafeChange(

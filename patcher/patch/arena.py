@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from patcher.errors import PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.link.place import Region, Space
-from patcher.target import Mapping, Result, SystemCall, Target
+from patcher.target import Mapping, Result, SystemCall, Target, read_stat
 
 MAGIC = b"PATCHER\x01"
 PAGE = 4096
@@ -215,9 +215,8 @@ class Arena:
 
 def _is_alive(pid: int, start_time: int) -> bool:
     try:
-        with open(f"/proc/{pid}/stat", "rb") as stat:
-            return int(stat.read().rpartition(b")")[2].split()[19]) == start_time
-    except (OSError, ValueError, IndexError):
+        return read_stat(pid).start_time == start_time
+    except TargetGone:
         return False
 
 

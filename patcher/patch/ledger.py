@@ -25,7 +25,7 @@ from patcher.patch.arena import (
 )
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
 from patcher.patch.transaction import Flip, FlipResult, TextWrite, flip
-from patcher.target import Target
+from patcher.target import Target, read_stat
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Ledger:
         self.slots: dict[int, list[int]] = {}
         self._planned: set[int] = set()  # arenas that are chosen and not mapped
         self._journal_read = b""
-        self._controller = (os.getpid(), _own_start_time())
+        self._controller = (os.getpid(), read_stat(os.getpid()).start_time)
         self.refresh()
 
     # --- reading ----------------------------------------------------------------------------------------------
@@ -316,8 +316,3 @@ class Ledger:
 
 def _cell(value: int) -> bytes:
     return value.to_bytes(8, "little")
-
-
-def _own_start_time() -> int:
-    with open("/proc/self/stat", "rb") as stat:
-        return int(stat.read().rpartition(b")")[2].split()[19])

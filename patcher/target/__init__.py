@@ -3,6 +3,7 @@
 from patcher.target.jobcontrol import JobControl, exit_code, wait_exit
 from patcher.target.maps import Mapping
 from patcher.target.memory import Memory, WriteRefused
+from patcher.target.process import read_stat
 from patcher.target.spawn import NoSuchProgram, SpawnedProcess, spawn
 from patcher.target.steps import FunctionCall, Result, Step, SystemCall
 from patcher.target.stop import Stopped, StoppedThread
@@ -23,6 +24,7 @@ __all__ = [
     "Target",
     "WriteRefused",
     "exit_code",
+    "read_stat",
     "spawn",
     "wait_exit",
 ]
