@@ -31,12 +31,14 @@ class DynamicThreadLocal(UnsupportedRelocation):
 class Bound:
     """Something that the process has. `call` is where a call may go, when that differs from its address for life.
 
-    For a thread-local `address` is the offset from the thread pointer.
+    For a thread-local `address` is the offset from the thread pointer; or, when it has no fixed one (the module's
+    storage is allocated for each thread when it first asks), the offset in the block of the module `module_id`.
     """
 
     address: int
     call: int = 0
     thread_local: bool = False
+    module_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
