@@ -15,12 +15,15 @@ Pure: knows neither process nor file system.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from patcher.elf import ObjectFile, Relocation, Section, Symbol, SymbolType
+from patcher.elf.object import Column
 from patcher.elf.relocations import R, is_pc_relative
 from patcher.errors import ObjectError
 
@@ -107,8 +110,37 @@ class Linkable:
     references: tuple[Reference, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Fields:
+    """The references of some blocks of one object, as columns.
+
+    `owner`: which of the blocks, by its place in the sequence that was asked for; `target`: a number that
+    `Blocks.target` knows.
+    """
+
+    owner: Column
+    offset: Column
+    type: Column
+    target: Column
+    addend: Column
+
+    def reference(self, blocks: Blocks, row: int) -> Reference:
+        """Return one row as the reference that it stands for."""
+        target = blocks.target(int(self.target[row]))
+        return Reference(int(self.offset[row]), int(self.type[row]), target, int(self.addend[row]))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Fields]) -> Fields:
+        """Return the rows of several tables about the same blocks, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        columns = ("owner", "offset", "type", "target", "addend")
+        return cls(*(np.concatenate([getattr(p, c) for p in parts]) for c in columns))
+
+
 STUB_SIZE = 5
 
+_SIZES = (R.SIZE32, R.SIZE64)
 _SKIPPED = (".eh_frame", ".note", ".comment", ".gnu", ".llvm", ".stapsdt")
 
 
@@ -129,6 +161,9 @@ class Blocks:
         self._hidden: dict[Block, tuple[HiddenReference, ...]] = {}
         self._pointed: dict[int, set[int]] | None = None
         self._targets: dict[int, Target | None] = {}
+        self._numbers: dict[Target, int] = {}
+        self._numbered: list[Target] = []
+        self._exact: tuple[Column, Column] | None = None
         self._boundaries: dict[Block, list[int]] = {}
         self._keeps_local_names = any(s.local and s.name and s.type != SymbolType.FILE for s in source.symbols)
         self.functions: tuple[Block, ...] = tuple(self._code_blocks())
@@ -291,8 +326,7 @@ class Blocks:
     def _relocations_of(self, section: int) -> list[Relocation]:
         found = self._relocations.get(section)
         if found is None:
-            found = [r for r in self.object.relocations(section) if r.type != R.NONE]
-            self._relocations[section] = found
+            found = self._relocations[section] = self.object.relocations(section)
         return found
 
     def _relocations_in(self, block: Block) -> list[Relocation]:
@@ -312,15 +346,97 @@ class Blocks:
     def reference(self, block: Block, r: Relocation) -> Reference:
         """Return one relocation of a block as a reference."""
         offset = r.offset - block.start
-        target = self.named_target(r.symbol)
+        target = None if r.type in _SIZES else self.named_target(r.symbol)
         if target is not None:
             return Reference(offset, r.type, target, r.addend)
+        target, addend = self._made_exact(block, r)
+        return Reference(offset, r.type, target, addend)
+
+    def _made_exact(self, block: Block, r: Relocation) -> tuple[Target, int]:
+        """Return what a relocation against a section's symbol, or for a size, is about, and its addend."""
         symbol = self.object.symbols[r.symbol]
-        bias = 0
+        if r.type in _SIZES:
+            known = None if symbol.undefined else Absolute(symbol.size)
+            return known or External(symbol.name, symbol.weak, symbol.visibility != 0), r.addend
+        bias, offset = 0, r.offset - block.start
         if is_pc_relative(r.type):
             bias = self._bytes_to_end(block, offset) if block.kind is Kind.CODE else -offset
-        place = self.at(symbol.section, symbol.value + r.addend + bias)
-        return Reference(offset, r.type, place, -bias)
+        return self.at(symbol.section, symbol.value + r.addend + bias), -bias
+
+    # --- many references at once ------------------------------------------------------------------------------
+
+    def fields(self, blocks: Sequence[Block]) -> Fields:
+        """Return what some blocks refer to: what `references` says of each, as columns."""
+        extents = [self._rows_of(b) for b in blocks]
+        first = np.array([a for a, _ in extents], np.int64)
+        count = np.array([b - a for a, b in extents], np.int64)
+        owner = np.repeat(np.arange(len(blocks)), count)
+        rows = np.arange(len(owner)) + np.repeat(first - (np.cumsum(count) - count), count)
+        self._make_exact(blocks, owner, rows)
+        target, addend = self._exact_columns()
+        table = self.object.relocation_rows
+        starts = np.array([b.start for b in blocks], np.int64)
+        offset = table.offset[rows] - starts[owner]
+        plain = Fields(owner, offset, table.type[rows], target[rows], addend[rows])
+        hidden = [(i, r) for i, b in enumerate(blocks) for r in self._hidden_references(b)]
+        return Fields.joined([plain, self.rows(hidden)]) if hidden else plain
+
+    def rows(self, references: Sequence[tuple[int, Reference]]) -> Fields:
+        """Return (owner, reference) pairs as columns."""
+        rows = [(i, r.offset, r.type, self.number_of(r.target), r.addend) for i, r in references]
+        table = np.array(rows, np.int64).reshape(-1, 5).T
+        return Fields(*table)
+
+    def number_of(self, target: Target) -> int:
+        """Return the number by which columns know a target."""
+        number = self._numbers.get(target)
+        if number is None:
+            number = self._numbers[target] = len(self.object.symbols) + len(self._numbered)
+            self._numbered.append(target)
+        return number
+
+    def target(self, number: int) -> Target:
+        """Return the target that a number in a column stands for."""
+        named = len(self.object.symbols)
+        if number >= named:
+            return self._numbered[number - named]
+        target = self.named_target(number)
+        assert target is not None
+        return target
+
+    def is_stretched(self, block: Block) -> bool:
+        """Tell whether a block needs jumps of its own around it, so that `linkable` is not the block as it is."""
+        self._hidden_references(block)
+        return any(h.width == 1 for h in self._hidden.get(block, ()))
+
+    def _rows_of(self, block: Block) -> tuple[int, int]:
+        rows = self.object.relocation_rows
+        start, end = rows.extents.get(block.section, (0, 0))
+        if not block.data or start == end:
+            return 0, 0
+        if block.start == 0 and block.size == self.object.sections[block.section].size:
+            return start, end
+        offsets = rows.offset[start:end]
+        low, high = np.searchsorted(offsets, (block.start, block.start + block.size)).tolist()
+        return start + low, start + high
+
+    def _exact_columns(self) -> tuple[Column, Column]:
+        """Return the target (-1: not worked out yet) and the addend of each row of the object's relocations."""
+        if self._exact is None:
+            table = self.object.relocation_rows
+            sections = [s.number for s in self.object.symbols if s.type == SymbolType.SECTION]
+            inexact = np.isin(table.symbol, sections) | np.isin(table.type, _SIZES)
+            self._exact = np.where(inexact, -1, table.symbol), table.addend.copy()
+        return self._exact
+
+    def _make_exact(self, blocks: Sequence[Block], owner: Column, rows: Column) -> None:
+        target, addend = self._exact_columns()
+        table = self.object.relocation_rows
+        for i in np.flatnonzero(target[rows] < 0).tolist():
+            row = int(rows[i])
+            r = Relocation(*(int(c[row]) for c in (table.offset, table.type, table.symbol, table.addend)))
+            exact, rest = self._made_exact(blocks[int(owner[i])], r)
+            target[row], addend[row] = self.number_of(exact), rest
 
     def named_target(self, number: int) -> Target | None:
         """Return what a symbol means, wherever it is referred to from; None for a section's symbol."""

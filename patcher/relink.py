@@ -248,7 +248,7 @@ class _Generation:
                 self.quiet.append(_body(live))
             for block in risk.new:
                 start = placement.addresses[block]
-                self.quiet_back.append(Body(block.name, start, start + placement.sizes[block]))
+                self.quiet_back.append(Body(block.name, start, start + block.size))
 
     def _record_door(self, door: _Door, body: int, copy: tuple[int, bytes] | None) -> None:
         block, part, live = door.block, door.part, door.live
@@ -321,7 +321,7 @@ def _placed(block: Block, part: Part, placement: Placement) -> Placed:
         unit=part.unit.key,
         local=not block.exported,
         address=placement.addresses[block],
-        size=placement.sizes[block],
+        size=block.size,
     )
 
 

@@ -27,7 +27,6 @@ from patcher.texts import Texts
 if TYPE_CHECKING:
     from patcher.image import Image
     from patcher.link.place import FarData
-    from patcher.link.plan import DynamicThreadLocal
     from patcher.patch.ledger import Ledger
     from patcher.relink import Linked, Part
     from patcher.units import Changes, Source, Units
@@ -211,7 +210,6 @@ class Session:
 
     def _link(self, units: Units, changes: Changes) -> Linked:
         from patcher.link.place import FarData
-        from patcher.link.plan import DynamicThreadLocal
         from patcher.relink import NeedsArena, link_generation
 
         parts = list(changes.parts)
@@ -221,11 +219,11 @@ class Session:
                 return link_generation(self.image, self.ledger, parts, waiting)
             except NeedsArena:
                 self._map_stub_area()
-            except (FarData, DynamicThreadLocal) as error:
+            except FarData as error:
                 parts = [self._indirect(units, part, error) for part in parts]
         raise UnsafeChange("the change cannot be linked", "restart the program with the new code")
 
-    def _indirect(self, units: Units, part: Part, error: FarData | DynamicThreadLocal) -> Part:
+    def _indirect(self, units: Units, part: Part, error: FarData) -> Part:
         if part.blocks.object is not error.object:
             return part
         found = units.with_indirect_access(part)

@@ -85,6 +85,7 @@ class Units:
         )
         self.build_seconds = 0.0  # spent in compilers since it was last set to 0
         self._proven: set[tuple[Path, tuple[str, ...]]] = set()
+        self._far: set[tuple[Path, tuple[str, ...]]] = set()
         self._line_only: dict[tuple[Path, str], object] = {}
         self._waiting: dict[Path, Source] = {}
         self._command_of: dict[ObjectFile, CompileCommand] = {}
@@ -135,15 +136,22 @@ class Units:
             self.compiler.discard(unit)
 
     def with_indirect_access(self, part: Part) -> Part | None:
-        """Compile a unit that cannot reach some data again, with access through cells, thread-locals included.
+        """Compile a unit that cannot reach some data again, with access through cells, and remember that it needs it.
 
         Returns None when that was done already, or nothing says how it is compiled.
         """
         command = self._command_of.get(part.delta.blocks.object)
         if command is None or part.blocks is not part.delta.blocks:
             return None
-        made = self._compiled(command, variant=INDIRECT, options=("-ftls-model=initial-exec",))
-        return Part(part.delta, part.source, Blocks(made))
+        self._far.add((command.file, command.arguments))
+        return Part(part.delta, part.source, Blocks(self._compiled(command, variant=INDIRECT)))
+
+    def _with_known_access(self, part: Part) -> Part:
+        """Compile a unit once more that is known to need access through cells, before it is linked in vain."""
+        command = self._command_of.get(part.delta.blocks.object)
+        if command is None or (command.file, command.arguments) not in self._far:
+            return part
+        return self.with_indirect_access(part) or part
 
     # --- verdicts ---------------------------------------------------------------------------------------------
 
@@ -171,7 +179,7 @@ class Units:
                 self._waiting[source.file] = source
         if absent and not parts:
             self._refuse_absent(sources, absent)
-        changed = tuple(p for p in parts if p.wanted())
+        changed = tuple(self._with_known_access(p) for p in parts if p.wanted())
         self._check_layouts(changed)
         return Changes(changed, tuple(p for p in parts if not p.wanted()), tuple(absent))
 

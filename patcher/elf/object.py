@@ -8,17 +8,17 @@ Specification: System V ABI, chapter 4; AMD64 supplement, chapter 4.
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from patcher.elf import tables as t
+from patcher.elf.relocations import R
 from patcher.errors import ObjectError
 
 
@@ -82,9 +82,6 @@ class Symbol(NamedTuple):
         return self.binding == SymbolBinding.WEAK
 
 
-_RELA = struct.Struct("<QIIq")  # most tables have a few rows only, where an array costs more than it saves
-
-
 class Relocation(NamedTuple):
     """One RELA entry: apply `type` at `offset` of its section, to symbol number `symbol`."""
 
@@ -92,6 +89,23 @@ class Relocation(NamedTuple):
     type: int
     symbol: int
     addend: int
+
+
+Column = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RelocationRows:
+    """Relocations as columns, in which those of one section stand together, by rising offset.
+
+    `extents`: section -> its rows (first, one beyond the last). Rows of type R_X86_64_NONE are left out.
+    """
+
+    extents: dict[int, tuple[int, int]]
+    offset: Column
+    type: Column
+    symbol: Column
+    addend: Column
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,36 +167,87 @@ class ObjectFile:
         """The name in the object's STT_FILE symbol: the base name of its source file, or ""."""
         return next((s.name for s in self.symbols if s.type == SymbolType.FILE), "")
 
+    def relocations(self, section: int) -> list[Relocation]:
+        """Return the relocations of a section, by rising offset. Raises `ObjectError` for impossible ones."""
+        rows = self.relocation_rows
+        start, end = rows.extents.get(section, (0, 0))
+        columns = (rows.offset, rows.type, rows.symbol, rows.addend)
+        return list(map(Relocation._make, zip(*(c[start:end].tolist() for c in columns), strict=True)))
+
     @cached_property
-    def _relocation_sections(self) -> dict[int, list[int]]:
+    def relocation_rows(self) -> RelocationRows:
+        """The relocations of all allocated sections. Raises `ObjectError` for impossible ones."""
+        sections = self._relocation_sections()
+        starts, ends, words = _relocation_words(self._raw, [index for _, index in sections])
+        offset, info, addend = words[:, 0], words[:, 1], words[:, 2]
+        kind, symbol = info & 0xFFFFFFFF, info >> 32 & 0xFFFFFFFF
+        targets = np.array([target for target, _ in sections], np.int64)
+        owner = np.repeat(targets, ends - starts)
+        self._check_rows(owner, offset, symbol)
+        order = np.lexsort((offset, owner))
+        order = order[kind[order] != R.NONE]
+        owner = owner[order]
+        cuts = np.flatnonzero(np.diff(owner)) + 1
+        firsts, lasts = [0, *cuts.tolist()], [*cuts.tolist(), len(owner)]
+        extents = {int(owner[a]): (a, b) for a, b in zip(firsts, lasts, strict=True) if b > a}
+        return RelocationRows(extents, offset[order], kind[order], symbol[order], addend[order])
+
+    def _relocation_sections(self) -> list[tuple[int, int]]:
+        """Return (section, section of its relocations) for every allocated section that has some."""
         headers = self._raw.section_headers
-        found: dict[int, list[int]] = {}
-        for index, (kind, target) in enumerate(zip(headers["type"].tolist(), headers["info"].tolist(), strict=True)):
-            if kind == t.SHT_REL and target in self.sections:
+        found = []
+        for index in np.flatnonzero((headers["type"] == t.SHT_REL) | (headers["type"] == t.SHT_RELA)).tolist():
+            target = int(headers["info"][index])
+            if target not in self.sections:
+                continue
+            if headers["type"][index] == t.SHT_REL:
                 raise ObjectError(
                     f"{self.name}: section {index} has relocations without addends (SHT_REL)",
                     "x86-64 objects use SHT_RELA; compile it with a standard toolchain",
                 )
-            if kind == t.SHT_RELA and target in self.sections:
-                found.setdefault(target, []).append(index)
+            found.append((target, index))
         return found
 
-    def relocations(self, section: int) -> list[Relocation]:
-        """Return the relocations of a section, by rising offset. Raises `ObjectError` for impossible ones."""
-        result: list[Relocation] = []
-        for index in self._relocation_sections.get(section, ()):
-            rows = self._raw.contents(index)
-            result += map(Relocation._make, _RELA.iter_unpack(rows[: len(rows) // _RELA.size * _RELA.size]))
-        result.sort(key=itemgetter(0))
-        count, size = len(self.symbols), self.sections[section].size
-        for offset, _, symbol, _ in result:
-            if symbol >= count or offset >= size:
-                raise ObjectError(
-                    f"{self.name}: a relocation at {self.sections[section].name}+{offset:#x} names symbol {symbol} "
-                    f"of {count} in a section of {size} bytes",
-                    "the object is damaged; compile it again",
-                )
-        return result
+    def _check_rows(self, owner: Column, offset: Column, symbol: Column) -> None:
+        sizes = np.zeros(max(self.sections, default=0) + 1, np.int64)
+        sizes[list(self.sections)] = [section.size for section in self.sections.values()]
+        bad = (symbol >= len(self.symbols)) | (offset < 0) | (offset >= sizes[owner])
+        if bad.any():
+            row = int(np.argmax(bad))
+            section = self.sections[int(owner[row])]
+            raise ObjectError(
+                f"{self.name}: a relocation at {section.name}+{int(offset[row]) & (1 << 64) - 1:#x} names symbol "
+                f"{int(symbol[row])} of {len(self.symbols)} in a section of {section.size} bytes",
+                "the object is damaged; compile it again",
+            )
+
+
+def _relocation_words(raw: t.RawFile, sections: list[int]) -> tuple[Column, Column, Column]:
+    """Return where each table starts and ends in one array of (offset, info, addend) rows, and that array."""
+    headers = raw.section_headers[sections]
+    room = np.uint64(len(raw.data))
+    if (headers["offset"] > room).any() or (headers["size"] > room - headers["offset"]).any():
+        raise ObjectError(
+            f"{raw.name}: a relocation table reaches beyond the end of the file",
+            "the file is truncated; compile it again",
+        )
+    counts = (headers["size"] // _ROW).astype(np.int64)
+    ends = np.cumsum(counts)
+    if len(ends) and int(ends[-1]) * _ROW > len(raw.data):
+        raise ObjectError(f"{raw.name}: relocation tables that overlap", "the object is damaged; compile it again")
+    starts = ends - counts
+    positions = headers["offset"].astype(np.int64)
+    if (positions % 8).any():
+        tables = [np.frombuffer(raw.data, "<i8", 3 * int(n), int(p)) for p, n in zip(positions, counts, strict=True)]
+        return starts, ends, np.concatenate([np.empty(0, np.int64), *tables]).reshape(-1, 3)
+    # Thousands of little tables, one for each function, are gathered in one go.
+    words = np.frombuffer(raw.data, "<i8", len(raw.data) // 8)
+    row = np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int64)
+    first = np.repeat(positions // 8 - 3 * starts, counts) + 3 * row
+    return starts, ends, words[first[:, None] + np.arange(3)]
+
+
+_ROW = t.RELA.itemsize
 
 
 def read_object(path: Path) -> ObjectFile:

@@ -1,22 +1,29 @@
 """Addresses for everything in a plan, and the final bytes: every relocation applied and range-checked.
 
-Pure: addresses and blocks in, (address, bytes) out. Cells and far jumps are made here as references turn
-out to need them; each serves all references of the generation to the same address.
+Two steps: `lay_out` gives each block its address, `link` fills in the fields. Pure: addresses and blocks in,
+(address, bytes) out. Cells and far jumps are made as references turn out to need them; each serves all
+references of the generation to the same address. The fields of one type in one object are computed together,
+as arrays; only what misses its field is looked at one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from patcher.blocks import Absolute, Block, Blocks, External, Kind, Place, Reference
+import numpy as np
+
+from patcher.blocks import Absolute, Block, External, Kind, Place, Reference
+from patcher.code.descriptor import FIND_THROUGH_DESCRIPTOR
 from patcher.elf import ObjectFile
+from patcher.elf.object import Column
 from patcher.errors import LinkError, RelocationOverflow
-from patcher.link.plan import Bound, Plan, where
+from patcher.link.plan import FIND_THREAD_LOCAL, TABLE, Bound, Group, Plan, where
 from patcher.link.relocations import RULES, Need, Operands, R, Rule, type_name
 
 _CODE_ALIGNMENT = 16
 _MASK = (1 << 64) - 1
+_TRAP = 0xCC  # int3, between functions
 
 
 class FarData(RelocationOverflow):
@@ -30,6 +37,12 @@ class FarData(RelocationOverflow):
     def __init__(self, message: str, hint: str = "", *, object: ObjectFile | None = None) -> None:
         super().__init__(message, hint)
         self.object = object
+
+
+class ArenaFull(LinkError):
+    """The free memory that was given is too small for the plan."""
+
+    code = "arena-full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,24 +62,46 @@ class Space:
     data: Region
 
 
+@dataclass(frozen=True, slots=True)
+class Account:
+    """How many bytes of the arena went to one object, the gaps before its blocks included."""
+
+    text: int = 0
+    read_only: int = 0
+    data: int = 0
+    cells: int = 0
+    jumps: int = 0
+
+    def plus(self, **more: int) -> Account:
+        return replace(self, **{name: getattr(self, name) + size for name, size in more.items()})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """An address for each block of a plan. `table` is that of the table of cells; `space` is what is left."""
+
+    addresses: dict[Block, int]
+    table: int
+    space: Space
+    accounts: dict[ObjectFile, Account] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where everything stands and what is to be written there. `space` is what is left."""
 
     addresses: dict[Block, int]
-    sizes: dict[Block, int]
     writes: tuple[tuple[int, bytes], ...]
     space: Space
+    accounts: dict[ObjectFile, Account]
 
 
 def place(plan: Plan, space: Space, islands: Mapping[Block, int], originals: Mapping[Block, int]) -> Placement:
-    """Lay a plan out in `space` and link it.
+    """Lay a plan out in `space` and link it; see `lay_out` and `link`."""
+    return link(plan, lay_out(plan, space), islands, originals)
 
-    `islands`: the island of each door; `originals`: the address for life of each door that the program had
-    before. Raises `RelocationOverflow` or `FarData` naming symbol, type, place and by how much it missed,
-    and `LinkError` when the memory is too small.
-    """
-    return _Placer(plan, space, islands, originals).run()
+
+# --- addresses ------------------------------------------------------------------------------------------------
 
 
 class _Cursor:
@@ -81,174 +116,431 @@ class _Cursor:
         address = (self.at + alignment - 1) & -alignment
         self.at = address + size
         if self.at > self.end:
-            raise LinkError(
+            raise ArenaFull(
                 f"the arena has no room for {size} more bytes of {self._what}",
                 "revert what is not needed, or restart the program with the new code",
-                code="arena-full",
             )
         return address
 
     @property
     def rest(self) -> Region:
-        return Region(self.at, self.end)
+        return Region(min(self.at, self.end), self.end)
 
 
-class _Placer:
-    def __init__(self, plan: Plan, space: Space, islands: Mapping[Block, int], originals: Mapping[Block, int]) -> None:
-        self.plan = plan
-        self.islands = islands
-        self.originals = originals
+class _Cursors:
+    """The cursors of the three regions."""
+
+    def __init__(self, space: Space) -> None:
         self.read_only = _Cursor(space.read_only, "read-only data")
         self.code = _Cursor(space.code, "code")
         self.data = _Cursor(space.data, "data")
-        self.addresses: dict[Block, int] = {}
-        self.sizes: dict[Block, int] = {}
-        self.cells: dict[int, int] = {}
+
+    @property
+    def rest(self) -> Space:
+        return Space(self.read_only.rest, self.code.rest, self.data.rest)
+
+
+def lay_out(plan: Plan, space: Space) -> Layout:
+    """Give every block of a plan its address in `space`. Equal strings share one. Raises `ArenaFull`."""
+    cursors = _Cursors(space)
+    addresses: dict[Block, int] = {}
+    accounts: dict[ObjectFile, Account] = {}
+    # What is only zeros comes last: it need not be written.
+    data = sorted(plan.data, key=lambda block: block.zero)
+    for name, cursor, blocks in (
+        ("text", cursors.code, plan.code),
+        ("read_only", cursors.read_only, plan.read_only),
+        ("data", cursors.data, data),
+    ):
+        used = _give_addresses(plan, blocks, cursor, addresses)
+        for source, size in used.items():
+            accounts[source] = accounts.get(source, Account()).plus(**{name: size})
+    table = (cursors.read_only.at + 7) & -8
+    return Layout(addresses, table, cursors.rest, accounts)
+
+
+def _give_addresses(
+    plan: Plan, blocks: Sequence[Block], cursor: _Cursor, addresses: dict[Block, int]
+) -> dict[ObjectFile, int]:
+    """Place blocks one after another; return how many bytes each object took."""
+    strings: dict[bytes, int] = {}
+    used: dict[ObjectFile, int] = {}
+    for block in blocks:
+        linkable = plan.linkables.get(block)
+        lead = linkable.lead if linkable is not None else 0
+        size = max(len(linkable.data) if linkable is not None else 0, block.size)
+        if block.string and block.alignment == 1 and block.data in strings:
+            addresses[block] = strings[block.data]
+            continue
+        alignment = max(block.alignment, 1)
+        if block.kind is Kind.CODE and not lead:
+            alignment = max(alignment, _CODE_ALIGNMENT)
+        before = cursor.at
+        # One byte more, so that a pointer to a variable's end never points to the next one.
+        start = cursor.take(size + (block.kind is Kind.DATA), alignment)
+        used[block.object] = used.get(block.object, 0) + cursor.at - before
+        addresses[block] = start + lead
+        if block.string:
+            strings.setdefault(block.data, start)
+    return used
+
+
+# --- contents -------------------------------------------------------------------------------------------------
+
+
+def link(plan: Plan, layout: Layout, islands: Mapping[Block, int], originals: Mapping[Block, int]) -> Placement:
+    """Compute the contents of everything that is laid out.
+
+    `islands`: the island of each door; `originals`: the address for life of each door that the program had
+    before. Raises `RelocationOverflow` or `FarData` naming symbol, type, place and by how much it missed,
+    and `ArenaFull` when there is no room for cells.
+    """
+    return _Linker(plan, layout, islands, originals).run()
+
+
+class _Image:
+    """The bytes of the blocks that have contents, those next to each other in one array."""
+
+    def __init__(self, plan: Plan, addresses: Mapping[Block, int]) -> None:
+        self._starts: list[int] = []
+        self._arrays: list[tuple[int, int]] = []  # first and last index in `bytes`
+        self.shift: dict[Block, int] = {}  # index of the block's first byte, minus its address
+        self.extent: dict[Block, tuple[int, int]] = {}  # from where to where its bytes are, relative to its address
+        pieces: list[tuple[int, bytes, Block, int]] = []
+        for block in plan.placed:
+            linkable = plan.linkables.get(block)
+            data, lead = (linkable.data, linkable.lead) if linkable is not None else (block.data, 0)
+            self.extent[block] = -lead, len(data) - lead
+            pieces.append((addresses[block] - lead, data, block, lead))
+        self._fill(pieces)
+
+    def _fill(self, pieces: list[tuple[int, bytes, Block, int]]) -> None:
+        pieces.sort(key=lambda piece: piece[0])
+        contents: list[bytes] = []
+        size, end = 0, -1
+        for start, data, block, _ in pieces:
+            if not data:
+                self.shift[block] = 0
+                continue
+            gap = start - end
+            if self._starts and 0 <= gap < _CLOSE:
+                contents.append(bytes((_TRAP if block.kind is Kind.CODE else 0,)) * gap)
+                size += gap
+            elif not self._starts or gap >= 0:
+                self._open(size, start)
+            else:  # an equal string at the same address
+                self.shift[block] = self._arrays[-1][0] - self._starts[-1]
+                continue
+            self.shift[block] = size - start
+            contents.append(data)
+            size += len(data)
+            end = start + len(data)
+            self._arrays[-1] = self._arrays[-1][0], size
+        self.bytes = np.frombuffer(bytearray(b"".join(contents)), np.uint8)
+
+    def _open(self, size: int, start: int) -> None:
+        self._starts.append(start)
+        self._arrays.append((size, size))
+
+    def writes(self) -> list[tuple[int, bytes]]:
+        return [(start, self.bytes[a:b].tobytes()) for start, (a, b) in zip(self._starts, self._arrays, strict=True)]
+
+
+_CLOSE = 4096  # blocks with a smaller gap between them are written together
+
+
+class _Values(dict[int, int]):
+    """A number for each target of one object, worked out when it is first asked for."""
+
+    def __init__(self, compute: Callable[[int], int]) -> None:
+        super().__init__()
+        self._compute = compute
+
+    def __missing__(self, target: int) -> int:
+        value = self[target] = _signed(self._compute(target))
+        return value
+
+    def of(self, targets: Column) -> Column:
+        return np.array([self[t] for t in targets.tolist()], np.int64)
+
+
+class _Linker:
+    def __init__(
+        self, plan: Plan, layout: Layout, islands: Mapping[Block, int], originals: Mapping[Block, int]
+    ) -> None:
+        self.plan = plan
+        self.layout = layout
+        self.islands = islands
+        self.originals = originals
+        self.addresses = layout.addresses
+        self.cursors = _Cursors(layout.space)
+        self.accounts = dict(layout.accounts)
+        self.image = _Image(plan, layout.addresses)
+        self.cells: dict[tuple[int, ...], int] = {}
         self.jumps: dict[int, int] = {}
         self.writes: list[tuple[int, bytes]] = []
 
     def run(self) -> Placement:
-        self._lay_out()
-        for block in self.plan.placed:
-            self._link(block)
-        space = Space(self.read_only.rest, self.code.rest, self.data.rest)
-        return Placement(self.addresses, self.sizes, tuple(self.writes), space)
+        for group in self.plan.groups:
+            _GroupLinker(self, group).run()
+        cells = [(address, b"".join(map(_word, values))) for values, address in self.cells.items()]
+        writes = [*self.image.writes(), *_joined(cells), *self.writes]
+        return Placement(self.addresses, tuple(writes), self.cursors.rest, self.accounts)
 
-    def _lay_out(self) -> None:
-        strings: dict[bytes, int] = {}
-        for block in self.plan.placed:
-            linkable = self.plan.linkables[block]
-            size = max(len(linkable.data), block.size)
-            self.sizes[block] = block.size
-            if block.string and block.alignment == 1 and block.data in strings:
-                self.addresses[block] = strings[block.data]
-                continue
-            start = self._cursor(block).take(size + (block.kind is Kind.DATA), self._alignment(block, linkable.lead))
-            self.addresses[block] = start + linkable.lead
-            if block.string:
-                strings.setdefault(block.data, start)
+    # --- cells and jumps --------------------------------------------------------------------------------------
 
-    def _cursor(self, block: Block) -> _Cursor:
-        if block.kind is Kind.CODE:
-            return self.code
-        return self.read_only if block.kind is Kind.READ_ONLY else self.data
+    def cell(self, owner: ObjectFile, *values: int) -> int:
+        """Return the address of cells that hold some values, one after another."""
+        address = self.cells.get(values)
+        if address is None:
+            before = self.cursors.read_only.at
+            address = self.cells[values] = self.cursors.read_only.take(8 * len(values), 8)
+            self._account(owner, cells=self.cursors.read_only.at - before)
+        return address
 
-    def _alignment(self, block: Block, lead: int) -> int:
-        if block.kind is Kind.CODE and not lead:
-            return max(block.alignment, _CODE_ALIGNMENT)
-        return max(block.alignment, 1)
+    def far_jump(self, owner: ObjectFile, destination: int) -> int:
+        """Return the address of a jump to somewhere."""
+        address = self.jumps.get(destination)
+        if address is None:
+            from patcher.code.entry import FAR_JUMP_SIZE, far_jump
 
-    def _link(self, block: Block) -> None:
-        linkable = self.plan.linkables[block]
-        if not linkable.data:
-            return  # zero-initialised: fresh memory is zero already
-        start = self.addresses[block] - linkable.lead
-        contents = bytearray(linkable.data)
-        for reference in linkable.references:
-            offset = linkable.lead + reference.offset
-            field = self._field(block, reference, contents, offset)
-            if offset < 0 or offset + len(field) > len(contents):
-                raise LinkError(
-                    f"{where(block, reference)}: {type_name(reference.type)} reaches beyond the end of its block",
-                    "the object is damaged; compile it again",
-                )
-            contents[offset : offset + len(field)] = field
-        self.writes.append((start, bytes(contents)))
+            address = self.jumps[destination] = self._code(owner, FAR_JUMP_SIZE, 8)
+            self.writes.append((address, far_jump(address, self.cell(owner, destination))))
+        return address
 
-    # --- references -------------------------------------------------------------------------------------------
+    def descriptor_function(self, owner: ObjectFile) -> int:
+        """Return the address of the function that thread-local descriptors of ours name."""
+        if _DESCRIPTOR not in self.jumps:
+            address = self.jumps[_DESCRIPTOR] = self._code(owner, len(FIND_THROUGH_DESCRIPTOR), _CODE_ALIGNMENT)
+            self.writes.append((address, FIND_THROUGH_DESCRIPTOR))
+        return self.jumps[_DESCRIPTOR]
 
-    def _field(self, block: Block, r: Reference, contents: bytearray, offset: int) -> bytes:
-        rule = RULES[r.type]
-        place = self.addresses[block] + r.offset
-        if rule.need in (Need.THREAD_OFFSET, Need.THREAD_CELL):
-            thread = self._thread_offset(block, r)
-            cell = self._cell(thread & _MASK) if rule.need is Need.THREAD_CELL else 0
-            return self._encode(block, r, rule, Operands(0, r.addend, place, G=cell, TP=thread))
-        call = r.type == R.PLT32 or (rule.need is Need.CELL and bytes(contents[offset - 2 : offset]) in _CALLS)
-        owner = self.plan.owners[block]
-        symbol = self._address(owner, r, call)
-        if rule.need is Need.CELL:
-            return self._encode(block, r, rule, Operands(symbol, r.addend, place, G=self._cell(symbol)))
-        operands = Operands(symbol, r.addend, place)
-        if rule.need is Need.ISLAND and rule.encode(rule.formula(operands)) is None:
-            operands = Operands(self._far_jump(symbol), r.addend, place)
-        return self._encode(block, r, rule, operands)
+    def _code(self, owner: ObjectFile, size: int, alignment: int) -> int:
+        before = self.cursors.code.at
+        address = self.cursors.code.take(size, alignment)
+        self._account(owner, jumps=self.cursors.code.at - before)
+        return address
 
-    def _encode(self, block: Block, r: Reference, rule: Rule, operands: Operands) -> bytes:
-        value = rule.formula(operands)
-        encoded = rule.encode(value)
-        if encoded is not None:
-            return encoded
+    def _account(self, owner: ObjectFile, **more: int) -> None:
+        self.accounts[owner] = self.accounts.get(owner, Account()).plus(**more)
+
+
+_DESCRIPTOR = -1
+
+
+class _GroupLinker:
+    """Fills in the fields of some blocks of one object."""
+
+    def __init__(self, linker: _Linker, group: Group) -> None:
+        self.linker = linker
+        self.plan = linker.plan
+        self.group = group
+        self.fields = group.fields
+        self.object = group.source.object
+        self.table = linker.layout.table
+        self._addresses = _Values(lambda t: self._address(t, call=False))
+        self._calls = _Values(lambda t: self._address(t, call=True))
+        self._address_cells = _Values(lambda t: linker.cell(self.object, self._addresses[t]))
+        self._call_cells = _Values(lambda t: linker.cell(self.object, self._calls[t]))
+        self._sizes = _Values(self._size)
+        self._thread_offsets = _Values(lambda t: self._thread_local(t).address)
+        self._thread_cells = {
+            Need.THREAD_CELL: _Values(lambda t: linker.cell(self.object, self._thread_offsets[t])),
+            Need.MODULE_CELLS: _Values(self._make_module_cells),
+            Need.MODULE_BASE_CELLS: _Values(lambda t: linker.cell(self.object, self._thread_local(t).module_id, 0)),
+            Need.DESCRIPTOR: _Values(self._make_descriptor),
+        }
+
+    def run(self) -> None:
+        members, fields = self.group.members, self.fields
+        if not len(fields.owner):
+            return
+        image, addresses = self.linker.image, self.linker.addresses
+        base = np.array([addresses[b] for b in members], np.int64)[fields.owner]
+        shift = np.array([image.shift[b] for b in members], np.int64)[fields.owner]
+        self.places = base + fields.offset
+        self.positions = self.places + shift
+        self._check_extents()
+        for kind in np.unique(fields.type).tolist():
+            rule = RULES[kind]
+            if rule.width:
+                self._fill(np.flatnonzero(fields.type == kind), rule)
+
+    def _check_extents(self) -> None:
+        fields, extents = self.fields, [self.linker.image.extent[b] for b in self.group.members]
+        low, high = np.array(extents, np.int64).T
+        width = _WIDTHS[np.searchsorted(_KINDS, fields.type)]
+        bad = (fields.offset < low[fields.owner]) | (fields.offset + width > high[fields.owner])
+        if bad.any():
+            block, r = self._reference(int(np.argmax(bad)))
+            raise LinkError(
+                f"{where(block, r)}: {type_name(r.type)} reaches beyond the end of its block",
+                "the object is damaged; compile it again",
+            )
+
+    def _fill(self, rows: Column, rule: Rule) -> None:
+        """Compute the fields of one type and put them in."""
+        values = rule.formula(self._operands(rows, rule.need))
+        if not rule.wraps:
+            low, high = rule.limits
+            for i in np.flatnonzero((values < low) | (values > high)).tolist():
+                values[i] = self._brought_near(int(rows[i]), rule, int(values[i]))
+        encoded = np.ascontiguousarray(values, "<i8").view(np.uint8).reshape(-1, 8)[:, : rule.width]
+        self.linker.image.bytes[self.positions[rows, None] + np.arange(rule.width)] = encoded
+
+    def _operands(self, rows: Column, need: Need) -> Operands:
+        targets, a, p = self.fields.target[rows], self.fields.addend[rows], self.places[rows]
+        got = np.int64(self.table)
+        if need is Need.TABLE:
+            return Operands(A=a, P=p, GOT=got)
+        if need is Need.CELL:
+            return Operands(A=a, P=p, G=self._cells(rows, targets) - got, GOT=got)
+        if need is Need.SIZE:
+            return Operands(A=a, Z=self._sizes.of(targets))
+        if need is Need.THREAD_OFFSET:
+            return Operands(A=a, TP=self._thread_offsets.of(targets))
+        if need is Need.MODULE_OFFSET:
+            return Operands(A=a, D=self._thread_offsets.of(targets))
+        if need in self._thread_cells:
+            return Operands(A=a, P=p, G=self._thread_cells[need].of(targets) - got, GOT=got)
+        return Operands(self._addresses.of(targets), a, p, GOT=got, L=self._calls.of(targets))
+
+    def _cells(self, rows: Column, targets: Column) -> Column:
+        """Return the cells of some references: a call through one may go elsewhere than a pointer."""
+        at, image = self.positions[rows], self.linker.image.bytes
+        calls = (image[at - 2] == 0xFF) & np.isin(image[at - 1], (0x15, 0x25))  # call or jmp *cell(%rip)
+        made = (self._address_cells, self._call_cells)
+        return np.array([made[c][t] for c, t in zip(calls.tolist(), targets.tolist(), strict=True)], np.int64)
+
+    # --- what targets are -------------------------------------------------------------------------------------
+
+    def _address(self, number: int, call: bool) -> int:
+        target = self.group.source.target(number)
+        if isinstance(target, Absolute):
+            return target.value
+        if isinstance(target, Place):
+            return self._block_address(target.block, target.offset, call)
+        if target.name == TABLE:
+            return self.table
+        found = self.plan.externals[self.group.source, target.name]
+        if isinstance(found, Block):
+            return self._block_address(found, 0, call)
+        return _entry(found, call)
+
+    def _block_address(self, block: Block, offset: int, call: bool) -> int:
+        linker = self.linker
+        if block not in linker.addresses:
+            return _entry(self.plan.bound[block], call and not offset) + offset
+        if offset == 0 and block in linker.islands:
+            # Calls go to the island and so reach every later generation; the address that the program
+            # can see stays the one it has always been.
+            return linker.islands[block] if call else linker.originals.get(block, linker.islands[block])
+        return linker.addresses[block] + offset
+
+    def _size(self, number: int) -> int:
+        target = self.group.source.target(number)
+        if isinstance(target, Absolute):
+            return target.value
+        assert isinstance(target, External)
+        found = self.plan.externals[self.group.source, target.name]
+        return found.size
+
+    def _thread_local(self, number: int) -> Bound:
+        target = self.group.source.target(number)
+        if isinstance(target, Place):
+            bound = self.plan.bound[target.block]
+            return replace(bound, address=bound.address + target.offset)
+        assert isinstance(target, External)
+        found = self.plan.externals[self.group.source, target.name]
+        return self.plan.bound[found] if isinstance(found, Block) else found
+
+    def _make_module_cells(self, number: int) -> int:
+        bound = self._thread_local(number)
+        return self.linker.cell(self.object, bound.module_id, bound.address)
+
+    def _make_descriptor(self, number: int) -> int:
+        bound, linker = self._thread_local(number), self.linker
+        function = self.plan.externals[self.group.source, FIND_THREAD_LOCAL.name]
+        assert isinstance(function, Bound)
+        index = linker.cell(self.object, bound.module_id, bound.address, _entry(function, call=True))
+        return linker.cell(self.object, linker.descriptor_function(self.object), index)
+
+    # --- what misses its field --------------------------------------------------------------------------------
+
+    def _reference(self, row: int) -> tuple[Block, Reference]:
+        return self.group.members[int(self.fields.owner[row])], self.fields.reference(self.group.source, row)
+
+    def _brought_near(self, row: int, rule: Rule, value: int) -> int:
+        """Return a value that fits, for a reference that goes through something of ours within reach."""
+        near = None
+        if rule.need is Need.ISLAND:
+            target, place = int(self.fields.target[row]), int(self.places[row])
+            near = self.linker.far_jump(self.object, self._calls[target]) + int(self.fields.addend[row]) - place
+        elif rule.need is Need.NOTHING:
+            near = self._through_cell(row)
+        if near is not None and rule.fits(near):
+            return near
+        raise self._overflow(row, rule, value)
+
+    def _through_cell(self, row: int) -> int | None:
+        """Make an instruction that computes an address load it from a cell; return its new field.
+
+        `lea x(%rip), %r` and, in code for fixed addresses, `mov $x, %r` are as long as `mov cell(%rip), %r`.
+        """
+        kind, at = int(self.fields.type[row]), int(self.positions[row])
+        image, place = self.linker.image.bytes, int(self.places[row])
+        before = bytes(image[max(at - 3, 0) : at])
+        if len(before) < 3:
+            return None
+        prefix, opcode, modrm = before
+        address = self._addresses[int(self.fields.target[row])] + int(self.fields.addend[row])
+        if kind == R.PC32 and prefix & 0xFB == 0x48 and opcode == 0x8D and modrm & 0xC7 == 5:
+            image[at - 2] = 0x8B
+            return self.linker.cell(self.object, address + 4) - place - 4
+        if kind == R.A32S and prefix & 0xFE == 0x48 and opcode == 0xC7 and modrm & 0xF8 == 0xC0:
+            register = modrm & 7  # moves from ModRM.rm to ModRM.reg
+            image[at - 3 : at] = (0x48 | (prefix & 1) << 2, 0x8B, register << 3 | 5)
+            return self.linker.cell(self.object, address) - place - 4
+        return None
+
+    def _overflow(self, row: int, rule: Rule, value: int) -> LinkError:
+        block, r = self._reference(row)
         low, high = rule.limits
         missed = low - value if value < low else value - high
-        name = _name(r)
         message = (
-            f"{where(block, r)}: {type_name(r.type)} against `{name}` misses its field by {missed:#x} "
+            f"{where(block, r)}: {type_name(r.type)} against `{_name(r)}` misses its field by {missed:#x} "
             f"(value {value:#x}, {rule.width} bytes, {rule.sign.value})"
         )
         hint = "compile the unit with -fPIC, which reaches everything through cells"
         if isinstance(r.target, External):
-            raise FarData(message, hint, object=block.object)
-        raise RelocationOverflow(message, hint)
-
-    def _address(self, owner: Blocks, r: Reference, call: bool) -> int:
-        target = r.target
-        if isinstance(target, Absolute):
-            return target.value
-        if isinstance(target, External):
-            found = self.plan.externals[owner, target.name]
-            if isinstance(found, Block):
-                return self._block_address(found, 0, call)
-            return _entry(found, call)
-        return self._block_address(target.block, target.offset, call)
-
-    def _block_address(self, block: Block, offset: int, call: bool) -> int:
-        if block not in self.addresses:
-            return _entry(self.plan.bound[block], call and not offset) + offset
-        if offset == 0 and block in self.islands:
-            # Calls go to the island and so reach every later generation; the address that the program
-            # can see stays the one it has always been.
-            return self.islands[block] if call else self.originals.get(block, self.islands[block])
-        return self.addresses[block] + offset
-
-    def _thread_offset(self, block: Block, r: Reference) -> int:
-        target = r.target
-        bound: Bound | Block | None = None
-        if isinstance(target, External):
-            bound = self.plan.externals[self.plan.owners[block], target.name]
-        elif isinstance(target, Place):
-            bound = self.plan.bound.get(target.block)
-        if not isinstance(bound, Bound) or not bound.thread_local:
-            raise LinkError(
-                f"{where(block, r)}: `{_name(r)}` has no fixed offset from the thread pointer",
-                "compile the unit with -ftls-model=global-dynamic, or restart the program",
-                code="thread-local",
-            )
-        return bound.address + (target.offset if isinstance(target, Place) else 0)
-
-    # --- cells and jumps --------------------------------------------------------------------------------------
-
-    def _cell(self, value: int) -> int:
-        value &= _MASK
-        address = self.cells.get(value)
-        if address is None:
-            address = self.read_only.take(8, 8)
-            self.cells[value] = address
-            self.writes.append((address, value.to_bytes(8, "little")))
-        return address
-
-    def _far_jump(self, destination: int) -> int:
-        address = self.jumps.get(destination)
-        if address is None:
-            from patcher.code.entry import far_jump
-
-            address = self.code.take(8, 8)
-            self.jumps[destination] = address
-            self.writes.append((address, far_jump(address, self._cell(destination))))
-        return address
+            return FarData(message, hint, object=block.object)
+        return RelocationOverflow(message, hint)
 
 
-_CALLS = (b"\xff\x15", b"\xff\x25")  # call *cell(%rip), jmp *cell(%rip)
+_KINDS = np.array(sorted(RULES), np.int64)
+_WIDTHS = np.array([RULES[kind].width for kind in sorted(RULES)], np.int64)
+
+
+def _joined(writes: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+    """Join writes that follow each other, given in rising order."""
+    joined: list[tuple[int, list[bytes]]] = []
+    end = -1
+    for address, data in writes:
+        if address == end:
+            joined[-1][1].append(data)
+        else:
+            joined.append((address, [data]))
+        end = address + len(data)
+    return [(address, b"".join(parts)) for address, parts in joined]
+
+
+def _word(value: int) -> bytes:
+    return (value & _MASK).to_bytes(8, "little")
+
+
+def _signed(value: int) -> int:
+    """Return a number of 64 bits as the signed one that stands for it in the arrays; arithmetic wraps alike."""
+    return ((value & _MASK) ^ 1 << 63) - (1 << 63)
 
 
 def _entry(bound: Bound, call: bool) -> int:

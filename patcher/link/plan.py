@@ -4,7 +4,8 @@ From the functions that must be new, the references are followed: a block that t
 its live address, one that it lacks is placed as well, and an external symbol is resolved. Every symbol is
 resolved or refused here, before anything is laid out.
 
-Decides what is placed and what names mean; where it goes is `place`'s business.
+References are followed in waves, each target of a wave once, since a large unit has far more references than
+things that they refer to. Decides what is placed and what names mean; where it goes is `place`'s business.
 """
 
 from __future__ import annotations
@@ -12,19 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from patcher.blocks import Absolute, Block, Blocks, External, Kind, Linkable, Place, Reference
-from patcher.elf import ObjectFile
+import numpy as np
+
+from patcher.blocks import Block, Blocks, External, Fields, Kind, Linkable, Place, Reference, Target
 from patcher.errors import LinkError, UnresolvedSymbol, UnsupportedRelocation
-from patcher.link.relocations import RULES, Need, R, type_name
+from patcher.link.relocations import DYNAMIC_THREAD_LOCAL, RULES, Need, type_name
+from patcher.link.threads import to_local_exec
 
+TABLE = "_GLOBAL_OFFSET_TABLE_"
+"""The name that stands for the table of cells of whoever refers to it."""
 
-class DynamicThreadLocal(UnsupportedRelocation):
-    """A thread-local reached by a call of the dynamic linker; the initial-exec model would do without.
-
-    `object` is the object that has to be compiled with that model.
-    """
-
-    object: ObjectFile | None = None
+FIND_THREAD_LOCAL = External("__tls_get_addr")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +32,14 @@ class Bound:
 
     For a thread-local `address` is the offset from the thread pointer; or, when it has no fixed one (the module's
     storage is allocated for each thread when it first asks), the offset in the block of the module `module_id`.
+    `size` is what the process knows it by, 0 where it was not asked.
     """
 
     address: int
     call: int = 0
     thread_local: bool = False
     module_id: int = 0
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +56,29 @@ class Unit:
     doors: Callable[[Block], bool]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Some blocks of one object that are placed, and their references."""
+
+    source: Blocks
+    members: tuple[Block, ...]
+    fields: Fields
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Everything to place, grouped by the memory it needs, and everything that is only referred to."""
+    """Everything to place, grouped by the memory it needs, and everything that is only referred to.
+
+    `linkables` has the blocks whose bytes are not placed as the object has them.
+    """
 
     code: tuple[Block, ...]
     read_only: tuple[Block, ...]
     data: tuple[Block, ...]
+    groups: tuple[Group, ...] = field(repr=False)
     linkables: dict[Block, Linkable] = field(repr=False)
     bound: dict[Block, Bound] = field(repr=False)
     externals: dict[tuple[Blocks, str], Bound | Block] = field(repr=False)
-    owners: dict[Block, Blocks] = field(repr=False)
     doors: frozenset[Block] = frozenset()
 
     @property
@@ -96,19 +109,17 @@ class _Planner:
         self._linkables: dict[Block, Linkable] = {}
         self._bound: dict[Block, Bound] = {}
         self._externals: dict[tuple[Blocks, str], Bound | Block] = {}
-        self._work: list[Block] = []
+        self._groups: list[Group] = []
+        self._wave: dict[Blocks, list[Block]] = {}
 
     def run(self) -> Plan:
         for unit in self._units:
             for block in unit.wanted:
                 self._place(block, unit)
-        while self._work:
-            block = self._work.pop()
-            unit = self._placed[block]
-            linkable = unit.blocks.linkable(block)
-            self._linkables[block] = linkable
-            for reference in linkable.references:
-                self._follow(unit, block, reference)
+        while self._wave:
+            wave, self._wave = self._wave, {}
+            for blocks in wave.values():
+                self._take(self._placed[blocks[0]], blocks)
         return self._plan()
 
     def _plan(self) -> Plan:
@@ -119,33 +130,77 @@ class _Planner:
             code=tuple(kinds[Kind.CODE]),
             read_only=tuple(kinds[Kind.READ_ONLY]),
             data=tuple(kinds[Kind.DATA]),
+            groups=tuple(self._groups),
             linkables=self._linkables,
             bound=self._bound,
             externals=self._externals,
-            owners={block: unit.blocks for block, unit in self._placed.items()},
-            doors=frozenset(b for b, unit in self._placed.items() if b.kind is Kind.CODE and unit.doors(b)),
+            doors=frozenset(b for b in kinds[Kind.CODE] if self._placed[b].doors(b)),
         )
 
     def _place(self, block: Block, unit: Unit) -> None:
         if block not in self._placed:
             self._placed[block] = unit
-            self._work.append(block)
+            self._wave.setdefault(unit.blocks, []).append(block)
+
+    # --- a wave -----------------------------------------------------------------------------------------------
+
+    def _take(self, unit: Unit, blocks: list[Block]) -> None:
+        """Follow what some blocks of one unit refer to, and keep it for the linker."""
+        stretched = [b for b in blocks if unit.blocks.is_stretched(b)]
+        plain = [b for b in blocks if b not in stretched] if stretched else blocks
+        fields = unit.blocks.fields(plain)
+        asking = np.unique(fields.owner[np.isin(fields.type, DYNAMIC_THREAD_LOCAL)]).tolist()
+        if asking:
+            stretched += [plain[i] for i in asking]
+            plain = [b for b in plain if b not in stretched]
+            fields = unit.blocks.fields(plain)
+        members = (*plain, *stretched)
+        if stretched:
+            fields = Fields.joined([fields, self._rewritten(unit, stretched, len(plain))])
+        _, first = np.unique(fields.target << 32 | fields.type & 0xFFFFFFFF, return_index=True)
+        for row in np.sort(first).tolist():
+            self._follow(unit, members[int(fields.owner[row])], fields.reference(unit.blocks, row))
+        self._groups.append(Group(unit.blocks, members, fields))
+
+    def _rewritten(self, unit: Unit, blocks: list[Block], start: int) -> Fields:
+        """Return the references of blocks that are not placed as they are; owners count from `start`."""
+        rows: list[tuple[int, Reference]] = []
+        for i, block in enumerate(blocks, start):
+            linkable = unit.blocks.linkable(block)
+            if any(r.type in DYNAMIC_THREAD_LOCAL for r in linkable.references):
+                linkable = self._without_calls(unit, block, linkable)
+            self._linkables[block] = linkable
+            rows += [(i, r) for r in linkable.references]
+        return unit.blocks.rows(rows)
+
+    def _without_calls(self, unit: Unit, block: Block, linkable: Linkable) -> Linkable:
+        def fixed(r: Reference) -> bool:
+            self._follow(unit, block, r)
+            return not self._bound_of(unit, r.target).module_id
+
+        return to_local_exec(f"{block.object.name}: `{block.name}`", linkable, fixed)
+
+    def _bound_of(self, unit: Unit, target: Target) -> Bound:
+        if isinstance(target, Place):
+            return self._bound[target.block]
+        assert isinstance(target, External)
+        found = self._externals[unit.blocks, target.name]
+        return self._bound.get(found, Bound(0)) if isinstance(found, Block) else found
+
+    # --- one reference ----------------------------------------------------------------------------------------
 
     def _follow(self, unit: Unit, block: Block, reference: Reference) -> None:
         rule = RULES.get(reference.type)
         if rule is None:
-            kind = DynamicThreadLocal if reference.type in _DYNAMIC_THREAD_LOCAL else UnsupportedRelocation
-            error = kind(
+            raise UnsupportedRelocation(
                 f"{where(block, reference)}: {type_name(reference.type)}{_against(reference)} cannot be applied",
-                _ADVICE.get(reference.type, "report it, with the compiler and its flags"),
+                "report it, with the compiler and its flags",
             )
-            if isinstance(error, DynamicThreadLocal):
-                error.object = block.object
-            raise error
         target = reference.target
-        thread_local = rule.need in (Need.THREAD_OFFSET, Need.THREAD_CELL)
+        if rule.need is Need.TABLE or (isinstance(target, External) and target.name == TABLE):
+            return
         if isinstance(target, Place):
-            if (target.block.kind is Kind.THREAD_LOCAL) != thread_local:
+            if (target.block.kind is Kind.THREAD_LOCAL) != rule.need.thread_local:
                 raise LinkError(
                     f"{where(block, reference)}: {type_name(reference.type)}{_against(reference)}, which is "
                     f"{target.block.kind.value}",
@@ -154,8 +209,28 @@ class _Planner:
             self._reach(unit, block, target)
         elif isinstance(target, External):
             self._resolve_external(unit, block, reference, target)
-        if thread_local and isinstance(target, Absolute):
+        elif rule.need.thread_local:
             raise LinkError(f"{where(block, reference)}: a thread-local reference without a symbol", "")
+        if rule.need.thread_local:
+            self._check_thread_local(unit, block, reference, rule.need)
+
+    def _check_thread_local(self, unit: Unit, block: Block, reference: Reference, need: Need) -> None:
+        bound = self._bound_of(unit, reference.target)
+        if not bound.thread_local:
+            raise LinkError(
+                f"{where(block, reference)}: {type_name(reference.type)}{_against(reference)}, which is not "
+                "thread-local in the process",
+                "restart the program: its threads have no storage for it",
+                code="thread-local",
+            )
+        if bound.module_id and need in (Need.THREAD_OFFSET, Need.THREAD_CELL):
+            raise LinkError(
+                f"{where(block, reference)}:{_against(reference)} has no fixed offset from the thread pointer",
+                "compile the unit with -fPIC -ftls-model=global-dynamic",
+                code="thread-local",
+            )
+        if bound.module_id and need is Need.DESCRIPTOR:
+            self._resolve_external(unit, block, reference, FIND_THREAD_LOCAL)
 
     def _reach(self, unit: Unit, user: Block, target: Place) -> None:
         block = target.block
@@ -205,11 +280,3 @@ def _against(reference: Reference) -> str:
     if isinstance(target, External):
         return f" against `{target.name}`"
     return f" against `{target.block.name}`" if isinstance(target, Place) else ""
-
-
-_DYNAMIC_THREAD_LOCAL = (R.TLSGD, R.TLSLD, R.GOTPC32_TLSDESC)
-_ADVICE: dict[int, str] = {
-    R.TLSGD: "compile the unit with -ftls-model=initial-exec",
-    R.TLSLD: "compile the unit with -ftls-model=initial-exec",
-    R.GOTPC32_TLSDESC: "compile the unit with -mtls-dialect=gnu -ftls-model=initial-exec",
-}

@@ -10,7 +10,7 @@ from patcher.elf import Relocation
 from patcher.errors import PatcherError, UnsafeChange
 from patcher.lines import NONE as NO_LINES
 from patcher.lines import LineNumbers
-from patcher.link.relocations import RULES, R, type_name
+from patcher.link.relocations import DYNAMIC_THREAD_LOCAL, RULES, R, type_name
 from patcher.live import LiveFunction, LiveUnit, Scope, base_name
 from patcher.match.rewritten import (
     DIRECT,
@@ -278,7 +278,7 @@ class Matcher:
     def check(self, r: Reference, raw: bytes, place: int) -> None:
         """Check a field that holds the relocation as it stands; raises `Mismatch`."""
         rule = RULES.get(r.type)
-        if rule is None:
+        if rule is None or r.type in DYNAMIC_THREAD_LOCAL:
             self._check_dynamic_tls(r, raw, place)
             return
         value = int.from_bytes(raw, "little", signed=True)

@@ -61,7 +61,7 @@ def spaces(code: int, read_only: int, data: int, size: int = 1 << 16) -> Space:
 
 def written(placement: Placement, address: int, size: int) -> bytes:
     """Return what a placement writes at an address."""
-    for start, contents in placement.writes:
+    for start, contents in reversed(placement.writes):  # cells come after blocks
         if start <= address and address + size <= start + len(contents):
             return contents[address - start : address - start + size]
     raise AssertionError(f"nothing is written at {address:#x}")

@@ -38,7 +38,7 @@ def test_everything_is_aligned_and_nothing_overlaps(tmp_path: Path) -> None:
     )
     found = planned(compiled(tmp_path, text), lambda name: Bound(CODE + 0x1000_0000))
     placement = linked(found, SPACE)
-    extents = sorted((a, a + max(placement.sizes[b], 1)) for b, a in placement.addresses.items())
+    extents = sorted((a, a + max(b.size, 1)) for b, a in placement.addresses.items())
     assert all(end <= start for (_, end), (start, _) in pairwise(extents))
     for block, address in placement.addresses.items():
         assert address % block.alignment == 0, block.name
@@ -46,7 +46,7 @@ def test_everything_is_aligned_and_nothing_overlaps(tmp_path: Path) -> None:
         region = {Kind.CODE: SPACE.code, Kind.READ_ONLY: SPACE.read_only}.get(block.kind, SPACE.data)
         assert region.start <= address < region.end
     assert {b.alignment for b in placement.addresses} >= {64, 32, 8}
-    assert placement.space.code.start >= max(a + placement.sizes[b] for b, a in placement.addresses.items()
+    assert placement.space.code.start >= max(a + b.size for b, a in placement.addresses.items()
                                              if b.kind is Kind.CODE)  # fmt: skip
     assert all(space.start <= space.end for space in (placement.space.code, placement.space.read_only))
 

@@ -99,4 +99,4 @@ def test_another_object_of_the_generation_brings_a_definition(tmp_path: Path) ->
     found: Plan = plan([left, right], lambda b, e: None, lambda name: (right, born) if name == "born" else None)
     assert names(found.code) == {"caller", "born"}
     assert found.externals[left.blocks, "born"] is born
-    assert found.owners[born] is right.blocks
+    assert {g.source: [b.name for b in g.members] for g in found.groups}[right.blocks] == ["born"]
