@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
-
-from living import run
 
 from patcher.code.descriptor import FIND_THROUGH_DESCRIPTOR
 
@@ -64,6 +63,7 @@ int main(void)
 
 def test_it_finds_the_variable_and_keeps_every_register(tmp_path: Path) -> None:
     (tmp_path / "program.c").write_text(PROGRAM)
-    run("gcc", "-O1", "-o", tmp_path / "program", tmp_path / "program.c")
-    (tmp_path / "code").write_bytes(FIND_THROUGH_DESCRIPTOR)
-    assert run("sh", "-c", f"{tmp_path}/program < {tmp_path}/code") == "1 1 1\n"
+    program = tmp_path / "program"
+    subprocess.run(["gcc", "-O1", "-o", program, tmp_path / "program.c"], check=True)
+    found = subprocess.run([program], input=FIND_THROUGH_DESCRIPTOR, capture_output=True, check=True)
+    assert found.stdout == b"1 1 1\n"
