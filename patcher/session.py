@@ -214,19 +214,19 @@ class Session:
 
         parts = list(changes.parts)
         waiting = [*changes.idle, *units.waiting(changes)]
-        for _ in range(len(parts) + 2):
+        for _ in range(2 * len(parts) + 2):
             try:
                 return link_generation(self.image, self.ledger, parts, waiting)
             except NeedsArena:
                 self._map_stub_area()
             except FarData as error:
-                parts = [self._indirect(units, part, error) for part in parts]
+                parts = [self._reaching(units, part, error) for part in parts]
         raise UnsafeChange("the change cannot be linked", "restart the program with the new code")
 
-    def _indirect(self, units: Units, part: Part, error: FarData) -> Part:
+    def _reaching(self, units: Units, part: Part, error: FarData) -> Part:
         if part.blocks.object is not error.object:
             return part
-        found = units.with_indirect_access(part)
+        found = units.with_farther_reach(part)
         if found is None:
             raise error
         return found

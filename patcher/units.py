@@ -14,10 +14,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 from patcher import dwarf
 from patcher.blocks import Blocks
-from patcher.build import INDIRECT, LINE_SHIFT, SHIFTED, Commands, CompileCommand, Compiler, is_unit
+from patcher.build import (
+    INDIRECT,
+    LARGE,
+    LINE_SHIFT,
+    PLAIN,
+    SHIFTED,
+    Commands,
+    CompileCommand,
+    Compiler,
+    Variant,
+    is_unit,
+)
 from patcher.elf import ObjectFile, read_object, read_objects
 from patcher.errors import ObjectError, PatcherError, UnsafeChange
 from patcher.image import Image, LoadedModule
@@ -32,6 +44,8 @@ from patcher.stamps import Stamps, stamps_between
 from patcher.texts import Texts
 
 _DRIFT_MINIMUM = 4  # functions that must differ before a unit is thought not to be what runs
+
+_FARTHER = {PLAIN: INDIRECT, INDIRECT: LARGE}
 
 Cancelled = Callable[[], bool]
 
@@ -85,7 +99,8 @@ class Units:
         )
         self.build_seconds = 0.0  # spent in compilers since it was last set to 0
         self._proven: set[tuple[Path, tuple[str, ...]]] = set()
-        self._far: set[tuple[Path, tuple[str, ...]]] = set()
+        self._needed_reach: dict[tuple[Path, tuple[str, ...]], Variant] = {}
+        self._reach: WeakKeyDictionary[Blocks, Variant] = WeakKeyDictionary()
         self._line_only: dict[tuple[Path, str], object] = {}
         self._waiting: dict[Path, Source] = {}
         self._command_of: dict[ObjectFile, CompileCommand] = {}
@@ -135,23 +150,29 @@ class Units:
         finally:
             self.compiler.discard(unit)
 
-    def with_indirect_access(self, part: Part) -> Part | None:
-        """Compile a unit that cannot reach some data again, with access through cells, and remember that it needs it.
+    def with_farther_reach(self, part: Part) -> Part | None:
+        """Compile a unit that cannot reach some data again, so that it reaches farther, and remember that it must.
 
+        First it goes to external data through cells; where that is not enough, it goes everywhere by full addresses.
         Returns None when that was done already, or nothing says how it is compiled.
         """
         command = self._command_of.get(part.delta.blocks.object)
-        if command is None or part.blocks is not part.delta.blocks:
+        reach = _FARTHER.get(self._reach.get(part.blocks, PLAIN))
+        if command is None or reach is None:
             return None
-        self._far.add((command.file, command.arguments))
-        return Part(part.delta, part.source, Blocks(self._compiled(command, variant=INDIRECT)))
+        self._needed_reach[command.file, command.arguments] = reach
+        return self._compiled_to_reach(part, command, reach)
 
-    def _with_known_access(self, part: Part) -> Part:
-        """Compile a unit once more that is known to need access through cells, before it is linked in vain."""
+    def _with_needed_reach(self, part: Part) -> Part:
+        """Compile a unit once more that is known to need it, before it is linked in vain."""
         command = self._command_of.get(part.delta.blocks.object)
-        if command is None or (command.file, command.arguments) not in self._far:
-            return part
-        return self.with_indirect_access(part) or part
+        reach = self._needed_reach.get((command.file, command.arguments)) if command is not None else None
+        return part if command is None or reach is None else self._compiled_to_reach(part, command, reach)
+
+    def _compiled_to_reach(self, part: Part, command: CompileCommand, reach: Variant) -> Part:
+        blocks = Blocks(self._compiled(command, variant=reach))
+        self._reach[blocks] = reach
+        return Part(part.delta, part.source, blocks)
 
     # --- verdicts ---------------------------------------------------------------------------------------------
 
@@ -179,7 +200,7 @@ class Units:
                 self._waiting[source.file] = source
         if absent and not parts:
             self._refuse_absent(sources, absent)
-        changed = tuple(self._with_known_access(p) for p in parts if p.wanted())
+        changed = tuple(self._with_needed_reach(p) for p in parts if p.wanted())
         self._check_layouts(changed)
         return Changes(changed, tuple(p for p in parts if not p.wanted()), tuple(absent))
 

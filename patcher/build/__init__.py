@@ -13,9 +13,11 @@ from patcher.build.running import BuildCancelled
 PLAIN = Variant.PLAIN
 SHIFTED = Variant.SHIFTED
 INDIRECT = Variant.INDIRECT
+LARGE = Variant.LARGE
 
 __all__ = [
     "INDIRECT",
+    "LARGE",
     "LINE_SHIFT",
     "PLAIN",
     "SHIFTED",

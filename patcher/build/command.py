@@ -73,6 +73,7 @@ class Variant(enum.Flag):
     PLAIN = 0
     SHIFTED = enum.auto()  # every __LINE__ is 100,000 higher
     INDIRECT = enum.auto()  # the address of external data comes from the GOT
+    LARGE = enum.auto()  # the large code model: everything is reached, wherever it is
 
 
 def is_unit(path: Path) -> bool:
@@ -105,6 +106,8 @@ def object_arguments(
     added = ["-ffunction-sections", "-fdata-sections", "-fno-lto"]
     if variant & Variant.INDIRECT and toolchain is not None:
         added.append(_indirect(toolchain))
+    if variant & Variant.LARGE:
+        added.append("-mcmodel=large")
     if colour:
         added.append("-fdiagnostics-color=always")
     added += [*options, "-c", "-o", str(output)]

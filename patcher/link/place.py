@@ -27,10 +27,7 @@ _TRAP = 0xCC  # int3, between functions
 
 
 class FarData(RelocationOverflow):
-    """Data, or a function's address, beyond the reach of a direct reference; indirect access would reach it.
-
-    `object` is the object that has to be compiled with indirect access.
-    """
+    """Something beyond the reach of a direct reference. `object` has to be compiled so that it reaches farther."""
 
     code = "far-data"
 
@@ -511,10 +508,9 @@ class _GroupLinker:
             f"{where(block, r)}: {type_name(r.type)} against `{_name(r)}` misses its field by {missed:#x} "
             f"(value {value:#x}, {rule.width} bytes, {rule.sign.value})"
         )
-        hint = "compile the unit with -fPIC, which reaches everything through cells"
-        if isinstance(r.target, External):
-            return FarData(message, hint, object=block.object)
-        return RelocationOverflow(message, hint)
+        if rule.width < 4:
+            return RelocationOverflow(message, "compile the unit again; no compiler wants so narrow a field here")
+        return FarData(message, "compile the unit with -mcmodel=large, which reaches everything", object=block.object)
 
 
 _KINDS = np.array(sorted(RULES), np.int64)

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from patcher.build import INDIRECT, LINE_SHIFT, PLAIN, SHIFTED, BuildCancelled, Commands, CompileCommand, Compiler
+from patcher.build import (
+    INDIRECT,
+    LARGE,
+    LINE_SHIFT,
+    PLAIN,
+    SHIFTED,
+    BuildCancelled,
+    Commands,
+    CompileCommand,
+    Compiler,
+)
 from patcher.errors import BuildError
 
 from .conftest import file_symbol, run, section_bytes, section_names
@@ -138,6 +148,14 @@ def test_indirect_reaches_external_data_through_the_got(
     indirect = kinds(compiler.compile(command, variant=INDIRECT).object)
     assert indirect
     assert indirect <= got
+
+
+@pytest.mark.parametrize("cc", COMPILERS)
+def test_large_reaches_everything_by_full_addresses(project: Path, compiler: Compiler, cc: str) -> None:
+    command = command_of(project, cc, "-O2", "-fno-pie", "-Iinclude", "-c", "src/unit.c")
+    with compiler.compile(command, variant=LARGE).object.open("rb") as file:
+        relocations = ELFFile(file).get_section_by_name(".rela.text.unit").iter_relocations()
+        assert 1 in {r["r_info_type"] for r in relocations}  # R_X86_64_64
 
 
 def test_failure_has_the_diagnostics_verbatim(project: Path, tmp_path: Path) -> None:

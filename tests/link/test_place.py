@@ -11,8 +11,9 @@ from living import UNIT, compile_text, run
 
 from link.linking import linked, planned, spaces, written
 from patcher.blocks import Blocks, Kind
+from patcher.code.instructions import decode_lite
 from patcher.elf import read_object
-from patcher.errors import LinkError, RelocationOverflow
+from patcher.errors import LinkError
 from patcher.link.place import FarData, place
 from patcher.link.plan import Bound, Unit, plan
 
@@ -122,13 +123,52 @@ def test_data_beyond_reach_asks_for_indirect_access(tmp_path: Path) -> None:
         linked(planned(blocks, lambda name: Bound(0x7FFF_0000_0000)), SPACE)
     assert caught.value.object is blocks.object
     assert "`away`" in caught.value.message
-    assert "-fPIC" in caught.value.hint
+    assert "-mcmodel=large" in caught.value.hint
 
 
-def test_data_of_the_unit_itself_beyond_reach_overflows(tmp_path: Path) -> None:
+def test_data_of_the_unit_itself_beyond_reach_asks_for_farther_reach(tmp_path: Path) -> None:
     blocks = compiled(tmp_path, "static int near; int work(void) { return near++; }\n")
-    with pytest.raises(RelocationOverflow, match="`near` misses its field by"):
+    with pytest.raises(FarData, match="`near` misses its field by"):
         linked(planned(blocks, lambda name: None), spaces(CODE, READ_ONLY, 0x7FFF_0000_0000))
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+@pytest.mark.parametrize("position", ["-fPIC", "-fPIE", "-fno-pic"])
+def test_the_large_code_model_reaches_everything(tmp_path: Path, compiler: str, position: str) -> None:
+    text = (
+        "extern int away, call(int); static int here = 4; static int table[4] = {1};\n"
+        "static __attribute__((noinline)) int local(int n) { return n + here++; }\n"
+        'extern void use(const char *, void *); int work(int n) { use("text", (void *)call); '
+        "return away + here + table[n & 3] + local(n) + call(n); }\n"
+    )
+    unit = compile_text(text, tmp_path / "unit.o", "-O1", position, "-mcmodel=large", *UNIT, compiler=compiler)
+    far = {"here": Bound(0x7FFF_0000_0000), "table": Bound(0x7FFF_0000_0100), "local": Bound(0x7FFF_1000_0000)}
+    found = planned(
+        Blocks(read_object(unit)),
+        lambda name: Bound(0x6FFF_0000_0000),
+        wanted=("work",),
+        resident=lambda b: far.get(b.name),
+    )
+    assert linked(found, SPACE).writes
+
+
+@pytest.mark.parametrize("source", ["lea there(%rip), %r12", "lea there+5(%rip), %rax", "mov $there+16, %r9"])
+def test_an_address_beyond_reach_is_loaded_from_a_cell(tmp_path: Path, source: str) -> None:
+    (tmp_path / "f.s").write_text(
+        f'.file "f.c"\n.section .text.f,"ax"\n.globl f\n.type f, @function\nf: {source}\n ret\n.size f, . - f\n'
+    )
+    run("as", tmp_path / "f.s", "-o", tmp_path / "f.o")
+    found = planned(Blocks(read_object(tmp_path / "f.o")), lambda name: Bound(0x7FFF_0000_1000))
+    placement = linked(found, SPACE)
+    (block,) = found.code
+    at = placement.addresses[block]
+    (instruction, *_) = decode_lite(written(placement, at, block.size), at)
+    _, size, mnemonic, operands = instruction
+    register = source.split("%")[-1]
+    assert (mnemonic, operands.split(", ")[0]) == ("mov", register)
+    cell = at + size + int.from_bytes(written(placement, at + size - 4, 4), "little", signed=True)
+    bias = {"lea there(%rip), %r12": 0, "lea there+5(%rip), %rax": 5, "mov $there+16, %r9": 16}[source]
+    assert written(placement, cell, 8) == (0x7FFF_0000_1000 + bias).to_bytes(8, "little")
 
 
 @pytest.mark.parametrize(("room", "what"), [("code", "code"), ("read_only", "read-only data"), ("data", "data")])
