@@ -7,7 +7,7 @@ libraries in breadth-first order of DT_NEEDED; after these the module's own depe
 Decides what a name denotes and what an address is; never writes to the process.
 
 Specification: System V ABI, chapter 5 (shared object dependencies); ELF Handling For Thread-Local
-Storage, section 3.4.6 (offsets from the thread pointer, variant II).
+Storage, section 3 (module numbers) and 3.4.6 (offsets from the thread pointer, variant II).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from patcher.elf.module import (
 )
 from patcher.elf.relocations import R
 from patcher.elf.symbols import StaticSymbol
-from patcher.errors import ObjectError, PatcherError, UnsafeChange
+from patcher.errors import ObjectError, PatcherError, TargetGone, UnsafeChange
+from patcher.linkmap import BLOCK_OFFSET, MODULE_NUMBER, Layout, ThreadBlock, rendezvous, thread_blocks
 from patcher.target import Mapping, Target
 
 _PAGE = 0xFFF
@@ -113,10 +114,12 @@ class Image:
         self._scope: tuple[LoadedModule, ...] | None = None
         self._imports: dict[int, Cell | None] = {}
         self._ifuncs: dict[int, int] = {}
+        self._blocks: dict[int, ThreadBlock] | None = None
         self.refresh()
 
     def refresh(self) -> None:
         """Read the memory map again; modules that are still there are kept."""
+        self._blocks = None  # a block that was nowhere yet may have got its place
         mappings = tuple(m for m in self.target.mappings() if m.inode and m.path.startswith("/") and not _ours(m))
         if mappings == self._mappings:
             return
@@ -343,14 +346,66 @@ class Image:
             first = -storage.address & (storage.alignment - 1)
             size = storage.memory_size - first
             return -(((size + storage.alignment - 1) & -storage.alignment) + first)
+        known = self._mapped_block(loaded)
+        return known.offset if known is not None else self._block_by_cells(loaded)
+
+    def thread_module(self, loaded: LoadedModule) -> int | None:
+        """Return the number by which the dynamic linker knows a module's thread-local storage, if it can be told."""
+        if loaded.module.thread_storage is None:
+            return None
+        known = self._mapped_block(loaded)
+        if known is not None:
+            return known.module_id
+        if loaded is self.executable:
+            return 1
+        return self._number_by_cells(loaded)
+
+    def _mapped_block(self, loaded: LoadedModule) -> ThreadBlock | None:
+        if self._blocks is None:
+            self._blocks = self._read_blocks()
+        return self._blocks.get(loaded.module.dynamic_section + loaded.bias)
+
+    def _read_blocks(self) -> dict[int, ThreadBlock]:
+        memory, executable = self.target.memory, self.executable
+        descriptions = [self._exported_anywhere(name) for name in (MODULE_NUMBER, BLOCK_OFFSET)]
+        if not executable.module.dynamic_section or not all(descriptions):
+            return {}
+        try:
+            layout = Layout.read(memory, *descriptions)
+            debug = rendezvous(memory, executable.module.dynamic_section + executable.bias)
+        except TargetGone:
+            raise
+        except PatcherError:
+            return {}
+        return thread_blocks(memory, debug, layout) if layout is not None else {}
+
+    def _exported_anywhere(self, name: str) -> int:
+        found = (definition for m in self.modules if (definition := _exported(m, name)) is not None)
+        return next((definition.address for definition in found), 0)
+
+    def _block_by_cells(self, loaded: LoadedModule) -> int | None:
+        """Find a static block by a cell that holds the offset of one of its variables from the thread pointer."""
         for module in self.modules:
-            for address, cell in module.module.cells.items():
-                if cell.type != R.TPOFF64:
+            for address, cell in module.module.thread_cells:
+                if cell.type not in (R.TPOFF64, TLSDESC):
                     continue
                 offset = self._offset_in(loaded, module, cell)
-                if offset is not None:
-                    value = self.target.memory.read_u64(address + module.bias)
-                    return (value - (1 << 64) if value >> 63 else value) - offset
+                if offset is None:
+                    continue
+                # A descriptor's second word; a block that is not static has a pointer there, never negative.
+                at = address + (8 if cell.type == TLSDESC else 0)
+                value = self.target.memory.read_u64(at + module.bias)
+                if value >> 63:
+                    return value - (1 << 64) - offset
+        return None
+
+    def _number_by_cells(self, loaded: LoadedModule) -> int | None:
+        for module in self.modules:
+            for address, cell in module.module.thread_cells:
+                if cell.type == R.DTPMOD64 and self._offset_in(loaded, module, cell) is not None:
+                    number = self.target.memory.read_u64(address + module.bias)
+                    if number:
+                        return number
         return None
 
     def _offset_in(self, loaded: LoadedModule, module: LoadedModule, cell: Cell) -> int | None:
