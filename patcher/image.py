@@ -18,6 +18,8 @@ from pathlib import Path
 
 from patcher.elf import SymbolType
 from patcher.elf.module import (
+    THREAD_CELLS,
+    TLSDESC,
     Cell,
     DynamicSymbol,
     Module,
@@ -218,10 +220,12 @@ class Image:
 
     def _own(self, name: str, within: LoadedModule) -> Definition | None:
         module = within.module
-        if within is not self.executable and any(s.defined for s in module.exports.get(name, ())):
+        # A symbol table of the dynamic linker may have statics too, for descriptors of thread-locals.
+        dynamic = [s for s in module.exports.get(name, ()) if not s.defined or s.binding]
+        if within is not self.executable and any(s.defined for s in dynamic):
             return None  # exported by a library: the search order decides, it may be interposed
         found = [s for s in module.symbols.named(name) if not s.local]
-        if not found and name not in module.exports:
+        if not found and not dynamic:
             found = [s for s in module.symbols.named(name) if module.demoted(s)]
         values = {s.value for s in found}
         return self._definition(within, found[0]) if len(values) == 1 else None
@@ -239,7 +243,7 @@ class Image:
         for cell in module.module.cells_named(definition.name):
             if cells[cell].type == R.GLOB_DAT:
                 return self.target.memory.read_u64(cell + module.bias) == definition.address
-            if cells[cell].type == R.JUMP_SLOT:
+            if cells[cell].type == R.JUMP_SLOT or cells[cell].type in THREAD_CELLS:
                 return True
         return False
 

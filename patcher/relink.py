@@ -19,7 +19,7 @@ from patcher.image import Definition, Image, LoadedModule
 from patcher.link.place import Placement, Region, Space, place
 from patcher.link.plan import Bound, Plan, Unit, plan
 from patcher.live import LiveFunction, LiveVariable, base_name, numbered
-from patcher.match import Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
+from patcher.match import MODULE_BASE, Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
 from patcher.patch.arena import SLOT_COUNT, Arena, Usage
 from patcher.patch.journal import Body, GenerationRecord, Placed, Redirect
 from patcher.patch.ledger import Commit, Ledger
@@ -325,10 +325,10 @@ def _placed(block: Block, part: Part, placement: Placement) -> Placed:
     )
 
 
-def _without_fixed_place(name: str, module: LoadedModule) -> LinkError:
+def _nowhere(name: str, module: LoadedModule) -> LinkError:
     return LinkError(
-        f"the thread-local `{name}` of {module.name} has no fixed place in each thread",
-        "it belongs to a library that was loaded late; restart the program",
+        f"where each thread has the thread-local `{name}` of {module.name} cannot be told",
+        "nothing in the process says so for this library: restart the program with the new code",
         code="thread-local",
     )
 
@@ -411,7 +411,10 @@ class _Linkage:
         return None
 
     def _variable(self, part: Part, block: Block) -> Bound | None:
-        thread_local = block.kind is Kind.THREAD_LOCAL
+        if block.kind is Kind.THREAD_LOCAL:
+            interposed = self._interposed(part, block)
+            if interposed is not None and interposed.thread_local:
+                return self._thread_local(interposed)
         matched = part.matched(block)
         address = part.delta.bindings.get(matched) if matched is not None else None
         if address is None:
@@ -426,12 +429,9 @@ class _Linkage:
                     code="layout",
                 )
             address = found.address
-        if not thread_local:
+        if block.kind is not Kind.THREAD_LOCAL:
             return Bound(address)
-        base = self.image.thread_block(part.module)
-        if base is None:
-            raise _without_fixed_place(block.name, part.module)
-        return Bound(base + address, thread_local=True)
+        return self._in_thread_block(part.module, address, block.name)
 
     def _find_variable(self, part: Part, block: Block) -> LiveVariable | None:
         interposed = self._interposed(part, block)
@@ -439,8 +439,7 @@ class _Linkage:
             return LiveVariable(interposed.name, interposed.address, interposed.size)
         if not numbered(block.name):
             return next(iter(candidates(part.unit, block)), None)
-        base = self.image.thread_block(part.module) if block.kind is Kind.THREAD_LOCAL else None
-        return find_static(part, block, base)
+        return find_static(part, block)
 
     # --- names the object does not define -----------------------------------------------------------------------
 
@@ -449,6 +448,8 @@ class _Linkage:
         earlier = self._from_earlier_generation(part, external.name)
         if earlier is not None:
             return earlier
+        if external.name == MODULE_BASE:
+            return self._module_base(part.module)
         definition = self.image.resolve(external.name, part.module)
         if definition is None:
             return None
@@ -473,10 +474,25 @@ class _Linkage:
         return self.image.choose(definition)
 
     def _thread_local(self, definition: Definition) -> Bound:
-        offset = self.image.thread_offset(definition)
-        if offset is None:
-            raise _without_fixed_place(definition.name, definition.module)
-        return Bound(offset, thread_local=True)
+        return self._in_thread_block(definition.module, definition.address, definition.name)
+
+    def _in_thread_block(self, module: LoadedModule, offset: int, name: str) -> Bound:
+        """Return what is at an offset of a module's thread-local block, wherever each thread has that."""
+        base = self.image.thread_block(module)
+        if base is not None:
+            return Bound(base + offset, thread_local=True)
+        return Bound(offset, thread_local=True, module_id=self._module_number(module, name))
+
+    def _module_base(self, module: LoadedModule) -> Bound:
+        # Where the block is static, offsets from this base are made offsets from the thread pointer.
+        static = self.image.thread_block(module) is not None
+        return Bound(0, thread_local=True, module_id=0 if static else self._module_number(module, MODULE_BASE))
+
+    def _module_number(self, module: LoadedModule, name: str) -> int:
+        number = self.image.thread_module(module)
+        if number is None:
+            raise _nowhere(name, module)
+        return number
 
     def _from_earlier_generation(self, part: Part, name: str) -> Bound | None:
         for redirect in reversed(self.ledger.journal.redirects):

@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "blocks": READING | {"code"},
     # The linker is pure: blocks in, bytes out; the only code it makes is a far jump.
     "link": READING | {"blocks", "code"},
-    "image": READING | {"code", "target"},
+    "linkmap": {"errors", "target"},
+    "image": READING | {"code", "target", "linkmap"},
     # What earlier generations placed has names too: the journal's records say so. Units of one name are told
     # apart by matching each (the one edge that goes against the direction).
     "live": READING | {"blocks", "image", "code", "patch.journal", "match"},

@@ -24,6 +24,12 @@ from patcher.errors import ObjectError
 
 _HIDDEN_VERSION = 0x8000
 
+TLSDESC = 36
+"""The dynamic relocation of a thread-local descriptor: two words, a function and its argument (psABI, table 4.10)."""
+
+THREAD_CELLS = (R.DTPMOD64, R.TPOFF64, TLSDESC)
+"""The dynamic relocations by which code finds thread-local variables."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -145,6 +151,11 @@ class Module:
     def resolver_cells(self) -> tuple[int, ...]:
         """Addresses of the cells that an IFUNC's resolver fills without a symbol (R_X86_64_IRELATIVE)."""
         return tuple(address for address, cell in self.cells.items() if cell.type == R.IRELATIVE)
+
+    @cached_property
+    def thread_cells(self) -> tuple[tuple[int, Cell], ...]:
+        """The cells by which the dynamic linker tells where thread-local variables are, each with its address."""
+        return tuple((address, cell) for address, cell in self.cells.items() if cell.type in THREAD_CELLS)
 
     def exported_at(self, address: int) -> list[str]:
         """Return the names of the exported symbols that start at a link-time address."""
