@@ -116,6 +116,7 @@ class Scenario:
     final: tuple[Ask, ...]
     constant: tuple[str, ...] = ()
     library: tuple[str, ...] = ()
+    late: bool = False  # the program opens the library itself
     loop: bool = True
     static: bool = False
     watch: bool = False
@@ -241,7 +242,7 @@ def _link(scenario: Scenario, variant: Variant, directory: Path, library: Sequen
         parts = [str(_object_of(directory, s)) for s in library]
         path = directory / f"lib{scenario.name}.so"
         _run([*driver, "-shared", f"-Wl,-soname,{path.name}", "-o", str(path), *parts, *scenario.link], directory)
-        objects += [str(path), f"-Wl,-rpath,{directory}"]
+        objects += [f"-Wl,-rpath,{directory}"] if scenario.late else [str(path), f"-Wl,-rpath,{directory}"]
     if scenario.loop:
         objects.insert(0, str(_loop(variant, shared)))
     if scenario.static:
