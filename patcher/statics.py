@@ -148,13 +148,29 @@ class _Statics:
         )
 
     def _cell_tells(self, cell: int, user: bytes, block: int | None, offset: int) -> bool:
-        image, memory = self.part.unit.image, self.part.unit.image.target.memory
-        known = image.cell_at(cell)
-        if block is not None and memory.read_available(cell, 8) == (block + offset).to_bytes(8, "little", signed=True):
+        """Tell whether the cell that an instruction uses leads to an offset in the module's block."""
+        unit, memory = self.part.unit, self.part.unit.image.target.memory
+        words = memory.read_available(cell, 16)
+        if block is not None and words[:8] == (block + offset).to_bytes(8, "little", signed=True):
             return True
-        if known is None or not self.part.unit.module.contains(cell):
+        # The sequence for one variable starts with a prefix (psABI, section 11.1); that for the whole block does not.
+        for_one = user[:1] == b"\x66"
+        index = unit.image.thread_module(unit.module) or 0, offset
+        if unit.view.contains(cell):
+            argument = int.from_bytes(words[8:], "little")
+            return index == (_pair(words) if for_one else _pair(memory.read_available(argument, 16)))
+        known = unit.image.cell_at(cell)
+        if known is None or not unit.module.contains(cell):
             return False
         if known.type == TLSDESC:
             return known.addend == offset
-        # The sequence for one variable starts with a prefix (psABI, section 11.1); that for the whole block does not.
-        return known.type == R.DTPMOD64 and user[:1] == b"\x66" and memory.read_u64(cell + 8) == offset
+        return (
+            known.type == R.DTPMOD64
+            and for_one
+            and (not known.name or _pair(words)[0] == index[0])
+            and (_pair(words)[1] == offset)
+        )
+
+
+def _pair(words: bytes) -> tuple[int, int]:
+    return int.from_bytes(words[:8], "little"), int.from_bytes(words[8:16], "little")
