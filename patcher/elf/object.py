@@ -160,7 +160,7 @@ class ObjectFile:
     @property
     def contents(self) -> memoryview:
         """The whole object, as it was read."""
-        return self._raw.data
+        return self._raw.data[:]
 
     @cached_property
     def file_symbol(self) -> str:
