@@ -344,10 +344,8 @@ class Image:
             size = storage.memory_size - first
             return -(((size + storage.alignment - 1) & -storage.alignment) + first)
         for module in self.modules:
-            for address, cell in module.module.cells.items():
-                if cell.type != R.TPOFF64:
-                    continue
-                offset = self._offset_in(loaded, module, cell)
+            for address in module.module.cells.of_type(R.TPOFF64):
+                offset = self._offset_in(loaded, module, module.module.cells[address])
                 if offset is not None:
                     value = self.target.memory.read_u64(address + module.bias)
                     return (value - (1 << 64) if value >> 63 else value) - offset

@@ -101,10 +101,7 @@ class Exports(Mapping[str, tuple[DynamicSymbol, ...]]):
 
     def names_at(self, address: int) -> list[str]:
         """Return the names of the symbols that start at an address."""
-        if not 0 <= address < 1 << 64:
-            return []
-        low, high = (int(np.searchsorted(self._values, np.uint64(address), side)) for side in ("left", "right"))
-        return [name for i in self._orders.addresses[low:high].tolist() if (name := self.name(i))]
+        return [name for i in self._orders.starting(address) if (name := self.name(i))]
 
     @cached_property
     def _orders(self) -> Orders:
@@ -113,10 +110,6 @@ class Exports(Mapping[str, tuple[DynamicSymbol, ...]]):
     def _chosen(self) -> tuple[t.Table, t.Table]:
         placed = (self._table["section"] != t.SHN_UNDEF) | (self._table["value"] != 0)
         return np.ones(len(self._table), bool), placed
-
-    @cached_property
-    def _values(self) -> t.Table:
-        return self._table["value"][self._orders.addresses]
 
     def _symbol(self, entry: int) -> DynamicSymbol:
         _, info, _, section, value, size = self._table[entry].item()
@@ -131,47 +124,54 @@ class Cells(Mapping[int, Cell]):
     """What the dynamic linker fills in, by address; where several relocations apply to one address, the last."""
 
     def __init__(self, relocations: t.Table, exports: Exports) -> None:
-        order = np.argsort(relocations["offset"], kind="stable")
-        ordered = relocations["offset"][order]
-        last = np.append(ordered[1:] != ordered[:-1], True) if len(order) else np.empty(0, bool)
-        self._relocations = relocations[order[last]]
-        self._addresses = ordered[last]
+        self._relocations = relocations
         self._exports = exports
 
+    @cached_property
+    def _ordered(self) -> tuple[t.Table, t.Table]:
+        """The addresses, ascending, and where their relocations stand."""
+        order = np.argsort(self._relocations["offset"], kind="stable")
+        addresses = self._relocations["offset"][order]
+        last = np.append(addresses[1:] != addresses[:-1], np.ones(min(1, len(addresses)), bool))
+        return addresses[last], order[last]
+
     def __getitem__(self, address: int) -> Cell:
+        addresses, places = self._ordered
         if 0 <= address < 1 << 64:
-            position = int(np.searchsorted(self._addresses, np.uint64(address)))
-            if position < len(self._addresses) and int(self._addresses[position]) == address:
-                _, kind, symbol, addend = self._relocations[position].item()
+            position = int(np.searchsorted(addresses, np.uint64(address)))
+            if position < len(addresses) and int(addresses[position]) == address:
+                _, kind, symbol, addend = self._relocations[int(places[position])].item()
                 return Cell(kind & 0xFF, self._exports.name(symbol), addend)
         raise KeyError(address)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._addresses.tolist())
+        return iter(self._ordered[0].tolist())
 
     def __len__(self) -> int:
-        return len(self._addresses)
+        return len(self._ordered[0])
 
     def named(self, name: str) -> list[int]:
         """Return the addresses of the cells that are relocated against a symbol, ascending."""
-        symbols, positions = self._by_symbol
+        symbols, addresses = self._by_symbol
         found: list[int] = []
         for entry in self._exports.entries(name):
             low, high = (int(np.searchsorted(symbols, np.uint32(entry), side)) for side in ("left", "right"))
-            found += self._addresses[positions[low:high]].tolist()
+            found += addresses[low:high].tolist()
         return sorted(found)
 
     def of_type(self, kind: int) -> list[int]:
         """Return the addresses of the cells of one relocation type, ascending."""
-        found: list[int] = self._addresses[self._relocations["type"] & 0xFF == kind].tolist()
+        addresses, places = self._ordered
+        found: list[int] = addresses[self._relocations["type"][places] & 0xFF == kind].tolist()
         return found
 
     @cached_property
     def _by_symbol(self) -> tuple[t.Table, t.Table]:
-        positions = np.flatnonzero(self._relocations["symbol"])
-        symbols = self._relocations["symbol"][positions]
+        addresses, places = self._ordered
+        named = np.flatnonzero(self._relocations["symbol"][places])
+        addresses, symbols = addresses[named], self._relocations["symbol"][places[named]]
         order = np.argsort(symbols, kind="stable")
-        return symbols[order], positions[order]
+        return symbols[order], addresses[order]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,7 +202,8 @@ def _resolver_relocations(raw: t.RawFile) -> t.Table:
         if int(header["type"]) == t.SHT_RELA and int(header["flags"]) & t.SHF_ALLOC
     ]
     every: t.Table = np.concatenate([np.empty(0, t.RELA), *found])
-    return every[every["type"] == R.IRELATIVE]
+    resolved: t.Table = every[every["type"] == R.IRELATIVE]
+    return resolved
 
 
 class _Section:
@@ -223,7 +224,7 @@ class _Section:
         ]
 
     def read(self, build_id: str) -> Dynamic:
-        strings = bytes(self._bytes("string table", _STRTAB, self._values.get(_STRSZ, 0)))
+        strings = t.as_bytes(self._bytes("string table", _STRTAB, self._values.get(_STRSZ, 0)))
         relocations = self._relocations()
         table = self._symbols(relocations)
         versions = self._bytes("version table", _VERSYM, 2 * len(table)) if _VERSYM in self._values else b""
@@ -245,7 +246,7 @@ class _Section:
         return self._at(what, self._values.get(tag, 0), size) if size else memoryview(b"")
 
     def _relocations(self) -> t.Table:
-        parts = [np.empty(0, t.RELA)]
+        parts = []
         for tag, size in ((_RELA, _RELASZ), (_JMPREL, _PLTRELSZ)):
             whole = self._values.get(size, 0) // t.RELA.itemsize * t.RELA.itemsize
             parts.append(np.frombuffer(self._bytes("relocation table", tag, whole), t.RELA))
@@ -253,8 +254,8 @@ class _Section:
         packed = _unpacked(np.frombuffer(self._bytes("packed relocation table", _RELR, size), "<u8"))
         relative = np.zeros(len(packed), t.RELA)
         relative["offset"], relative["type"] = packed, R.RELATIVE
-        parts.insert(1, relative)
-        every: t.Table = np.concatenate(parts)
+        some = [part for part in (relative, *parts) if len(part)]
+        every: t.Table = some[0] if len(some) == 1 else np.concatenate([relative, *parts])
         return every
 
     def _symbols(self, relocations: t.Table) -> t.Table:

@@ -279,4 +279,4 @@ def _symbol_table(raw: t.RawFile, build_id: str) -> SymbolIndex | None:
     link = int(raw.section_headers[index]["link"])
     if link >= len(kinds):
         raise ObjectError(f"{raw.name}: the symbol table has no string table", "the file is damaged")
-    return SymbolIndex(raw.table(index, t.SYM), bytes(raw.contents(link)), build_id)
+    return SymbolIndex(raw.table(index, t.SYM), t.as_bytes(raw.contents(link)), build_id)

@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from patcher.elf import tables as t
-from patcher.elf.orders import Orders
 
 # Magic, version; build-id, which table; sizes and checksum of table and strings; entries by name, by address; checksum.
-_HEADER = struct.Struct("<8sI128s16sQQIQQI")
+# Padded to eight bytes: numpy copies what is not aligned, at each search.
+_HEADER = struct.Struct("<8sI128s16sQQIQQI4x")
 _MAGIC = b"PTCHORDR"
 _VERSION = 1
 _SUFFIX, _PARTIAL = ".orders", ".partial"
@@ -55,8 +55,8 @@ class Source:
         return f"{self.build_id}-{self.what}{_SUFFIX}"
 
 
-def load(source: Source) -> Orders | None:
-    """Return the orders kept for a table, or None when there are none to be relied on."""
+def load(source: Source) -> tuple[t.Table, t.Table] | None:
+    """Return what was stored for a table, or None when there is nothing to be relied on."""
     folder = _folder()
     try:
         if folder is None or not _ours(os.lstat(folder)):
@@ -71,8 +71,8 @@ def load(source: Source) -> Orders | None:
     return found
 
 
-def store(source: Source, orders: Orders) -> None:
-    """Keep the orders of a table; where that is not possible, silently don't."""
+def store(source: Source, names: t.Table, addresses: t.Table) -> None:
+    """Keep the orders of a table by name and by address; where that is not possible, silently don't."""
     folder = _folder()
     try:
         if folder is None or not _made(folder):
@@ -81,7 +81,7 @@ def store(source: Source, orders: Orders) -> None:
         partial.unlink(missing_ok=True)
         try:
             with open(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-                file.write(_bytes(source, orders))
+                file.write(_bytes(source, names, addresses))
             partial.rename(folder / source.file_name)
         finally:
             partial.unlink(missing_ok=True)
@@ -123,9 +123,9 @@ def _read(path: Path) -> bytes:
         return file.read()
 
 
-def _bytes(source: Source, orders: Orders) -> bytes:
-    body = orders.names.astype("<u8").tobytes() + orders.addresses.astype("<u4").tobytes()
-    return _header(source, len(orders.names), len(orders.addresses), zlib.crc32(body)) + body
+def _bytes(source: Source, names: t.Table, addresses: t.Table) -> bytes:
+    body = names.astype("<u8").tobytes() + addresses.astype("<u4").tobytes()
+    return _header(source, len(names), len(addresses), zlib.crc32(body)) + body
 
 
 def _header(source: Source, names: int, addresses: int, checksum: int) -> bytes:
@@ -134,7 +134,7 @@ def _header(source: Source, names: int, addresses: int, checksum: int) -> bytes:
     return _HEADER.pack(_MAGIC, _VERSION, build_id, what, *made_from, names, addresses, checksum)
 
 
-def _parse(source: Source, data: bytes) -> Orders | None:
+def _parse(source: Source, data: bytes) -> tuple[t.Table, t.Table] | None:
     if len(data) < _HEADER.size:
         return None
     *_, names, addresses, _ = _HEADER.unpack_from(data)
@@ -143,7 +143,7 @@ def _parse(source: Source, data: bytes) -> Orders | None:
     if data[: _HEADER.size] != _header(source, names, addresses, zlib.crc32(memoryview(data)[_HEADER.size :])):
         return None
     start = _HEADER.size
-    return Orders(np.frombuffer(data, "<u8", names, start), np.frombuffer(data, "<u4", addresses, start + names * 8))
+    return np.frombuffer(data, "<u8", names, start), np.frombuffer(data, "<u4", addresses, start + names * 8)
 
 
 def _prune(folder: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,7 +21,8 @@ LARGE = 20_000
 _WORD = 8
 _LONGEST = 4096  # bytes of a name that count for its hash: tails of one huge string may be names too
 _ONES, _TOPS, _ATS = (np.uint64(0x0101010101010101 * byte) for byte in (1, 0x80, ord("@")))
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_FACTOR, _SHIFT = np.uint64(0x9E3779B97F4A7C15), 29
+_ENTRY = 0xFFFFFFFF  # the lower half
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,21 +31,26 @@ class Orders:
 
     names: t.Table  # ascending: the hash of the name in the upper half, the entry in the lower
     addresses: t.Table  # entries by ascending value; in the order of the table where values are equal
+    values: t.Table  # their values
 
     def candidates(self, name: str) -> list[int]:
         """Return the entries, in table order, that may be called `name`: their names' hashes agree."""
-        hashed = int(_hashes(name.encode("utf-8", "surrogatepass"), np.zeros(1, np.int64))[0]) << 32
+        hashed = _hash(name.encode("utf-8", "surrogatepass")) << 32
         low = int(np.searchsorted(self.names, np.uint64(hashed), "left"))
-        high = int(np.searchsorted(self.names, np.uint64(hashed | 0xFFFFFFFF), "right"))
-        return [entry & 0xFFFFFFFF for entry in self.names[low:high].tolist()]
+        high = int(np.searchsorted(self.names, np.uint64(hashed | _ENTRY), "right"))
+        return [entry & _ENTRY for entry in self.names[low:high].tolist()]
 
-    def fits(self, table: t.Table) -> bool:
-        """Tell whether all entries are the table's, and stand in the order of their values."""
-        count = len(table)
-        if not np.all((self.names & np.uint64(0xFFFFFFFF)) < count) or not np.all(self.addresses < count):
-            return False
-        values = table["value"][self.addresses]
-        return bool(np.all(values[1:] >= values[:-1]))
+    def position(self, address: int, side: Literal["left", "right"]) -> int:
+        """Return where an address stands among the values."""
+        if not 0 <= address < 1 << 64:
+            return 0 if address < 0 else len(self.values)
+        # As an integer of their type: otherwise numpy compares, and copies, all of them as floats.
+        return int(np.searchsorted(self.values, np.uint64(address), side))
+
+    def starting(self, address: int) -> list[int]:
+        """Return the entries whose value is an address, in table order."""
+        found: list[int] = self.addresses[self.position(address, "left") : self.position(address, "right")].tolist()
+        return found
 
 
 def orders(
@@ -60,11 +66,20 @@ def orders(
     from patcher.elf import order_cache
 
     source = order_cache.Source.of(build_id, what, table, strings)
-    found = order_cache.load(source)
-    if found is None or not found.fits(table):
+    kept = order_cache.load(source)
+    found = _checked(table, *kept) if kept is not None else None
+    if found is None:
         found = _make(table, strings, *chosen())
-        order_cache.store(source, found)
+        order_cache.store(source, found.names, found.addresses)
     return found
+
+
+def _checked(table: t.Table, names: t.Table, addresses: t.Table) -> Orders | None:
+    if not np.all((names & np.uint64(_ENTRY)) < len(table)) or not np.all(addresses < len(table)):
+        return None
+    values = table["value"][addresses]
+    ascending = np.all(values[1:] >= values[:-1]) and np.all(names[1:] > names[:-1])
+    return Orders(names, addresses, values) if ascending else None
 
 
 def _make(table: t.Table, strings: bytes, named: t.Table, addressed: t.Table) -> Orders:
@@ -73,8 +88,18 @@ def _make(table: t.Table, strings: bytes, named: t.Table, addressed: t.Table) ->
     names = hashes << np.uint64(32) | entries.astype(np.uint64)
     names.sort()
     entries = np.flatnonzero(addressed)
-    by_value = np.argsort(table["value"][entries], kind="stable")
-    return Orders(names, entries[by_value].astype(np.uint32))
+    values = table["value"][entries]
+    by_value = np.argsort(values, kind="stable")
+    return Orders(names, entries[by_value].astype(np.uint32), values[by_value])
+
+
+def _hash(name: bytes) -> int:
+    """Return what `_hashes` gives for a name."""
+    hashed = 0
+    for start in range(0, min(len(name) + 1, _LONGEST), _WORD):
+        hashed = (hashed ^ int.from_bytes(name[start : start + _WORD], "little")) * int(_FACTOR) & (1 << 64) - 1
+        hashed ^= hashed >> _SHIFT
+    return hashed >> 32
 
 
 def _hashes(strings: bytes, starts: t.Table) -> t.Table:
@@ -105,4 +130,4 @@ def _zero_bytes(words: t.Table) -> Any:
 
 def _mixed(hashes: t.Table, words: t.Table) -> t.Table:
     mixed = (hashes ^ words) * _FACTOR
-    return mixed ^ mixed >> np.uint64(29)
+    return mixed ^ mixed >> np.uint64(_SHIFT)

@@ -11,7 +11,7 @@ defining file; mold turns every global of an executable that nobody imports loca
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -93,10 +93,6 @@ class SymbolIndex:
         named = (defined & (self._types != SymbolType.SECTION)) | (self._types == SymbolType.FILE)
         return named, defined & (sections != t.SHN_ABS) & np.isin(self._types, _ADDRESSABLE)
 
-    @cached_property
-    def _values(self) -> t.Table:
-        return self._table["value"][self._orders.addresses]
-
     def _entries(self, name: str, *, files: bool) -> list[int]:
         # Bytes that are no UTF-8 became this character, so that hashes say nothing: all symbols are candidates.
         odd = "\ufffd" in name
@@ -111,25 +107,18 @@ class SymbolIndex:
             found = self._called[name] = tuple(self._symbol(i) for i in self._entries(name, files=False))
         return list(found)
 
-    def _position(self, address: int, side: Literal["left", "right"]) -> int:
-        """Return where an address stands among the values; as an integer of their type, or they become floats."""
-        if not 0 <= address < 1 << 64:
-            return 0 if address < 0 else len(self._values)
-        return int(np.searchsorted(self._values, np.uint64(address), side))
-
     def at(self, address: int) -> tuple[StaticSymbol, ...]:
         """Return the symbols whose value is exactly this link-time address."""
         found = self._starting.get(address)
         if found is None:
-            part = slice(self._position(address, "left"), self._position(address, "right"))
-            found = tuple(self._symbol(i) for i in self._orders.addresses[part].tolist())
+            found = tuple(self._symbol(i) for i in self._orders.starting(address))
             if found:
                 self._starting[address] = found
         return found
 
     def covering(self, address: int) -> StaticSymbol | None:
         """Return a function or object whose extent holds this link-time address, the nearest below it."""
-        position = self._position(address, "right")
+        position = self._orders.position(address, "right")
         for i in self._orders.addresses[max(0, position - 16) : position][::-1].tolist():
             symbol = self._symbol(i)
             if symbol.value <= address < symbol.value + max(symbol.size, 1):
@@ -138,8 +127,9 @@ class SymbolIndex:
 
     def next_address(self, address: int) -> int | None:
         """Return the lowest symbol value above this link-time address."""
-        position = self._position(address, "right")
-        return int(self._values[position]) if position < len(self._values) else None
+        position = self._orders.position(address, "right")
+        values = self._orders.values
+        return int(values[position]) if position < len(values) else None
 
     def groups(self, file_name: str) -> list[int]:
         """Return the ordinals of the STT_FILE symbols of that name; "" gives the nameless ones."""

@@ -160,6 +160,12 @@ class RawFile:
         return string_at(self.section_names, int(self.section_headers[section]["name"]))
 
 
+def as_bytes(view: memoryview) -> bytes:
+    """Return the bytes of a view; those of a part of an `OpenFile` are not copied."""
+    whole = view.obj
+    return whole if isinstance(whole, bytes) and len(whole) == view.nbytes else bytes(view)
+
+
 def string_at(strings: bytes, offset: int) -> str:
     """Return the NUL-terminated string at `offset` of a string table ("" when it lies outside)."""
     if offset >= len(strings):
