@@ -298,7 +298,10 @@ class _Section:
             for _ in range(count):
                 entry = self._at("versions", auxiliary, 16)
                 names[int.from_bytes(entry[6:8], "little")] = self._string(strings, auxiliary + 8)
-                auxiliary += int.from_bytes(entry[12:16], "little")
+                step = int.from_bytes(entry[12:16], "little")
+                if not step:
+                    break
+                auxiliary += step
         return names
 
     def _chain(self, tag: int, number: int, size: int, next_at: int) -> Iterator[tuple[int, int]]:
