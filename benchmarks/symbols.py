@@ -6,6 +6,7 @@ of them exported, and as many dynamic relocations. Each measurement is a process
     first      the module is read, and a name, an address and an exported name with its cells are looked up
     reopened   the same, when the orders of the tables are cached
     of it read reading the module, without the look-ups
+    CPU        the processor's time of the same, which a busy machine changes less
     name, address   one look-up more, of what was not asked for before
 
 Medians in milliseconds; the peak of the process's memory, without what the interpreter and numpy take by themselves, in
@@ -132,7 +133,7 @@ def _write(
 def measure(path: Path, count: int) -> dict[str, float]:
     """Open the library in this process; return milliseconds and MiB."""
     before = _peak()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     module = read_module(path.name, path)
     read = time.perf_counter()
     (symbol,) = module.symbols.named(symbol_name(count // 2))
@@ -140,7 +141,7 @@ def measure(path: Path, count: int) -> dict[str, float]:
     exported = symbol_name(count // 2 // EXPORTED * EXPORTED)
     assert module.exports[exported]
     assert [module.cells[cell].name for cell in module.cells_named(exported)] == [exported]
-    opened = time.perf_counter()
+    opened, cpu = time.perf_counter(), time.process_time() - cpu
     numbers = np.random.default_rng(1).integers(0, count, LOOK_UPS).tolist()
     names = [symbol_name(i) for i in numbers]
     named = time.perf_counter()
@@ -154,6 +155,7 @@ def measure(path: Path, count: int) -> dict[str, float]:
     return {
         "read": 1e3 * (read - start),
         "open": 1e3 * (opened - start),
+        "cpu": 1e3 * cpu,
         "name": 1e3 * (after_names - named) / LOOK_UPS,
         "address": 1e3 * (after_addresses - after_names) / LOOK_UPS,
         "memory": _peak() - before,
@@ -182,7 +184,18 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(Path(arguments.measure[0]), int(arguments.measure[1]))))
         return
-    columns = ("symbols", "file MiB", "first", "reopened", "of it read", "name", "address", "first MiB", "reopened MiB")
+    columns = (
+        "symbols",
+        "file MiB",
+        "first",
+        "reopened",
+        "of it read",
+        "CPU",
+        "name",
+        "address",
+        "first MiB",
+        "reopened MiB",
+    )
     print("".join(f"{column:>14}" for column in columns))
     for count in arguments.counts:
         with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +212,7 @@ def row(folder: Path, count: int, rounds: int) -> None:
     def median(measured: list[dict[str, float]], what: str) -> float:
         return statistics.median(m[what] for m in measured)
 
-    times = (median(first, "open"), median(again, "open"), median(again, "read"))
+    times = (median(first, "open"), median(again, "open"), median(again, "read"), median(again, "cpu"))
     look_ups = (median(again, "name"), median(again, "address"))
     memory = (median(first, "memory"), median(again, "memory"))
     cells = [f"{count:>14,}", f"{path.stat().st_size / 2**20:>14.1f}", *(f"{v:>14.1f}" for v in times)]

@@ -130,8 +130,9 @@ class Cells(Mapping[int, Cell]):
     @cached_property
     def _ordered(self) -> tuple[t.Table, t.Table]:
         """The addresses, ascending, and where their relocations stand."""
-        order = np.argsort(self._relocations["offset"], kind="stable")
-        addresses = self._relocations["offset"][order]
+        addresses = np.ascontiguousarray(self._relocations["offset"])
+        order = np.argsort(addresses, kind="stable")
+        addresses = addresses[order]
         last = np.append(addresses[1:] != addresses[:-1], np.ones(min(1, len(addresses)), bool))
         return addresses[last], order[last]
 
@@ -168,8 +169,9 @@ class Cells(Mapping[int, Cell]):
     @cached_property
     def _by_symbol(self) -> tuple[t.Table, t.Table]:
         addresses, places = self._ordered
-        named = np.flatnonzero(self._relocations["symbol"][places])
-        addresses, symbols = addresses[named], self._relocations["symbol"][places[named]]
+        symbols = np.ascontiguousarray(self._relocations["symbol"])[places]
+        named = np.flatnonzero(symbols)
+        addresses, symbols = addresses[named], symbols[named]
         order = np.argsort(symbols, kind="stable")
         return symbols[order], addresses[order]
 

