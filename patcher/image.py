@@ -390,14 +390,13 @@ class Image:
     def _block_by_cells(self, loaded: LoadedModule) -> int | None:
         """Find a static block by a cell that holds the offset of one of its variables from the thread pointer."""
         for module in self.modules:
-            for address, cell in module.module.thread_cells:
-                if cell.type not in (R.TPOFF64, TLSDESC):
-                    continue
-                offset = self._offset_in(loaded, module, cell)
+            cells = module.module.cells
+            for address in (*cells.of_type(R.TPOFF64), *cells.of_type(TLSDESC)):
+                offset = self._offset_in(loaded, module, cells[address])
                 if offset is None:
                     continue
                 # A descriptor's second word; a block that is not static has a pointer there, never negative.
-                at = address + (8 if cell.type == TLSDESC else 0)
+                at = address + (8 if cells[address].type == TLSDESC else 0)
                 value = self.target.memory.read_u64(at + module.bias)
                 if value >> 63:
                     return value - (1 << 64) - offset
@@ -405,8 +404,9 @@ class Image:
 
     def _number_by_cells(self, loaded: LoadedModule) -> int | None:
         for module in self.modules:
-            for address, cell in module.module.thread_cells:
-                if cell.type == R.DTPMOD64 and self._offset_in(loaded, module, cell) is not None:
+            cells = module.module.cells
+            for address in cells.of_type(R.DTPMOD64):
+                if self._offset_in(loaded, module, cells[address]) is not None:
                     number = self.target.memory.read_u64(address + module.bias)
                     if number:
                         return number

@@ -23,7 +23,7 @@ from patcher.report import Applied, Event, Function, Note, Reporter, Timings, Un
 from patcher.target import Target
 from patcher.texts import Texts
 
-# What follows takes a third of a second to import (drgn, lief, capstone), and `status` and `revert` need none of it.
+# What follows takes a third of a second to import (drgn, numpy, capstone), and `status` and `revert` need none of it.
 if TYPE_CHECKING:
     from patcher.image import Image
     from patcher.link.place import FarData

@@ -60,7 +60,6 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 ONE_IMPORTER = {
-    "lief": "elf",
     "ptrace": "target",
     "capstone": "code",
     "drgn": "dwarf",
