@@ -33,6 +33,10 @@ ALLOWED: dict[str, set[str]] = {
     # The linker is pure: blocks in, bytes out; the only code it makes is a far jump.
     "link": READING | {"blocks", "code"},
     "image": READING | {"code", "target"},
+    # Functions of the target are called where its frames show that nothing is locked.
+    "unwind": {"errors", "image", "target"},
+    "safepoint": {"elf", "image", "target", "unwind"},
+    "loader": {"errors", "image", "safepoint", "target"},
     # What earlier generations placed has names too: the journal's records say so. Units of one name are told
     # apart by matching each (the one edge that goes against the direction).
     "live": READING | {"blocks", "image", "code", "patch.journal", "match"},

@@ -46,6 +46,7 @@ from patcher.target.steps import (
 from patcher.target.stop import (
     Lingering,
     StoppedThread,
+    conceal_interruption,
     described_thread,
     is_restarting,
     list_threads,
@@ -58,6 +59,8 @@ CODE_SIZE = 1024
 _ALL_BITS = (1 << 64) - 1
 _CALL_TIMEOUT = "call-timeout"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.005
+_TRIES_IN_A_ROW = 100
+_RUN_SECONDS = 0.00005
 _RED_ZONE = 128
 _ROOM_TO_CALL = 64 * 1024
 _SCANNED_STACK = 64 * 1024
@@ -95,7 +98,7 @@ class Terms:
     code: int | None
     wait: float
     timeout: float
-    accept: Callable[[StoppedThread], bool] | None = None
+    objection: Callable[[StoppedThread], str] | None = None
     stack: tuple[int, int] | None = None
     errno_location: int = 0
 
@@ -141,14 +144,14 @@ class Borrowing:
             raise ValueError("without memory for a stub, only one system call can be done")
         self._refuse_confined()
         deadline = time.monotonic() + terms.wait
-        pause = _FIRST_PAUSE
+        pause, tries = _FIRST_PAUSE, 1
         while True:
             reasons = []
             for tid in self._candidates():
                 try:
                     if terms.code is not None and terms.code not in self._unused_code:
                         self._check_code_unused(terms, mappings)
-                    return self._run_on(tid, steps, mappings, terms)
+                    return self._run_on(tid, steps, mappings, terms, tries)
                 except Unsuitable as error:
                     reasons.append(f"thread {tid} {error}")
             if not reasons:
@@ -157,16 +160,18 @@ class Borrowing:
                 raise _none_to_borrow(self._pid, reasons)
             # Never in step with what the program does.
             time.sleep(pause * (0.5 + random.random()))
-            pause = min(1.5 * pause, _LONGEST_PAUSE)
+            pause, tries = min(1.5 * pause, _LONGEST_PAUSE), _TRIES_IN_A_ROW
 
     def _candidates(self) -> list[int]:
         return sorted(list_threads(self._pid), key=lambda tid: tid != self._pid)
 
-    def _run_on(self, tid: int, steps: tuple[Step, ...], mappings: Sequence[Mapping], terms: Terms) -> tuple[int, ...]:
+    def _run_on(
+        self, tid: int, steps: tuple[Step, ...], mappings: Sequence[Mapping], terms: Terms, tries: int
+    ) -> tuple[int, ...]:
         way = self._find_way(mappings) if terms.code is None else None
         with self._standing(tid) as tracee:
             self._bring_to_event_stop(tracee)
-            self._check_suitable(tracee, mappings, terms)
+            self._await_suitable(tracee, mappings, terms, tries)
             loan = _Loan(self._pid, self._memory, tracee, steps, terms)
             if terms.code is not None:
                 try:
@@ -199,9 +204,33 @@ class Borrowing:
             tracee.resume()
             if tracee.wait(deadline) in (Halt.GONE, Halt.ZOMBIE):
                 raise Unsuitable("has ended")
-            tracee.read_registers()
+            conceal_interruption(tracee)
         if not tracee.standing:
             raise Unsuitable("does not stop")
+
+    def _await_suitable(self, tracee: Tracee, mappings: Sequence[Mapping], terms: Terms, tries: int) -> None:
+        # A thread that is busy in the allocator leaves it every other microsecond: far too quick to be met between
+        # two calls by one stop every few milliseconds.
+        while True:
+            try:
+                self._check_suitable(tracee, mappings, terms)
+                return
+            except Unsuitable:
+                tries -= 1
+                if not tries or terms.objection is None or tracee.grouped or is_restarting(tracee.registers):
+                    raise
+            self._let_run(tracee)
+
+    def _let_run(self, tracee: Tracee) -> None:
+        until = time.perf_counter() + random.random() * _RUN_SECONDS
+        tracee.resume()
+        while time.perf_counter() < until:
+            pass
+        tracee.interrupt()
+        if tracee.wait(time.monotonic_ns() + int(_STOP_SECONDS * 1e9)) in (Halt.GONE, Halt.ZOMBIE):
+            raise Unsuitable("has ended")
+        conceal_interruption(tracee)
+        self._bring_to_event_stop(tracee)
 
     def _check_suitable(self, tracee: Tracee, mappings: Sequence[Mapping], terms: Terms) -> None:
         registers = tracee.registers
@@ -213,8 +242,9 @@ class Borrowing:
             raise Unsuitable("still runs the stub of an earlier call")
         if terms.errno_location and not self._has_control_block(registers.fs_base):
             raise Unsuitable("has no thread-local storage")
-        if terms.accept is not None and not terms.accept(described_thread(tracee)):
-            raise Unsuitable("is not at a safe point")
+        objection = terms.objection(described_thread(tracee)) if terms.objection is not None else ""
+        if objection:
+            raise Unsuitable(objection)
 
     def _has_control_block(self, base: int) -> bool:
         # The ABI's word at %fs:0 points to itself; a thread made by a raw clone may have none.

@@ -175,14 +175,15 @@ class Target:
         PatcherError "call-crashed" when a function faulted.
         """
         self.check_alive()
-        return self._borrowing.run(tuple(steps), self.mappings(), Terms(code, timeout, timeout, accept))
+        objection = None if accept is None else lambda thread: "" if accept(thread) else "is not at a safe point"
+        return self._borrowing.run(tuple(steps), self.mappings(), Terms(code, timeout, timeout, objection))
 
     def call(
         self,
         calls: Sequence[FunctionCall],
         *,
         code: int,
-        accept: Callable[[StoppedThread], bool],
+        objection: Callable[[StoppedThread], str],
         stack: tuple[int, int] | None = None,
         errno_location: int = 0,
         wait: float = 5.0,
@@ -190,10 +191,10 @@ class Target:
     ) -> tuple[int, ...]:
         """Call functions of the target, one after another, on a thread at a safe point; return rax of each.
 
-        The other threads run on. `accept` is asked, while a thread stands still, whether it is at a safe point;
-        threads are looked at again and again for `wait` seconds. `code` is as for `inject`; `stack` is writable
-        memory of ours, (low, high), to run on instead of the thread's own stack. With `errno_location`, the address
-        of the target's `__errno_location`, the thread's errno is kept.
+        The other threads run on. `objection` is asked, while a thread stands still, why it is at no safe point ("is
+        in malloc"; "" when it is at one); threads are looked at again and again for `wait` seconds. `code` is as for
+        `inject`; `stack` is writable memory of ours, (low, high), to run on instead of the thread's own stack. With
+        `errno_location`, the address of the target's `__errno_location`, the thread's errno is kept.
 
         All but faults is blocked meanwhile for the thread, and delivered afterwards; a thread that a function
         creates inherits that mask. Should we be killed, the functions are called to their end and the thread goes
@@ -205,7 +206,7 @@ class Target:
         AttachDenied, and ValueError for calls that do not fit the stub or the stack.
         """
         self.check_alive()
-        terms = Terms(code, wait, timeout, accept, stack, errno_location)
+        terms = Terms(code, wait, timeout, objection, stack, errno_location)
         return self._borrowing.run(tuple(calls), self.mappings(), terms)
 
     def _poke(self, address: int, data: bytes) -> bool:
