@@ -20,8 +20,9 @@ Does not decide what is called, nor find threads (`target`).
 from __future__ import annotations
 
 import re
+import struct
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -34,6 +35,7 @@ from patcher.target import StoppedThread
 from patcher.unwind import Unwinder
 
 Extents = tuple[tuple[int, int], ...]
+_Frames = list[tuple[int, "_Code | None"]]
 
 _SIGNAL_RETURN = b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05"  # mov $15, %rax; syscall
 _MOST_BOTTOM_FRAMES = 4  # clone3, start_thread and C++'s own start; _start, __libc_start_main and what it calls
@@ -90,6 +92,16 @@ _WAITS = re.compile(
 )
 # In a program that contains an allocator: the allocator's own functions.
 _ALLOCATES = re.compile(r"(je|mi|tc|rp)_\w+|ZN8tcmalloc\w*|Zn[wa]\w*|Zd[la]\w*|sdallocx|[mxr]allocx|dallocx")
+# In a module that contains the unwinder: its entries.
+_UNWINDS = frozenset(
+    {
+        *("Unwind_RaiseException", "Unwind_Resume", "Unwind_Resume_or_Rethrow", "Unwind_ForcedUnwind"),
+        *("Unwind_Backtrace", "Unwind_Find_FDE", "register_frame", "register_frame_info", "deregister_frame"),
+        *("deregister_frame_info", "register_frame_info_bases", "register_frame_table"),
+    }
+)
+# jmp and jcc with four bytes of distance
+_FAR_JUMP = re.compile(rb"\xe9(?=(....))|\x0f[\x80-\x8f](?=(....))", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +114,7 @@ class Function:
 
 
 def kind_of(name: str, *, executable: bool, allocates: bool) -> Kind:
-    """Tell what a module is, by its soname or file name, and whether it defines `malloc`."""
+    """Tell what a module is, by its soname or file name, and whether it contains an allocator."""
     if _FORBIDDEN.match(name):
         return Kind.FORBIDDEN
     if executable:
@@ -118,8 +130,6 @@ def unsafe_extents(kind: Kind, text: tuple[int, int], functions: Iterable[Functi
     """Return the sorted link-time extents of a module in which no thread is at a safe point, asleep or not."""
     if kind is Kind.FORBIDDEN:
         return (text,)
-    if kind not in (Kind.LIBRARY, Kind.MIXED):
-        return ()
     merged: list[tuple[int, int]] = []
     for low, high in sorted({(f.start, f.end) for f in functions if _is_unsafe(_plain(f.name), kind)}):
         if merged and low <= merged[-1][1]:
@@ -130,6 +140,8 @@ def unsafe_extents(kind: Kind, text: tuple[int, int], functions: Iterable[Functi
 
 
 def _is_unsafe(name: str, kind: Kind) -> bool:
+    if kind in (Kind.PROGRAM, Kind.RUNTIME):
+        return name in _UNWINDS
     return bool(_HOLDS.fullmatch(name) or (kind is Kind.MIXED and _ALLOCATES.fullmatch(name)))
 
 
@@ -144,6 +156,7 @@ class SafePoints:
         self._image = image
         self._unwinder = Unwinder(image)
         self._known: dict[LoadedModule, _Code] = {}
+        self._jumps: dict[LoadedModule, frozenset[int]] = {}
 
     def objection(self, thread: StoppedThread) -> str:
         """Say why a thread, stopped with its general registers, is at no safe point; "" when it is at one."""
@@ -163,15 +176,51 @@ class SafePoints:
         if not thread.waiting:
             address, code = next((a, c) for a, c in frames if c is not None and c.kind is not Kind.PROGRAM)
             return f"runs {code.describe(address)}" if code is not None else ""
-        return _objection_to_calls(frames)
+        return self._objection_to_calls(frames)
 
     def _code_at(self, address: int) -> _Code | None:
         module = self._image.module_at(address)
         if module is None:
             return None
         if module not in self._known:
-            self._known[module] = _code(module, executable=module is self._image.executable)
+            self._known[module] = _read_code(module, executable=module is self._image.executable)
         return self._known[module]
+
+    def _objection_to_calls(self, frames: _Frames) -> str:
+        # A function of the C library that the program called speaks for those that it calls in turn: those that
+        # hold something have been asked for already.
+        for (address, code), caller in zip(frames, [*frames[1:], (0, None)], strict=True):
+            if code is None or code.kind is not Kind.LIBRARY:
+                continue
+            if caller[1] is not None and caller[1].kind is Kind.LIBRARY:
+                continue
+            names = code.names(address)
+            if any(_WAITS.fullmatch(_plain(name)) for name in names):
+                continue
+            if names or self._unwinder.function_start(address) not in self._continuations(code):
+                return f"waits in {code.describe(address)}"
+        return ""
+
+    def _continuations(self, code: _Code) -> frozenset[int]:
+        """Return the live addresses to which functions that hold nothing jump as their last act."""
+        if code.module not in self._jumps:
+            found: dict[bool, set[int]] = {True: set(), False: set()}
+            for function in code.functions:
+                name = _plain(function.name)
+                harmless = _WAITS.fullmatch(name) is not None
+                if harmless or _HOLDS.fullmatch(name):
+                    found[harmless] |= self._jump_targets(code.module, function)
+            self._jumps[code.module] = frozenset(found[True] - found[False])
+        return self._jumps[code.module]
+
+    def _jump_targets(self, module: LoadedModule, function: Function) -> set[int]:
+        start = function.start + module.bias
+        text = self._image.target.memory.read_available(start, function.end - function.start)
+        found = set()
+        for match in _FAR_JUMP.finditer(text):
+            distance = struct.unpack("<i", match[1] or match[2])[0]
+            found.add(start + match.end() + 4 + distance)
+        return {target for target in found if not start <= target < start + len(text)}
 
     def _objection_to_words(self, thread: StoppedThread) -> str:
         if not thread.waiting:
@@ -205,6 +254,7 @@ class _Code:
     def __init__(self, module: LoadedModule, kind: Kind, functions: Sequence[Function]) -> None:
         self.module = module
         self.kind = kind
+        self.functions = functions
         extents = unsafe_extents(kind, module.module.text, functions)
         self._lows = np.array([low for low, _ in extents], np.uint64)
         self._highs = np.array([high for _, high in extents], np.uint64)
@@ -238,29 +288,31 @@ class _Code:
         return f"{min(names, key=len)} ({self.module.name})" if names else self.module.name
 
 
-_Frames = list[tuple[int, _Code | None]]
-
-
-def _code(module: LoadedModule, *, executable: bool) -> _Code:
+def _read_code(module: LoadedModule, *, executable: bool) -> _Code:
     name = module.module.soname or module.name
-    allocates = any(s.defined for s in module.module.exports.get("malloc", ())) or any(
-        s.function for s in module.module.symbols.named("malloc")
-    )
-    kind = kind_of(name, executable=executable, allocates=allocates)
-    if kind is Kind.MIXED and not len(module.module.symbols):
+    symbols = module.module.symbols
+    allocates = any(s.defined for s in module.module.exports.get("malloc", ()))
+    allocates = allocates or any(s.function for s in symbols.named("malloc"))
+    contained = executable and not module.module.interpreter  # a static program has its C library in itself
+    kind = kind_of(name, executable=executable, allocates=allocates or contained)
+    if kind is Kind.MIXED and not len(symbols):
         kind = Kind.FORBIDDEN  # without names, allocator and program cannot be told apart
-    return _Code(module, kind, _functions(module, kind))
+    return _Code(module, kind, tuple(_functions(module, kind)))
 
 
-def _functions(module: LoadedModule, kind: Kind) -> tuple[Function, ...]:
+def _functions(module: LoadedModule, kind: Kind) -> Iterator[Function]:
+    """Yield the functions whose names matter in a module of that kind."""
+    symbols = module.module.symbols
     if kind is Kind.MIXED:
-        return tuple(Function(s.name, s.value, s.value + s.size) for s in module.module.symbols.functions())
-    return tuple(
-        Function(s.name, s.value, s.value + s.size)
-        for symbols in module.module.exports.values()
-        for s in symbols
-        if s.defined and s.type in (SymbolType.FUNC, SymbolType.IFUNC) and s.size
-    )
+        named = symbols.functions()
+    else:
+        named = tuple(s for name in _UNWINDS for s in symbols.named(f"_{name}") + symbols.named(f"__{name}"))
+    yield from (Function(s.name, s.value, s.value + s.size) for s in named if s.function)
+    if kind is Kind.LIBRARY:
+        for exported in module.module.exports.values():
+            for s in exported:
+                if s.defined and s.size and s.type in (SymbolType.FUNC, SymbolType.IFUNC):
+                    yield Function(s.name, s.value, s.value + s.size)
 
 
 def _without_bottom(frames: _Frames) -> _Frames:
@@ -276,17 +328,6 @@ def _without_bottom(frames: _Frames) -> _Frames:
 
 def _is_starting(frame: tuple[int, _Code | None]) -> bool:
     return frame[1] is not None and frame[1].kind in (Kind.LIBRARY, Kind.RUNTIME)
-
-
-def _objection_to_calls(frames: _Frames) -> str:
-    # A function of the C library that the program called speaks for those that it calls in turn: those that hold
-    # something have been asked for already.
-    for (address, code), caller in zip(frames, [*frames[1:], (0, None)], strict=True):
-        if code is None or code.kind is not Kind.LIBRARY or (caller[1] is not None and caller[1].kind is Kind.LIBRARY):
-            continue
-        if not any(_WAITS.fullmatch(_plain(name)) for name in code.names(address)):
-            return f"waits in {code.describe(address)}"
-    return ""
 
 
 __all__ = ["Extents", "Function", "Kind", "SafePoints", "kind_of", "unsafe_extents"]

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from patcher.elf import tables as t
 from patcher.errors import PatcherError, TargetGone
-from patcher.image import Image
+from patcher.image import Image, LoadedModule
 from patcher.target import Memory, StoppedThread
 
 _ALL_BITS = (1 << 64) - 1
@@ -30,6 +31,7 @@ _MOST_FRAMES = 1000
 _MOST_ROWS = 20_000
 _PT_GNU_EH_FRAME = 0x6474E550
 # .eh_frame_hdr as every linker writes it: pointer pcrel sdata4, count udata4, table datarel sdata4.
+_PCREL_SDATA4 = 0x1B
 _KNOWN_TABLE = b"\x01\x1b\x03\x3b"
 
 Registers = tuple[int | None, ...]  # by DWARF number; None for what is not known any more
@@ -86,6 +88,13 @@ class Unwinder:
                 break
         return Backtrace(tuple(addresses), False)
 
+    def function_start(self, address: int) -> int | None:
+        """Return where the function that holds a live address starts, or None when its module does not tell."""
+        try:
+            return self._description(address)[0].start
+        except (_Unknown, PatcherError, struct.error, IndexError, ValueError):
+            return None
+
     def _description(self, address: int) -> tuple[_Frame, _Row]:
         found = self._rows.get(address)
         if found is None:
@@ -112,7 +121,8 @@ class Unwinder:
         else:
             start = bias = self._vdso(address)
         if start not in self._tables:
-            self._tables[start] = _read_table(self._memory, start, bias)
+            found = _read_table(self._memory, start, bias)
+            self._tables[start] = found or (_listed_table(self._memory, module) if module is not None else None)
         table = self._tables[start]
         if table is None:
             raise _Unknown
@@ -164,6 +174,47 @@ def _search_table(memory: Memory, base: int) -> _Table | None:
     (count,) = struct.unpack_from("<I", header, 8)
     rows = np.frombuffer(memory.read(base + 12, 8 * count), np.int32).reshape(-1, 2)
     return _Table(base, rows[:, 0], rows[:, 1])
+
+
+def _listed_table(memory: Memory, module: LoadedModule) -> _Table | None:
+    """Make the table for a module, as static executables are, that has call frame information but no table."""
+    raw = t.read_raw(module.path, module.file.read_bytes())
+    for index, header in enumerate(raw.section_headers):
+        if raw.section_name(index) == ".eh_frame" and int(header["address"]):
+            base = int(header["address"]) + module.bias
+            section = memory.read(base, int(header["size"]))
+            rows = sorted(_listed(section))
+            columns = np.array(rows, np.int32).reshape(-1, 2)
+            return _Table(base, columns[:, 0], columns[:, 1])
+    return None
+
+
+def _listed(section: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (start of the function, description) of a section's entries, relative to the section."""
+    encodings: dict[int, int] = {}
+    position = 0
+    while position + 12 <= len(section):
+        length, back = struct.unpack_from("<II", section, position)
+        if not 4 < length < 1 << 20:
+            return
+        if back:
+            common = position + 4 - back
+            if common not in encodings:
+                encodings[common] = _encoding_at(section, common)
+            if encodings[common] == _PCREL_SDATA4:
+                (start,) = struct.unpack_from("<i", section, position + 8)
+                yield position + 8 + start, position
+        position += 4 + length
+
+
+def _encoding_at(section: bytes, position: int) -> int:
+    common = _Reader(section, position + 8)
+    version, augmentation = common.fixed(1), common.text()
+    if augmentation[:1] != b"z":
+        return 0
+    common.unsigned(), common.signed()
+    common.fixed(1) if version == 1 else common.unsigned()
+    return _pointer_encoding(augmentation, common.block())
 
 
 # --- what a description says --------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "link": READING | {"blocks", "code"},
     "image": READING | {"code", "target"},
     # Functions of the target are called where its frames show that nothing is locked.
-    "unwind": {"errors", "image", "target"},
+    "unwind": {"errors", "elf.tables", "image", "target"},
     "safepoint": {"elf", "image", "target", "unwind"},
     "loader": {"errors", "image", "safepoint", "target"},
     # What earlier generations placed has names too: the journal's records say so. Units of one name are told
