@@ -18,7 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from patcher.errors import PatcherError, TargetBusy, UnsafeChange
+from patcher.elf.tables import read_raw
+from patcher.errors import ObjectError, PatcherError, TargetBusy, UnsafeChange
 from patcher.image import Image
 from patcher.safepoint import SafePoints
 from patcher.target import FunctionCall, SystemCall, Target, read_stat
@@ -27,6 +28,7 @@ RTLD_NOW, RTLD_GLOBAL = 0x2, 0x100
 
 _RTLD_INTERNAL = 0x80000000  # __libc_dlopen_mode wants it, glibc's __RTLD_DLOPEN
 _MMAP, _MPROTECT, _MUNMAP = 9, 10, 11
+_PT_GNU_STACK = 0x6474E551
 _PAGE = 4096
 _STACK_SIZE = 1 << 20
 _WORKSPACE_SIZE = _PAGE + _STACK_SIZE + _PAGE
@@ -110,12 +112,13 @@ class Caller:
         """Load a shared library, as the target's own `dlopen` does, and return its handle; refreshes the image.
 
         `path` is absolute, as the target sees it. Its constructors run on the borrowed thread. Raises UnsafeChange
-        "no-loader" in a program without one, UnsafeChange "dlopen" with the loader's message when it refuses, and as
-        `Target.call` does.
+        "no-loader" in a program without one, "executable-stack" for a library that wants such, "dlopen" with the
+        loader's message when it refuses, and as `Target.call` does.
         """
         if not path.startswith("/"):
             raise ValueError(f"{path} is not an absolute path")
         name = _as_text(path)
+        self._refuse_executable_stack(path)
         opening, told = self._opening(flags)
         calls = [FunctionCall(opening[0], (name, opening[1]))]
         if told is not None:
@@ -156,12 +159,29 @@ class Caller:
         )
 
     def _refuse_other_libraries(self) -> None:
-        if any(m.name.startswith(("ld-musl", "libc.musl")) for m in self.image.modules):
+        if self.image.executable.module.interpreter and self._address("gnu_get_libc_version") is None:
             raise UnsafeChange(
-                f"process {self.target.pid} runs with musl, in which no safe point for `dlopen` is known",
+                f"process {self.target.pid} runs with another C library than glibc (its loader is "
+                f"{self.image.executable.module.interpreter}), in which no safe point for `dlopen` is known",
                 "do without the library",
                 code="no-loader",
             )
+
+    def _refuse_executable_stack(self, path: str) -> None:
+        # The loader would make the stacks of all threads executable for such a library, for ever.
+        try:
+            data = Path(f"/proc/{self.target.pid}/root{path}").read_bytes()
+            headers = read_raw(path, data).program_headers
+        except (OSError, ObjectError):
+            return  # the loader will say what is wrong with it
+        flags = [int(header["flags"]) for header in headers if int(header["type"]) == _PT_GNU_STACK]
+        if (flags and not flags[0] & 1) or any(m.path == "[stack]" and m.executable for m in self.target.mappings()):
+            return
+        raise UnsafeChange(
+            f"{path} wants executable stacks, which would change the protection of all of process {self.target.pid}'s",
+            "link the library with -z noexecstack",
+            code="executable-stack",
+        )
 
     def _start_arguments(self) -> tuple[int, int, int]:
         # proc_pid_stat(5), startstack: the kernel puts argc there, argv and the first environment follow.

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from patcher.elf import SymbolType
+from patcher.elf.module import Module
 from patcher.image import Image, LoadedModule
 from patcher.target import StoppedThread
 from patcher.unwind import Unwinder
@@ -155,8 +156,8 @@ class SafePoints:
     def __init__(self, image: Image) -> None:
         self._image = image
         self._unwinder = Unwinder(image)
-        self._known: dict[LoadedModule, _Code] = {}
-        self._jumps: dict[LoadedModule, frozenset[int]] = {}
+        self._known: dict[tuple[Module, int], _Code] = {}
+        self._jumps: dict[_Code, frozenset[int]] = {}
 
     def objection(self, thread: StoppedThread) -> str:
         """Say why a thread, stopped with its general registers, is at no safe point; "" when it is at one."""
@@ -182,9 +183,10 @@ class SafePoints:
         module = self._image.module_at(address)
         if module is None:
             return None
-        if module not in self._known:
-            self._known[module] = _read_code(module, executable=module is self._image.executable)
-        return self._known[module]
+        key = module.module, module.bias
+        if key not in self._known:
+            self._known[key] = _read_code(module, executable=module is self._image.executable)
+        return self._known[key]
 
     def _objection_to_calls(self, frames: _Frames) -> str:
         # A function of the C library that the program called speaks for those that it calls in turn: those that
@@ -203,15 +205,15 @@ class SafePoints:
 
     def _continuations(self, code: _Code) -> frozenset[int]:
         """Return the live addresses to which functions that hold nothing jump as their last act."""
-        if code.module not in self._jumps:
+        if code not in self._jumps:
             found: dict[bool, set[int]] = {True: set(), False: set()}
             for function in code.functions:
                 name = _plain(function.name)
                 harmless = _WAITS.fullmatch(name) is not None
                 if harmless or _HOLDS.fullmatch(name):
                     found[harmless] |= self._jump_targets(code.module, function)
-            self._jumps[code.module] = frozenset(found[True] - found[False])
-        return self._jumps[code.module]
+            self._jumps[code] = frozenset(found[True] - found[False])
+        return self._jumps[code]
 
     def _jump_targets(self, module: LoadedModule, function: Function) -> set[int]:
         start = function.start + module.bias
@@ -226,6 +228,8 @@ class SafePoints:
         if not thread.waiting:
             return "runs code whose frames cannot be told"
         words = self._stack_words(thread)
+        if words is None:
+            return f"runs on a stack that is not mapped (sp {thread.sp:#x})"
         for module in self._image.modules:
             code = self._code_at(module.start)
             assert code is not None
@@ -236,9 +240,11 @@ class SafePoints:
                 return "may be in a signal handler"
         return ""
 
-    def _stack_words(self, thread: StoppedThread) -> npt.NDArray[np.uint64]:
+    def _stack_words(self, thread: StoppedThread) -> npt.NDArray[np.uint64] | None:
         low = thread.sp & ~7
-        stack = next(m for m in self._image.target.mappings() if thread.sp in m)
+        stack = next((m for m in self._image.target.mappings() if thread.sp in m and m.readable), None)
+        if stack is None:
+            return None
         data = self._image.target.memory.read(low, stack.end - low)
         return np.append(np.frombuffer(data, np.uint64), np.uint64(thread.pc))
 

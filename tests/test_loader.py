@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from living import compile_text, run, running
+from living import await_sleep, compile_text, run, running
 
 from patcher.errors import PatcherError, TargetBusy, UnsafeChange
 from patcher.image import Image
@@ -129,6 +129,7 @@ def address(caller: Caller, name: str) -> int:
 @pytest.mark.parametrize("state", ["read", "poll", "condition", "fgets", "nanosleep", "stale buffer"])
 def test_a_library_is_loaded_into_an_idle_program_and_nothing_else_is_changed(start, library, state):
     program = start("states", state)
+    await_sleep(program.pid)
     before = maps(program.pid)
     with calling(program.pid) as caller:
         assert caller.image.resolve("seen", caller.image.executable) is None
@@ -195,8 +196,19 @@ def test_a_static_program_with_the_loader_in_it_can_load(start, library, flags):
     assert program.process.poll() is None
 
 
+def test_a_library_that_wants_executable_stacks_is_refused(start, folder):
+    program = start("states", "read")
+    wanting = make_library(folder, "libwanting.so", LIBRARY, "-Wl,-z,execstack")
+    before = maps(program.pid)
+    with calling(program.pid) as caller, pytest.raises(UnsafeChange, match="wants executable stacks") as caught:
+        caller.load_library(str(wanting))
+    assert caught.value.code == "executable-stack"
+    assert maps(program.pid) == before
+
+
 def test_no_library_is_loaded_while_the_only_thread_holds_a_lock(start, library):
     program = start("states", "iterate")
+    await_sleep(program.pid)
     before = maps(program.pid)
     with calling(program.pid, wait=0.2) as caller, pytest.raises(TargetBusy, match="dl_iterate_phdr"):
         caller.load_library(str(library))

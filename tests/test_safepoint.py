@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from living import compile_text, run, running
+from living import await_sleep, compile_text, run, running
 
 from patcher.image import Image
 from patcher.safepoint import Function, Kind, SafePoints, kind_of, unsafe_extents
@@ -73,22 +73,20 @@ def objection(program: Path, state: str, *, second: bool = False, waiting: bool 
             pass
         image = Image(target)
         tid = next(tid for tid in target.threads() if tid != target.pid) if second else target.pid
-        await_state(target, tid, waiting=waiting)
+        if waiting:
+            await_sleep(target.pid, tid)
+        else:
+            await_work(target, tid)
         with sampled(target, tid=tid, waiting=waiting) as thread:
             return SafePoints(image).objection(thread)
 
 
-def await_state(target: Target, tid: int, *, waiting: bool) -> None:
-    """Wait until a thread stays asleep in one call, or has used the processor for a while since."""
-    seen: list[str] = []
-    while len(seen) < 30 or len(set(seen[-30:])) > 1:
-        text = Path(f"/proc/{target.pid}/task/{tid}/syscall").read_text()
-        if not waiting:
-            fields = Path(f"/proc/{target.pid}/task/{tid}/stat").read_text().rpartition(")")[2].split()
-            if int(fields[11]) > 10:
-                return
-            continue
-        seen.append(text if not text.startswith("running") else str(len(seen)))
+def await_work(target: Target, tid: int) -> None:
+    """Return once a thread has used the processor for a tenth of a second."""
+    while True:
+        fields = Path(f"/proc/{target.pid}/task/{tid}/stat").read_text().rpartition(")")[2].split()
+        if int(fields[11]) > 10:  # utime, in hundredths
+            return
 
 
 @pytest.mark.parametrize("state", ASLEEP)
@@ -194,7 +192,7 @@ def test_threads_of_a_c_plus_plus_program_asleep_are_at_safe_points(tmp_path, st
             pass
         image = Image(target)
         for tid in target.threads():
-            await_state(target, tid, waiting=True)
+            await_sleep(target.pid, tid)
             with sampled(target, tid=tid) as thread:
                 assert SafePoints(image).objection(thread) == ""
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
-from living import run, running
+from living import await_sleep, run, running
 
 from patcher.image import Image
 from patcher.target import Target
@@ -27,14 +26,6 @@ def own_functions(image: Image, trace: Backtrace) -> list[str]:
     module = image.executable
     found = [module.module.symbols.covering(a - module.bias) for a in trace.addresses if module.executable_at(a)]
     return [symbol.name for symbol in found if symbol is not None]
-
-
-def await_call(pid: int) -> None:
-    """Wait until the first thread stays in one system call."""
-    seen: list[str] = []
-    while len(set(seen[-20:])) != 1 or len(seen) < 20 or seen[-1].startswith("running"):
-        seen.append(Path(f"/proc/{pid}/syscall").read_text())
-        time.sleep(0.001)
 
 
 def backtrace(target: Target, image: Image, unwinder: Unwinder) -> Backtrace:
@@ -64,7 +55,7 @@ CALLS = {
 )
 def test_a_backtrace_is_the_calls_that_a_thread_is_in(tmp_path, compiler, flags, state):
     with running(build(tmp_path, "states", *flags, compiler=compiler), state) as target:
-        await_call(target.pid)
+        await_sleep(target.pid)
         image = Image(target)
         trace = backtrace(target, image, Unwinder(image))
     assert trace.complete
@@ -75,7 +66,7 @@ def test_a_backtrace_is_the_calls_that_a_thread_is_in(tmp_path, compiler, flags,
 
 def test_what_has_no_call_frame_information_ends_the_walk(tmp_path):
     with running(build(tmp_path, "states", "-O0"), "unknown") as target:
-        await_call(target.pid)
+        await_sleep(target.pid)
         image = Image(target)
         trace = backtrace(target, image, Unwinder(image))
     assert not trace.complete

@@ -104,7 +104,7 @@ class Terms:
 
     def uses_stack(self, sp: int) -> bool:
         """Whether a stack pointer is inside the memory for the steps."""
-        return self.stack is not None and self.stack[0] <= sp <= self.stack[1]
+        return self.stack is not None and self.stack[0] <= sp < self.stack[1]
 
 
 @dataclass(frozen=True, slots=True)

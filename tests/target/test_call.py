@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import pytest
 
-from patcher.errors import PatcherError, TargetBusy
-from patcher.target import FunctionCall, Result, Target
+from patcher.errors import PatcherError, TargetBusy, TargetGone
+from patcher.target import FunctionCall, Result, SystemCall, Target
 
 from .conftest import statuses
 
+MMAP = 9
 STACK_SIZE = 256 << 10
 
 
@@ -35,6 +36,7 @@ class Callees(NamedTuple):
     pipe_in: int
     code: int
     stack: int
+    leave: int
 
 
 class Ground:
@@ -153,6 +155,73 @@ def test_a_thread_at_no_safe_point_is_not_borrowed_and_the_reason_is_told(ground
             wait=0.05,
         )
     ground.check()
+
+
+@pytest.mark.parametrize("stack", [True, False])
+def test_registers_vectors_and_red_zone_are_kept(start, attach, stack):
+    program = start("vectors")
+    target = attach(program.pid)
+    trample = program.addresses[1]
+    code, low = (
+        target.inject([SystemCall(MMAP, (0, STACK_SIZE, protection, 0x22, -1, 0))])[0] for protection in (5, 3)
+    )
+    for _ in range(60):
+        (length,) = target.call(
+            [FunctionCall(trample, (b"text\0",))],
+            code=code,
+            objection=lambda thread: "",
+            stack=(low, low + STACK_SIZE) if stack else None,
+        )
+        assert length == 4
+    rounds, faults = map(int, program.ask("report").split())
+    assert rounds > 0
+    assert faults == 0
+
+
+def test_blocked_calls_of_the_borrowed_thread_go_on(start, attach):
+    program = start("blockers")
+    target = attach(program.pid)
+    code, low = (
+        target.inject([SystemCall(MMAP, (0, STACK_SIZE, protection, 0x22, -1, 0))])[0] for protection in (5, 3)
+    )
+    target.memory.write(code + 2048, b"\x48\x8d\x47\x01\xc3")  # lea 1(%rdi), %rax; ret
+    for tid in target.threads():
+        for _ in range(3):
+            assert target.call(
+                [FunctionCall(code + 2048, (41,))],
+                code=code,
+                objection=lambda thread, wanted=tid: "" if thread.tid == wanted else "is another",
+                stack=(low, low + STACK_SIZE),
+            ) == (42,)
+    assert program.ask("report") == ""
+    _, short, long = map(int, program.ask("naps").split())
+    assert (short, long) == (0, 0)
+
+
+def test_a_stopped_job_stays_stopped(start, attach):
+    program = start("callees")
+    ground = Ground(program, attach(program.pid))
+    os.kill(program.pid, signal.SIGSTOP)
+    assert os.WIFSTOPPED(os.waitpid(program.pid, os.WUNTRACED)[1])
+    for _ in range(5):
+        assert ground.call(FunctionCall(ground.callees.length, (b"on\0",))) == (2,)
+    with pytest.raises(TargetBusy, match="is asleep"):
+        ground.target.call(
+            [FunctionCall(ground.callees.where)], code=ground.code, objection=lambda thread: "is asleep", wait=0.1
+        )
+    while statuses(program.pid, "State") != {"T"}:
+        pass
+    assert os.waitpid(program.pid, os.WUNTRACED | os.WNOHANG) == (0, 0)
+    os.kill(program.pid, signal.SIGCONT)
+    ground.check()
+
+
+def test_a_program_that_ends_in_the_call_is_gone(start, attach):
+    program = start("callees")
+    ground = Ground(program, attach(program.pid))
+    with pytest.raises(TargetGone):
+        ground.call(FunctionCall(ground.callees.leave, (6,)))
+    assert os.WEXITSTATUS(ground.target.exit_status) == 6
 
 
 def call_for_ever(pid, code, stack, callees, ready):

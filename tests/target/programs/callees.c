@@ -55,9 +55,9 @@ int main(int count, char **arguments)
     signal(SIGUSR1, on_signal);
     char *code = mmap(0, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     char *stack = mmap(0, 256 << 10, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    printf("%p %p %p %p %p %p %p %p %p %x %x %p %p\n", (void *)__errno_location, (void *)sum, (void *)length, (void *)deep,
+    printf("%p %p %p %p %p %p %p %p %p %x %x %p %p %p\n", (void *)__errno_location, (void *)sum, (void *)length, (void *)deep,
            (void *)where, (void *)wait_for, (void *)give_up, (void *)fault, (void *)count_calls, ends[0], ends[1], (void *)code,
-           (void *)stack);
+           (void *)stack, (void *)_exit);
     fflush(stdout);
     if (count > 1) {
         getcontext(&inside);
