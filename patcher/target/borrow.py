@@ -65,6 +65,8 @@ _RED_ZONE = 128
 _ROOM_TO_CALL = 64 * 1024
 _SCANNED_STACK = 64 * 1024
 _STOP_SECONDS = 0.5
+_RESTART_SYSCALL = 219
+_RESTARTED_BY_BLOCK = frozenset({7, 35, 202, 230})  # poll, nanosleep, futex, clock_nanosleep
 _DEFAULT_MXCSR = 0x1F80
 _FAULTS = frozenset({4, 5, 7, 8, 11, 31})  # SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV, SIGSYS
 _ABORT = 6
@@ -348,7 +350,7 @@ class _Loan:
         self.away = False
         self.results = 0
         self.own = _copied(tracee.registers)
-        self.alone = _as_left_alone(tracee.registers)
+        self.alone = _as_left_alone(tracee.registers, memory)
         self.mask = tracee.read_signal_mask()
         self.vector_state = tracee.read_vector_state()
 
@@ -571,15 +573,24 @@ def _check_stack(sp: int, bottom: int, mappings: Sequence[Mapping]) -> None:
     raise Unsuitable(f"runs on a stack that is not known for one (sp {sp:#x})")
 
 
-def _as_left_alone(registers: Registers) -> Registers:
+def _as_left_alone(registers: Registers, memory: Memory) -> Registers:
     """The registers with which a thread goes on by itself, a restartable system call being made anew."""
     alone = _copied(registers)
     # The table of EINTR calls has been applied at the stop: they show ERESTARTNOHAND by now.
     if is_restarting(registers):
         alone.rip -= 2
         alone.rax = registers.orig_rax
+        if alone.rax == _RESTART_SYSCALL:
+            alone.rax = _restarted_call(memory.read_available(alone.rip - 5, 5))
     alone.orig_rax = _ALL_BITS
     return alone
+
+
+def _restarted_call(before: bytes) -> int:
+    # An earlier stop made the kernel go on with a call of its own, restart_syscall, and rt_sigreturn makes it forget
+    # what that was to restart: it would report EINTR. The program's own instruction says it: mov $number, %eax.
+    number = int.from_bytes(before[1:], "little")
+    return number if before[:1] == b"\xb8" and number in _RESTARTED_BY_BLOCK else _RESTART_SYSCALL
 
 
 def _copied(registers: Registers) -> Registers:

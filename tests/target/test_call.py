@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +14,13 @@ from typing import NamedTuple
 import pytest
 
 from patcher.errors import PatcherError, TargetBusy, TargetGone
-from patcher.target import FunctionCall, Result, SystemCall, Target
+from patcher.target import FunctionCall, Result, SystemCall, Target, tracing
 
 from .conftest import statuses
 
 MMAP = 9
 STACK_SIZE = 256 << 10
+ADD_ONE = b"\x48\x8d\x47\x01\xc3"  # lea 1(%rdi), %rax; ret
 
 
 class Callees(NamedTuple):
@@ -66,6 +69,13 @@ class Ground:
         assert statuses(self.program.pid, "TracerPid") == {"0"}
         assert statuses(self.program.pid, "SigBlk") == {"0" * 16}
         return handled
+
+
+def mapped(target):
+    """Map code and stack in a target, by two system calls."""
+    (code,) = target.inject([SystemCall(MMAP, (0, 4096, 5, 0x22, -1, 0))])
+    (low,) = target.inject([SystemCall(MMAP, (0, STACK_SIZE, 3, 0x22, -1, 0))])
+    return code, (low, low + STACK_SIZE)
 
 
 @pytest.fixture(params=["main stack", "small stack"])
@@ -134,6 +144,25 @@ def test_a_function_that_hangs_is_abandoned(ground):
     assert ground.call(FunctionCall(c.sum, (1, 0, 0, 0, 0, 0))) == (1,)
 
 
+def test_a_thread_whose_call_is_abandoned_goes_on_sleeping(start, attach):
+    program = start("blockers")
+    target = attach(program.pid)
+    code, stack = mapped(target)
+    target.memory.write(code + 2048, b"\xeb\xfe")  # jmp to itself
+    for tid in target.threads():
+        for _ in range(2):
+            with pytest.raises(TargetBusy, match="did not come back"):
+                target.call(
+                    [FunctionCall(code + 2048)],
+                    code=code,
+                    objection=lambda thread, wanted=tid: "" if thread.tid == wanted else "is another",
+                    stack=stack,
+                    timeout=0.01,
+                )
+    assert program.ask("report") == ""
+    assert statuses(program.pid, "TracerPid") == {"0"}
+
+
 def test_signals_wait_for_the_end_of_the_call(ground):
     c = ground.callees
     for _ in range(3):
@@ -162,15 +191,13 @@ def test_registers_vectors_and_red_zone_are_kept(start, attach, stack):
     program = start("vectors")
     target = attach(program.pid)
     trample = program.addresses[1]
-    code, low = (
-        target.inject([SystemCall(MMAP, (0, STACK_SIZE, protection, 0x22, -1, 0))])[0] for protection in (5, 3)
-    )
+    code, memory = mapped(target)
     for _ in range(60):
         (length,) = target.call(
             [FunctionCall(trample, (b"text\0",))],
             code=code,
             objection=lambda thread: "",
-            stack=(low, low + STACK_SIZE) if stack else None,
+            stack=memory if stack else None,
         )
         assert length == 4
     rounds, faults = map(int, program.ask("report").split())
@@ -181,17 +208,15 @@ def test_registers_vectors_and_red_zone_are_kept(start, attach, stack):
 def test_blocked_calls_of_the_borrowed_thread_go_on(start, attach):
     program = start("blockers")
     target = attach(program.pid)
-    code, low = (
-        target.inject([SystemCall(MMAP, (0, STACK_SIZE, protection, 0x22, -1, 0))])[0] for protection in (5, 3)
-    )
-    target.memory.write(code + 2048, b"\x48\x8d\x47\x01\xc3")  # lea 1(%rdi), %rax; ret
+    code, stack = mapped(target)
+    target.memory.write(code + 2048, ADD_ONE)
     for tid in target.threads():
         for _ in range(3):
             assert target.call(
                 [FunctionCall(code + 2048, (41,))],
                 code=code,
                 objection=lambda thread, wanted=tid: "" if thread.tid == wanted else "is another",
-                stack=(low, low + STACK_SIZE),
+                stack=stack,
             ) == (42,)
     assert program.ask("report") == ""
     _, short, long = map(int, program.ask("naps").split())
@@ -265,6 +290,78 @@ def test_a_controller_killed_at_any_instant_leaves_a_sound_thread(ground):
         )
         ground.check()
     assert ground.call(FunctionCall(ground.callees.sum, (1, 0, 0, 0, 0, 0))) == (1,)
+
+
+def dies_after(requests, work):
+    """Do `work` in a child that is killed right after so many ptrace requests; return whether it came to its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            left, ptrace = [requests], tracing.ptrace
+
+            def ptrace_and_die(*arguments):
+                result = ptrace(*arguments)
+                left[0] -= 1
+                if not left[0]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+
+            tracing.ptrace = ptrace_and_die
+            work()
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code == 0
+
+
+def test_a_controller_killed_after_any_ptrace_request_leaves_a_sound_thread(ground):
+    c = ground.callees
+
+    def call():
+        with Target.attach(ground.program.pid) as target:
+            target.call(
+                [FunctionCall(c.length, (b"abc\0",)), FunctionCall(c.sum, (Result(0), 0, 0, 0, 0, 0))],
+                code=ground.code,
+                objection=lambda thread: "",
+                stack=ground.stack,
+                errno_location=c.errno_location,
+            )
+
+    requests = 1
+    while not dies_after(requests, call):
+        ground.check()
+        requests += 1
+    assert requests > 20
+    (calls,) = ground.call(FunctionCall(c.count_calls))
+    assert 3 < calls < requests
+
+
+def test_a_thread_asleep_goes_on_sleeping_after_any_ptrace_request_of_a_killed_controller(start, attach):
+    program = start("blockers")
+    target = attach(program.pid)
+    code, stack = mapped(target)
+    target.memory.write(code + 2048, ADD_ONE)
+
+    def call(wanted):
+        with Target.attach(program.pid) as own:
+            own.call(
+                [FunctionCall(code + 2048, (41,))],
+                code=code,
+                objection=lambda thread: "" if thread.tid == wanted else "is another",
+                stack=stack,
+            )
+
+    for tid in target.threads():
+        requests = 1
+        while not dies_after(requests, lambda wanted=tid: call(wanted)):
+            requests += 5
+    early = set(re.findall(r"(\w+)\(", program.ask("report")))
+    # These report EINTR after any stop: killed between the stop and its concealment, nobody conceals it.
+    assert early <= {"epoll_wait", "accept", "sigtimedwait", "recv", "semop"}
+    assert statuses(program.pid, "TracerPid") == {"0"}
 
 
 def test_a_function_is_finished_without_its_controller_and_the_next_one_waits_for_it(ground):
