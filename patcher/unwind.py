@@ -84,7 +84,7 @@ class Unwinder:
                 registers, interrupted = _caller(frame, row, registers, self._memory), frame.signal
             except TargetGone:
                 raise
-            except (_Unknown, PatcherError, struct.error, IndexError, ValueError):
+            except (_Unknown, PatcherError, struct.error, LookupError, ValueError):
                 break
         return Backtrace(tuple(addresses), False)
 
@@ -92,47 +92,48 @@ class Unwinder:
         """Return where the function that holds a live address starts, or None when its module does not tell."""
         try:
             return self._description(address)[0].start
-        except (_Unknown, PatcherError, struct.error, IndexError, ValueError):
+        except (_Unknown, PatcherError, struct.error, LookupError, ValueError):
             return None
 
     def _description(self, address: int) -> tuple[_Frame, _Row]:
         found = self._rows.get(address)
         if found is None:
+            module = self._image.module_at(address)
+            if module is None:
+                return self._unlisted(address)
             if len(self._rows) > _MOST_ROWS:
                 self._rows.clear()
-            frame = self._frame(address)
+            frame = self._frame(self._table(module), address)
             found = self._rows[address] = frame, _row(frame, address)
         return found
 
-    def _frame(self, address: int) -> _Frame:
-        table = self._table(address)
+    def _frame(self, table: _Table | None, address: int) -> _Frame:
+        if table is None:
+            raise _Unknown
         description = table.description(address)
         if description not in self._frames:
             self._frames[description] = _read_frame(self._memory, description)
-        frame = self._frames[description]
-        if frame is None or not frame.start <= address < frame.end:
-            raise _Unknown
-        return frame
+        return _holding(self._frames[description], address)
 
-    def _table(self, address: int) -> _Table:
-        module = self._image.module_at(address)
-        if module is not None:
-            start, bias = module.start, module.bias
-        else:
-            start = bias = self._vdso(address)
-        if start not in self._tables:
-            found = _read_table(self._memory, start, bias)
-            self._tables[start] = found or (_listed_table(self._memory, module) if module is not None else None)
-        table = self._tables[start]
+    def _table(self, module: LoadedModule) -> _Table | None:
+        if module.start not in self._tables:
+            found = _read_table(self._memory, module.start, module.bias)
+            self._tables[module.start] = found or _listed_table(self._memory, module)
+        return self._tables[module.start]
+
+    def _unlisted(self, address: int) -> tuple[_Frame, _Row]:
+        # The kernel's own module, or one of ours, whose table grows: nothing of it is kept.
+        mappings = self._image.target.mappings()
+        here = next((m for m in mappings if address in m), None)
+        if here is None or not (here.inode or here.path == "[vdso]"):
+            raise _Unknown
+        beginnings = [m.start for m in mappings if (m.path, m.inode, m.offset) == (here.path, here.inode, 0)]
+        first = max((start for start in beginnings if start <= address), default=0)
+        table = _read_table(self._memory, first, first)
         if table is None:
             raise _Unknown
-        return table
-
-    def _vdso(self, address: int) -> int:
-        for mapping in self._image.target.mappings():
-            if mapping.path == "[vdso]" and address in mapping:
-                return mapping.start
-        raise _Unknown
+        frame = _holding(_read_frame(self._memory, table.description(address)), address)
+        return frame, _row(frame, address)
 
 
 # --- where a function's description is ----------------------------------------------------------------------------
@@ -215,6 +216,12 @@ def _encoding_at(section: bytes, position: int) -> int:
     common.unsigned(), common.signed()
     common.fixed(1) if version == 1 else common.unsigned()
     return _pointer_encoding(augmentation, common.block())
+
+
+def _holding(frame: _Frame | None, address: int) -> _Frame:
+    if frame is None or not frame.start <= address < frame.end:
+        raise _Unknown
+    return frame
 
 
 # --- what a description says --------------------------------------------------------------------------------------

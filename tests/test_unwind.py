@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
-from living import await_sleep, run, running
+from living import await_sleep, compile_text, run, running
 
 from patcher.image import Image
 from patcher.target import Target
@@ -91,3 +92,70 @@ def test_without_registers_there_is_nothing_to_walk(tmp_path):
         image = Image(target)
         with target.stopped() as stopped:
             assert Unwinder(image).backtrace(stopped.threads[0]) == Backtrace((), False)
+
+
+CLOCK = """
+#include <stdio.h>
+#include <time.h>
+#include <unistd.h>
+int main(void)
+{
+    struct timespec now;
+    if (write(1, "r", 1) != 1)
+        return 1;
+    for (;;)
+        clock_gettime(CLOCK_MONOTONIC, &now);
+}
+"""
+
+
+def test_code_of_the_kernel_in_the_process_is_walked_through(tmp_path):
+    run("gcc", "-O1", "-o", tmp_path / "clock", compile_text(CLOCK, tmp_path / "clock.o", "-O1"))
+    with running(tmp_path / "clock") as target:
+        image = Image(target)
+        unwinder = Unwinder(image)
+        kernels = next(m for m in target.mappings() if m.path == "[vdso]")
+        met = 0
+        while met < 20:
+            trace = backtrace(target, image, unwinder)
+            assert trace.complete
+            assert own_functions(image, trace) == OUTERMOST
+            met += trace.addresses[0] in kernels
+
+
+OURS = """
+#include <unistd.h>
+void sleep_in_ours(void) { char byte; while (read(0, &byte, 1) > 0) ; }
+"""
+LOADS = """
+#include <dlfcn.h>
+#include <unistd.h>
+int main(int count, char **arguments)
+{
+    void (*sleep_in_ours)(void) = (void (*)(void))dlsym(dlopen(arguments[count - 1], RTLD_NOW), "sleep_in_ours");
+    if (write(1, "r", 1) != 1)
+        return 1;
+    sleep_in_ours();
+    return 0;
+}
+"""
+
+
+def test_so_is_a_module_of_ours(tmp_path):
+    unit = compile_text(OURS, tmp_path / "ours.o", "-O1", "-fPIC")
+    run("gcc", "-shared", "-o", tmp_path / "ours.so", unit)
+    run("gcc", "-o", tmp_path / "loads", compile_text(LOADS, tmp_path / "loads.o", "-O1"))
+    descriptor = os.memfd_create("patcher")
+    try:
+        os.write(descriptor, (tmp_path / "ours.so").read_bytes())
+        with running(tmp_path / "loads", f"/proc/{os.getpid()}/fd/{descriptor}") as target:
+            await_sleep(target.pid)
+            image = Image(target)
+            trace = backtrace(target, image, Unwinder(image))
+            ours = [m for m in target.mappings() if m.path == "/memfd:patcher"]
+    finally:
+        os.close(descriptor)
+    assert not any(m.name == "memfd:patcher" for m in image.modules)
+    assert trace.complete
+    assert own_functions(image, trace) == OUTERMOST
+    assert [any(a in m for m in ours) for a in trace.addresses[:3]] == [False, True, False]
