@@ -34,6 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "link": READING | {"blocks", "code"},
     "linkmap": {"errors", "target"},
     "image": READING | {"code", "target", "linkmap"},
+    # Functions of the target are called where its frames show that nothing is locked.
+    "unwind": {"errors", "elf.tables", "image", "target"},
+    "safepoint": {"elf", "image", "target", "unwind"},
+    "loader": {"errors", "elf.tables", "image", "safepoint", "target"},
     # What earlier generations placed has names too: the journal's records say so. Units of one name are told
     # apart by matching each (the one edge that goes against the direction).
     "live": READING | {"blocks", "image", "code", "patch.journal", "match"},

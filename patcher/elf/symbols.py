@@ -107,6 +107,11 @@ class SymbolIndex:
             found = self._called[name] = tuple(self._symbol(i) for i in self._entries(name, files=False))
         return list(found)
 
+    def functions(self) -> tuple[StaticSymbol, ...]:
+        """Return the functions that have an extent."""
+        wanted = np.isin(self._types, (SymbolType.FUNC, SymbolType.IFUNC)) & (self._table["size"] > 0)
+        return tuple(self._symbol(i) for i in np.flatnonzero(wanted & (self._table["section"] != t.SHN_UNDEF)).tolist())
+
     def at(self, address: int) -> tuple[StaticSymbol, ...]:
         """Return the symbols whose value is exactly this link-time address."""
         found = self._starting.get(address)
