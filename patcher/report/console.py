@@ -74,6 +74,10 @@ class ConsoleReport:
                 lines.append(f"  {status}: {_escape(_listed(found))}")
         if event.new_variables:
             lines.append(f"  new variables: {_escape(_listed(event.new_variables))}")
+        if event.supplied:
+            lines.append(f"  brought in, being missing: {_escape(_listed([Path(s).name for s in event.supplied]))}")
+        if event.undefined:
+            lines.append(f"  [yellow]undefined, a call aborts[/]: {_escape(_listed(event.undefined))}")
         if event.line_only:
             lines.append(f"  only line numbers differ, left as they are: {_escape(self._some(event.line_only))}")
         if event.active:
