@@ -200,6 +200,9 @@ class _Generation:
         units = [linkage.unit(part, part.wanted()) for part in parts]
         units += [linkage.unit(part, ()) for part in waiting]
         found = plan(units, linkage.resolve, linkage.provide)
+        for block in found.code:
+            if linkage.part_of(block).supplied:
+                _check_end(block)
         doors = self._doors(arena, found, linkage)
         space = self.ledger.space(arena)
         copies, space = self._copies(doors, space)
@@ -334,6 +337,25 @@ class _Generation:
             return ()
         return tuple(
             (cell, value, island) for name in names for cell, value in self.image.jump_slots(name, live.address)
+        )
+
+
+_ENDS = ("jmp", "ret", "call", "ud2", "hlt", "int3", "syscall")  # what is called there does not come back
+
+
+def _check_end(block: Block) -> None:
+    """Refuse a function, written in assembler, that goes on into the next one of its section: they are placed apart."""
+    from patcher.code.instructions import decode_lite
+
+    if block.start + block.size >= block.object.sections[block.section].size:
+        return
+    words = [mnemonic.split()[-1] for _, _, mnemonic, _ in decode_lite(block.data, 0)]
+    last = next((word for word in reversed(words) if word != "nop"), "nop")
+    if last not in _ENDS:
+        raise LinkError(
+            f"`{block.name}` of {block.object.name} ends with `{last}` and goes on in the function behind it",
+            "restart the program, linked with it",
+            code="falls-through",
         )
 
 
