@@ -139,9 +139,8 @@ class Supplies:
         files = [str(a.path) for a in archives] + [str(library.path) for library in self._all_libraries()]
         objects = [f"{self.build.count} objects of the build"] if self.build.count else []
         looked = ", ".join([*objects, *files])
-        return (
-            "give what defines it with --archive or --library, or define it in a source file that is watched"
-            + (f" (looked in the process, {looked})" if looked else "")
+        return "give what defines it with --archive or --library, or define it in a source file that is watched" + (
+            f" (looked in the process, {looked})" if looked else ""
         )
 
     # --- objects ----------------------------------------------------------------------------------------------

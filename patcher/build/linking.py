@@ -121,9 +121,7 @@ def _read_line(origin: str, directory: Path, arguments: tuple[str, ...], compile
         elif not word.startswith("-") and (path.suffix == ".a" or _SHARED.match(path.name)) and path.is_file():
             found += _resolved(path, places, compiler, static)
     archives = tuple(dict.fromkeys(p for p in found if p.suffix == ".a"))
-    return LinkLine(
-        origin, tuple(objects), archives, tuple(dict.fromkeys(p for p in found if _SHARED.match(p.name)))
-    )
+    return LinkLine(origin, tuple(objects), archives, tuple(dict.fromkeys(p for p in found if _SHARED.match(p.name))))
 
 
 def _linker_words(arguments: Sequence[str]) -> Iterator[str]:
