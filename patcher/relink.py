@@ -15,7 +15,7 @@ from typing import Protocol
 from patcher.blocks import Block, Blocks, External, Kind
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, displaced_copy, plan_entry
 from patcher.convention import Registers
-from patcher.elf import SymbolType
+from patcher.elf import ObjectFile, SymbolType
 from patcher.errors import LinkError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
 from patcher.link.place import Placement, Region, Space, place
@@ -125,6 +125,10 @@ class Supply(Protocol):
         """
         ...
 
+    def defining(self, name: str, module: LoadedModule) -> ObjectFile | None:
+        """Return the object that `find` would take the definition from."""
+        ...
+
 
 @dataclass(frozen=True)
 class Linked:
@@ -210,7 +214,8 @@ class _Generation:
         originals = {d.block: d.live.address for d in doors if d.live is not None}
         placement = place(found, space, islands, originals)
         self._record(arena, found, placement, doors, copies, linkage)
-        self.supplied += [p for p in linkage.supplied if any(b.object is p.blocks.object for b in found.placed)]
+        placed = {block.object for block in found.placed}
+        self.supplied += [p for p in linkage.supplied if p.blocks.object in placed or p.unit.key == UNDEFINED]
 
     def _doors(self, arena: Arena, found: Plan, linkage: _Linkage) -> list[_Door]:
         following = self.ledger.usages[arena.base].slots
@@ -446,6 +451,14 @@ class _Linkage:
                     for symbol in block.symbols:
                         self._brought.setdefault(symbol.name, (part, block))
         self._redirects = {r.original: r for r in ledger.journal.redirects}
+        self._known: dict[tuple[LoadedModule, str], Bound | None] = {}
+        # What still stands for an undefined function defines nothing.
+        stubs = {p.address for p in ledger.journal.placed if p.unit == UNDEFINED}
+        self._born = [
+            r
+            for r in reversed(ledger.journal.redirects)
+            if r.born and not r.local and not (r.unit == UNDEFINED and ledger.slots[r.arena][r.index] in stubs)
+        ]
 
     def part_of(self, block: Block) -> Part:
         return self._objects[block.object]
@@ -517,6 +530,9 @@ class _Linkage:
 
     def _elsewhere(self, part: Part, block: Block) -> Bound | None:
         """Return the process's own definition of what a supplied object defines too, None when it has none."""
+        live = part.live(block)
+        if live is not None and live.redirect is not None and live.redirect.unit == UNDEFINED:
+            return None  # found at last
         if part.status(block) is Status.CHANGED and not is_private_piece(block.name):
             raise UnsafeChange(
                 f"`{block.name}` of {part.source} is needed together with what is missing, and what process "
@@ -563,6 +579,7 @@ class _Linkage:
         if address is None:
             found = self._find_variable(part, block)
             if found is None:
+                self._check_tentative(part, block)
                 return None
             if found.size and block.size and found.size != block.size:
                 raise UnsafeChange(
@@ -578,6 +595,20 @@ class _Linkage:
         if base is None:
             raise _without_fixed_place(block.name, part.module)
         return Bound(base + address, thread_local=True)
+
+    def _check_tentative(self, part: Part, block: Block) -> None:
+        """Refuse a new common symbol that ld would merge with a definition elsewhere."""
+        supply = self._beyond.supply
+        for symbol in block.symbols if supply is not None else ():
+            if symbol.common and supply is not None:
+                other = supply.defining(symbol.name, part.module)
+                if other is not None and any(s.name == symbol.name and not s.common for s in other.symbols):
+                    raise UnsafeChange(
+                        f"`{symbol.name}` is new and without an initial value in {part.source}, and {other.name} "
+                        "defines it",
+                        "declare it `extern`, or compile with -fno-common",
+                        code="tentative",
+                    )
 
     def _find_variable(self, part: Part, block: Block) -> LiveVariable | None:
         interposed = self._interposed(part, block)
@@ -596,6 +627,12 @@ class _Linkage:
 
     def _denoted(self, module: LoadedModule, name: str) -> Bound | None:
         """Return what a name denotes for a unit of a module, in the process or already in this generation."""
+        key = (module, name)
+        if key not in self._known:
+            self._known[key] = self._look_up(module, name)
+        return self._known[key]
+
+    def _look_up(self, module: LoadedModule, name: str) -> Bound | None:
         earlier = self._from_earlier_generation(module, name)
         if earlier is not None:
             return earlier
@@ -630,8 +667,8 @@ class _Linkage:
 
     def _born_elsewhere(self, name: str) -> Bound | None:
         """Return what only a patch of another module has brought: its functions and its constants."""
-        for redirect in reversed(self.ledger.journal.redirects):
-            if redirect.born and not redirect.local and name in redirect.names:
+        for redirect in self._born:
+            if name in redirect.names:
                 return Bound(redirect.original)
         for placed in reversed(self.ledger.journal.placed):
             if placed.kind == "read-only" and not placed.local and name in placed.names:
@@ -639,8 +676,8 @@ class _Linkage:
         return None
 
     def _from_earlier_generation(self, module: LoadedModule, name: str) -> Bound | None:
-        for redirect in reversed(self.ledger.journal.redirects):
-            if redirect.born and not redirect.local and name in redirect.names and redirect.module == module.path:
+        for redirect in self._born:
+            if name in redirect.names and redirect.module == module.path:
                 return Bound(redirect.original)
         for placed in reversed(self.ledger.journal.placed):
             if placed.kind == "data" and not placed.local and name in placed.names:

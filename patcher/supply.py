@@ -97,6 +97,7 @@ class Supplies:
     def begin(self) -> None:
         """Forget what belonged to the generation before."""
         self.loaded.clear()
+        self.build.begin()
         self._parts.clear()
         self._undefined.clear()
         self.to_load.clear()
@@ -118,6 +119,10 @@ class Supplies:
             self.to_load[library.path] = None
             return Bound(_FAR)
         return self._stand_in(name, module, uses()) if self.options.allow_undefined else None
+
+    def defining(self, name: str, module: LoadedModule) -> ObjectFile | None:
+        """Return the first object that defines a name."""
+        return next(self._objects_defining(name, module), None)
 
     def part_of(self, source: ObjectFile) -> Part | None:
         """Return the part that has the blocks of an object."""
@@ -248,16 +253,15 @@ class Supplies:
         unit = find_unit(self.image, self.ledger.view(), blocks, (module,))
         if unit is None:
             return
-        delta = match(blocks, unit)
+        try:
+            delta = match(blocks, unit)
+        except UnsafeChange as error:
+            raise _another_build(archive, module, error.message) from None
         # Whether it refers to the same statics cannot be told: the C library's objects are without their files' names.
         changed = [f for f in delta.with_status(Status.CHANGED) if f.cause is Cause.CODE and not _is_patched(f)]
         if changed:
-            raise UnsafeChange(
-                f"{archive.path} is not the archive that {module.name} was linked with: `{changed[0].name}` of "
-                f"{member.name} is not what runs ({changed[0].reason})",
-                "install the build of the C library that the program was linked with, or link it again",
-                code="mismatch",
-            )
+            how = f"`{changed[0].name}` of {member.name} is not what runs ({changed[0].reason})"
+            raise _another_build(archive, module, how)
 
     # --- libraries --------------------------------------------------------------------------------------------
 
@@ -306,6 +310,13 @@ class Supplies:
         return find_link_line(Path(self.image.executable.path), commands, self.compiler)
 
 
+@dataclass(frozen=True, slots=True)
+class _Definition:
+    path: Path
+    command: CompileCommand
+    weak: bool
+
+
 class BuildObjects:
     """The objects that the build made, by the symbols that they define."""
 
@@ -314,33 +325,41 @@ class BuildObjects:
         self._compile = compile_unit
         self._names: dict[Path, tuple[Stamp, dict[str, bool]]] = {}
         self._read: dict[Path, tuple[Stamp, ObjectFile]] = {}
+        self._index: dict[str, tuple[_Definition, ...]] | None = None
         self.command_of: dict[ObjectFile, CompileCommand] = {}
 
     @property
     def count(self) -> int:
         return len(self._names)
 
+    def begin(self) -> None:
+        """Look at the objects again when something is missing next."""
+        self._index = None
+
     def defining(self, name: str) -> ObjectFile | None:
         """Return the object that defines a name; the unit is compiled when its object is older than its source.
 
         Raises `UnsafeChange` when several do.
         """
-        found: dict[Path, tuple[CompileCommand, bool]] = {}
-        for command in self._commands.known():
-            path = object_of(command)
-            names = self._names_of(path) if path is not None and path not in found else {}
-            if path is not None and name in names:
-                found[path] = command, names[name]
-        strong = {path: known for path, known in found.items() if not known[1]} or dict(list(found.items())[:1])
-        if len(strong) > 1:
+        if self._index is None:
+            self._index = self._read_index()
+        found = self._index.get(name, ())
+        chosen = [d for d in found if not d.weak] or list(found[:1])
+        if len(chosen) > 1:
             raise UnsafeChange(
-                f"`{name}` is not in the process, and {' and '.join(map(str, strong))} define it",
+                f"`{name}` is not in the process, and {' and '.join(str(d.path) for d in chosen)} define it",
                 "give the object that is meant to `patcher apply`, together with what refers to it",
                 code="ambiguous-symbol",
             )
-        for path, (command, _) in strong.items():
-            return self._object(path, command)
-        return None
+        return self._object(chosen[0]) if chosen else None
+
+    def _read_index(self) -> dict[str, tuple[_Definition, ...]]:
+        index: dict[str, tuple[_Definition, ...]] = {}
+        made = {path: command for command in self._commands.known() if (path := object_of(command)) is not None}
+        for path, command in made.items():
+            for name, weak in self._names_of(path).items():
+                index[name] = (*index.get(name, ()), _Definition(path, command, weak))
+        return index
 
     def _names_of(self, path: Path) -> dict[str, bool]:
         try:
@@ -352,11 +371,13 @@ class BuildObjects:
             known = self._names[path] = stamp, defined_names(path)
         return known[1]
 
-    def _object(self, path: Path, command: CompileCommand) -> ObjectFile:
-        newest = max(_stamp(path), _stamp(command.file) if command.file.exists() else (0, 0, 0))
+    def _object(self, definition: _Definition) -> ObjectFile:
+        path, command = definition.path, definition.command
+        made_at = _stamp(path)
+        outdated = command.file.exists() and _stamp(command.file)[0] > made_at[0]
+        newest = _stamp(command.file) if outdated else made_at
         known = self._read.get(path)
         if known is None or known[0] != newest:
-            outdated = newest[0] > _stamp(path)[0]
             made = self._compile(command) if outdated else read_object(path)
             known = self._read[path] = newest, made
             self.command_of[made] = command
@@ -365,6 +386,14 @@ class BuildObjects:
 
 def _has(module: LoadedModule, name: str) -> bool:
     return any(not s.local or module.module.demoted(s) for s in module.module.symbols.named(name))
+
+
+def _another_build(archive: Archive, module: LoadedModule, how: str) -> UnsafeChange:
+    return UnsafeChange(
+        f"{archive.path} is not the archive that {module.name} was linked with: {how}",
+        "install the build of the C library that the program was linked with, or link it again",
+        code="mismatch",
+    )
 
 
 def _is_patched(function: FunctionMatch) -> bool:
