@@ -29,6 +29,7 @@ from patcher.blocks import Block, Blocks
 from patcher.build import (
     Commands,
     CompileCommand,
+    Compiler,
     LinkLine,
     file_of_compiler,
     find_link_line,
@@ -78,12 +79,12 @@ class Supplies:
         ledger: Ledger,
         options: Options,
         commands: Commands,
-        compile_unit: Callable[[CompileCommand], ObjectFile],
+        compiler: Compiler,
     ) -> None:
         self.image = image
         self.ledger = ledger
         self.options = options
-        self.build = BuildObjects(commands, compile_unit)
+        self.build = BuildObjects(commands, compiler)
         self._commands = commands
         self._archives: dict[Path, tuple[Stamp, Archive]] = {}
         self._libraries: dict[Path, tuple[Stamp, Library]] = {}
@@ -320,9 +321,9 @@ class _Definition:
 class BuildObjects:
     """The objects that the build made, by the symbols that they define."""
 
-    def __init__(self, commands: Commands, compile_unit: Callable[[CompileCommand], ObjectFile]) -> None:
+    def __init__(self, commands: Commands, compiler: Compiler) -> None:
         self._commands = commands
-        self._compile = compile_unit
+        self._compiler = compiler
         self._names: dict[Path, tuple[Stamp, dict[str, bool]]] = {}
         self._read: dict[Path, tuple[Stamp, ObjectFile]] = {}
         self._index: dict[str, tuple[_Definition, ...]] | None = None
@@ -378,10 +379,17 @@ class BuildObjects:
         newest = _stamp(command.file) if outdated else made_at
         known = self._read.get(path)
         if known is None or known[0] != newest:
-            made = self._compile(command) if outdated else read_object(path)
+            made = self._compiled(command) if outdated else read_object(path)
             known = self._read[path] = newest, made
             self.command_of[made] = command
         return known[1]
+
+    def _compiled(self, command: CompileCommand) -> ObjectFile:
+        unit = self._compiler.compile(command)
+        try:
+            return read_object(unit.object)
+        finally:
+            self._compiler.discard(unit)
 
 
 def _has(module: LoadedModule, name: str) -> bool:

@@ -103,7 +103,7 @@ class Units:
             programs=[m.file for m in known],
             program_names=[Path(m.path) for m in known],
         )
-        self.supplies = Supplies(image, ledger, options, self.commands, self._compiled)
+        self.supplies = Supplies(image, ledger, options, self.commands, self.compiler)
         self.build_seconds = 0.0  # spent in compilers since it was last set to 0
         self._proven: set[tuple[Path, tuple[str, ...]]] = set()
         self._needed_reach: dict[tuple[Path, tuple[str, ...]], Variant] = {}
