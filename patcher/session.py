@@ -233,8 +233,11 @@ class Session:
             except NeedsArena:
                 self._map_stub_area()
             except FarData as error:
-                if not units.supply_farther(error.object):
-                    parts = [self._reaching(units, part, error) for part in parts]
+                own = any(part.blocks.object is error.object for part in (*parts, *waiting))
+                if not own and not units.supply_farther(error.object):
+                    raise
+                parts = [self._reaching(units, part, error) for part in parts]
+                waiting = [self._reaching(units, part, error) for part in waiting]
             except UnresolvedSymbol as error:
                 raise UnresolvedSymbol(error.message, supplies.advice()) from None
             else:

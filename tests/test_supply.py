@@ -255,6 +255,25 @@ def beside(project: Project, name: str, text: str, *flags: str) -> None:
     database.write_text(json.dumps([*json.loads(database.read_text()), entry]))
 
 
+FAR = "extern char **environ;\nint late(int n) { return environ ? 3 * n : 0; }\n"
+
+
+def test_an_object_that_cannot_reach_a_librarys_data_is_compiled_to_reach_it(project: Project) -> None:
+    beside(project, "late.c", FAR)
+    with project.running() as program, attached(project, program.pid) as session:
+        session.apply(calling(project, "late(n)", "int late(int);"))
+        assert program.ask(2) == "6"
+
+
+def test_a_member_that_cannot_reach_a_librarys_data_is_refused_by_name(project: Project, tmp_path: Path) -> None:
+    found = archive(tmp_path / "libx.a", late=FAR)
+    with project.running() as program, patcher.attach(program.pid, archives=[found]) as session:
+        with pytest.raises(PatcherError, match=r"libx\.a\(late\.o\).* against `environ`") as refused:
+            session.apply(calling(project, "late(n)", "int late(int);"))
+        assert refused.value.code == "far-data"
+        assert "compile the unit" in refused.value.hint
+
+
 def test_two_objects_of_the_build_that_define_it_are_refused(project: Project) -> None:
     beside(project, "late.c", "int late(int n) { return n; }\n")
     beside(project, "later.c", "int late(int n) { return -n; }\n")
