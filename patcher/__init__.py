@@ -45,12 +45,16 @@ def attach(
     watched: Sequence[str | Path] = (),
     force: bool = False,
     dry_run: bool = False,
+    archives: Sequence[str | Path] = (),
+    libraries: Sequence[str] = (),
+    allow_undefined: bool = False,
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
     `compile_commands` and `watched` say where commands for source files are to be found; the sources that they
-    name are read now, as what the process was built from. Raises `TargetGone` or `AttachDenied`, with what to do
-    about it.
+    name are read now, as what the process was built from. `archives` and `libraries` are where to find what the
+    process lacks; with `allow_undefined`, a call of what is nowhere aborts when it is reached. Raises `TargetGone` or
+    `AttachDenied`, with what to do about it.
     """
     from patcher.options import Options
     from patcher.session import Session
@@ -61,6 +65,9 @@ def attach(
         watched=tuple(Path(w) for w in watched),
         force=force,
         dry_run=dry_run,
+        archives=tuple(Path(a) for a in archives),
+        libraries=tuple(libraries),
+        allow_undefined=allow_undefined,
     )
     session = Session(Target.attach(pid), options)
     session.remember_texts()

@@ -10,17 +10,19 @@ Decides where things are; whether they are the same as an object's is `match`'s 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from patcher.blocks import Block, Blocks, unit_of
-from patcher.elf import SymbolType
+from patcher.elf import ObjectFile, SymbolType
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import UnsafeChange
 from patcher.image import Image, LoadedModule
 from patcher.patch.journal import ArenaView, Placed, Redirect
 
+UNDEFINED = "(undefined)"  # the unit of the functions that stand for undefined ones
 _NUMBERED = re.compile(r"\.\d+$")
 
 
@@ -63,13 +65,23 @@ class LiveVariable:
 
 
 class LiveUnit:
-    """One unit in one module. Made by `find_unit`."""
+    """One unit in one module. Made by `find_unit`; `born`: the module was linked without it, a patch brings it."""
 
-    def __init__(self, image: Image, view: ArenaView, module: LoadedModule, file_symbol: str, group: int | None):
+    def __init__(
+        self,
+        image: Image,
+        view: ArenaView,
+        module: LoadedModule,
+        file_symbol: str,
+        group: int | None,
+        *,
+        born: bool = False,
+    ):
         self.image = image
         self.view = view
         self.module = module
         self.group = group
+        self.born = born
         self.key = f"{file_symbol}#{group}" if group is not None else file_symbol
         self._redirects = {r.original: r for r in view.journal.redirects if r.module == module.path}
         self._slots = {(r.arena, r.index): r for r in view.journal.redirects}
@@ -87,7 +99,8 @@ class LiveUnit:
         local = all(s.local for s in block.symbols)
         for symbol in sorted(block.symbols, key=lambda s: (s.name != block.name, s.local)):
             redirect = self._redirect_named(symbol.name, local)
-            if redirect is not None:
+            # The island of an IFUNC that a patch brought leads to what it chose; the resolver itself was placed.
+            if redirect is not None and not (redirect.born and symbol.type == SymbolType.IFUNC):
                 return self._redirected(redirect)
             found = self._static(symbol.name, local, functions=True)
             if found is not None:
@@ -149,6 +162,8 @@ class LiveUnit:
     # --- names ------------------------------------------------------------------------------------------------
 
     def _static(self, name: str, local: bool, *, functions: bool) -> StaticSymbol | None:
+        if self.born:
+            return None  # whatever the module has of this name is another unit's
         symbols = [s for s in self.module.module.symbols.named(name) if s.function == functions]
         own = [s for s in symbols if self._own(s)]
         exported = [s for s in symbols if not s.local]
@@ -194,8 +209,10 @@ class LiveUnit:
             and (name in p.names or (numbered(name) and base_name(p.name) == wanted))
             and self._ours(p.local, p.unit, local)
         ]
-        if not numbered(name) or self.group is None:
+        if not numbered(name):
             return placed[-1:]
+        if self.group is None:
+            return placed if self.born else placed[-1:]
         members = self.module.module.symbols.members(self.group)
         found = [s for s in members if numbered(s.name) and base_name(s.name) == wanted and not s.function]
         return [self._variable(s) for s in found] + placed
@@ -342,16 +359,43 @@ class LiveUnit:
                 yield from self.names_at(destination)
 
 
-def find_unit(image: Image, view: ArenaView, blocks: Blocks) -> LiveUnit | None:
+def born_unit(image: Image, view: ArenaView, blocks: Blocks, module: LoadedModule) -> LiveUnit:
+    """Return the unit of an object that no module was linked with: known, if at all, from earlier generations."""
+    known = _born_before(image, view, blocks.object)
+    return known or LiveUnit(image, view, module, born_key(blocks.object), None, born=True)
+
+
+def born_key(source: ObjectFile) -> str:
+    """Return the name that the local symbols of a born unit are kept under; members of archives have one each."""
+    archive, parenthesis, member = source.name.rpartition("(")
+    if not parenthesis or not member.endswith(")"):
+        return unit_of(source)
+    return f"{source.file_symbol or member[:-1]}#{Path(archive).name}({member}"
+
+
+def _born_before(image: Image, view: ArenaView, source: ObjectFile) -> LiveUnit | None:
+    key = born_key(source)
+    homes = {p.module for p in view.journal.placed if p.unit == key}
+    module = next((m for m in image.modules if m.path in homes), None)
+    return LiveUnit(image, view, module, key, None, born=True) if module is not None else None
+
+
+def find_unit(
+    image: Image, view: ArenaView, blocks: Blocks, modules: Sequence[LoadedModule] | None = None
+) -> LiveUnit | None:
     """Return where a unit's object stands in the process, or None when nothing of it is there.
 
-    The module is the one that has most of the unit's functions. Raises `UnsafeChange` when two groups
-    of local symbols, or two modules, fit equally well.
+    The module is the one of `modules` (default: all) that has most of the unit's functions. Raises `UnsafeChange`
+    when two groups of local symbols, or two modules, fit equally well.
     """
+    if "#" in born_key(blocks.object):
+        found = _born_before(image, view, blocks.object)
+        if found is not None:
+            return found
     file_symbol = unit_of(blocks.object)
     candidates: list[tuple[float, LoadedModule, int | None]] = []
     names = _Names.of(blocks)
-    for module in image.modules:
+    for module in image.modules if modules is None else modules:
         if len(module.module.symbols):
             score, group = _best_group(image, view, module, blocks, file_symbol, names)
             if score > 0:
@@ -361,8 +405,9 @@ def find_unit(image: Image, view: ArenaView, blocks: Blocks) -> LiveUnit | None:
         for module in image.modules:
             for path, _ in known:
                 if path == module.path:
-                    return LiveUnit(image, view, module, file_symbol, None)
-        return None
+                    born = (path, file_symbol) in known
+                    return LiveUnit(image, view, module, file_symbol, None, born=born)
+        return _now_defined(image, view, blocks, names)
     # Any library may have a function of one of these names; the unit itself left its file's name behind.
     named = [c for c in candidates if c[1].module.symbols.groups(file_symbol)] if file_symbol else []
     candidates = named or candidates
@@ -375,6 +420,16 @@ def find_unit(image: Image, view: ArenaView, blocks: Blocks) -> LiveUnit | None:
             code="ambiguous-module",
         )
     return LiveUnit(image, view, chosen[0][1], file_symbol, chosen[0][2])
+
+
+def _now_defined(image: Image, view: ArenaView, blocks: Blocks, names: _Names) -> LiveUnit | None:
+    """Return the unit of an object that defines what an earlier generation had to leave undefined."""
+    for redirect in view.journal.redirects:
+        if redirect.unit == UNDEFINED and names.exported.intersection(redirect.names):
+            module = next((m for m in image.modules if m.path == redirect.module), None)
+            if module is not None:
+                return born_unit(image, view, blocks, module)
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,20 +10,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from patcher.blocks import Block, Blocks, External, Kind
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, displaced_copy, plan_entry
 from patcher.convention import Registers
+from patcher.elf import ObjectFile, SymbolType
 from patcher.errors import LinkError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
 from patcher.link.place import Placement, Region, Space, place
 from patcher.link.plan import Bound, Plan, Unit, plan
-from patcher.live import LiveFunction, LiveVariable, base_name, numbered
+from patcher.live import UNDEFINED, LiveFunction, LiveVariable, base_name, numbered
 from patcher.match import MODULE_BASE, Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
 from patcher.patch.arena import SLOT_COUNT, Arena, Usage
 from patcher.patch.journal import Body, GenerationRecord, Placed, Redirect
-from patcher.patch.ledger import Commit, Ledger
+from patcher.patch.ledger import Choice, Commit, Ledger
 from patcher.statics import candidates, find_static
+from patcher.undefined import Use, uses_of
 
 _SAME = (Status.SAME, Status.LINE_ONLY)
 
@@ -32,11 +35,13 @@ class Part:
     """One unit's share of a generation: its verdicts, and the object that new code is taken from.
 
     That object is the one that was matched, or the same unit compiled with indirect access to external data;
-    its blocks then go by the names of the matched one's.
+    its blocks then go by the names of the matched one's. A part that is `supplied` is there only for what others
+    miss: nothing of it that the process has is replaced.
     """
 
-    def __init__(self, delta: Delta, source: str, blocks: Blocks | None = None) -> None:
+    def __init__(self, delta: Delta, source: str, blocks: Blocks | None = None, *, supplied: bool = False) -> None:
         self.delta = delta
+        self.supplied = supplied
         self.source = source
         self.blocks = blocks or delta.blocks
         self.unit = delta.unit
@@ -73,6 +78,8 @@ class Part:
 
     def wanted(self) -> tuple[Block, ...]:
         """Return the functions that have to be new. Private pieces follow from who uses them."""
+        if self.supplied:
+            return ()
         return tuple(
             b for b in self.blocks.functions if self.status(b) is Status.CHANGED and not is_private_piece(b.name)
         )
@@ -84,6 +91,13 @@ class Part:
             for b in self.blocks.functions
             if self.status(b) is Status.ADDED and b.exported and not is_private_piece(b.name)
         )
+
+    def defining(self, name: str) -> Block | None:
+        """Return the function or variable that the unit defines for others under a name."""
+        for block in (*self.blocks.functions, *self.blocks.data_blocks()):
+            if any(s.name == name and not s.local for s in block.symbols):
+                return block
+        return None
 
     def cold_pieces(self, block: Block) -> list[LiveFunction]:
         """Return the live pieces that were split off a function."""
@@ -99,6 +113,23 @@ class Replaced:
     extents: tuple[tuple[int, int], ...]
 
 
+class Supply(Protocol):
+    """Where a definition comes from that neither the generation's own units nor the process have."""
+
+    def find(
+        self, name: str, module: LoadedModule, uses: Callable[[], tuple[Use, ...]]
+    ) -> tuple[Part, Block] | Bound | None:
+        """Return the definition, or a far address that stands for one in a library that is still to be loaded.
+
+        None when there is none. `uses` tells who refers to it.
+        """
+        ...
+
+    def defining(self, name: str, module: LoadedModule) -> ObjectFile | None:
+        """Return the object that `find` would take the definition from."""
+        ...
+
+
 @dataclass(frozen=True)
 class Linked:
     """A generation that is linked; nothing of it is in the process yet."""
@@ -106,19 +137,23 @@ class Linked:
     commit: Commit
     replaced: tuple[Replaced, ...]
     new_variables: tuple[str, ...]
+    supplied: tuple[Part, ...] = ()  # the parts that came in because something was missing
 
 
 class NeedsArena(Exception):
     """An IFUNC has to be asked for its choice before anything else: map the arena, and link again."""
 
 
-def link_generation(image: Image, ledger: Ledger, parts: Sequence[Part], waiting: Sequence[Part] = ()) -> Linked:
+def link_generation(
+    image: Image, ledger: Ledger, parts: Sequence[Part], waiting: Sequence[Part] = (), supply: Supply | None = None
+) -> Linked:
     """Link every part's changed functions as one generation.
 
-    `waiting`: units whose new functions nobody called so far; they are placed when something now does.
+    `waiting`: units whose new functions nobody called so far; they are placed when something now does. `supply` is
+    asked for what is still missing then.
     Raises `LinkError` and its kin, `UnsafeChange`, and `NeedsArena`.
     """
-    linker = _Generation(image, ledger)
+    linker = _Generation(image, ledger, supply)
     modules = dict.fromkeys(p.module for p in parts)
     for module in modules:
         linker.link(module, [p for p in parts if p.module is module], [p for p in waiting if p.module is module])
@@ -126,9 +161,13 @@ def link_generation(image: Image, ledger: Ledger, parts: Sequence[Part], waiting
 
 
 class _Generation:
-    def __init__(self, image: Image, ledger: Ledger) -> None:
+    def __init__(self, image: Image, ledger: Ledger, supply: Supply | None) -> None:
         self.image = image
         self.ledger = ledger
+        self.supply = supply
+        self.defined: dict[str, Bound] = {}  # by the modules that were linked before
+        self.choices: list[Choice] = []
+        self.supplied: list[Part] = []
         self.number = ledger.journal.next_number
         self.writes: list[tuple[int, bytes]] = []
         self.usage: list[tuple[int, Usage]] = []
@@ -154,17 +193,20 @@ class _Generation:
             quiet=tuple(self.quiet),
             quiet_back=tuple(self.quiet_back),
         )
-        commit = Commit(record, tuple(self.writes), tuple(self.usage))
-        return Linked(commit, tuple(self.replaced), tuple(self.new_variables))
+        commit = Commit(record, tuple(self.writes), tuple(self.usage), tuple(self.choices))
+        return Linked(commit, tuple(self.replaced), tuple(self.new_variables), tuple(self.supplied))
 
     def link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
         low, high = module.text
         fixed = not module.module.position_independent
         arena = self.ledger.arena_near(low, high, below_2g=fixed)
-        linkage = _Linkage(self.image, self.ledger, (*parts, *waiting))
+        linkage = _Linkage(self.image, self.ledger, (*parts, *waiting), _Beyond(module, self.supply, self.defined))
         units = [linkage.unit(part, part.wanted()) for part in parts]
         units += [linkage.unit(part, ()) for part in waiting]
         found = plan(units, linkage.resolve, linkage.provide)
+        for block in found.code:
+            if linkage.part_of(block).supplied:
+                _check_end(block)
         doors = self._doors(arena, found, linkage)
         space = self.ledger.space(arena)
         copies, space = self._copies(doors, space)
@@ -172,6 +214,8 @@ class _Generation:
         originals = {d.block: d.live.address for d in doors if d.live is not None}
         placement = place(found, space, islands, originals)
         self._record(arena, found, placement, doors, copies, linkage)
+        placed = {block.object for block in found.placed}
+        self.supplied += [p for p in linkage.supplied if p.blocks.object in placed or p.unit.key == UNDEFINED]
 
     def _doors(self, arena: Arena, found: Plan, linkage: _Linkage) -> list[_Door]:
         following = self.ledger.usages[arena.base].slots
@@ -232,16 +276,23 @@ class _Generation:
             if block.symbols:
                 part = linkage.part_of(block)
                 self.placed.append(_placed(block, part, placement))
-                if block.kind is Kind.DATA:
+                if block.kind is not Kind.CODE:
+                    self._define(block, Bound(placement.addresses[block]))
+                if block.kind is Kind.DATA and not part.supplied:
                     self.new_variables.append(base_name(block.name))
         fresh = sum(1 for d in doors if d.fresh)
         space, before = placement.space, self.ledger.usages[arena.base]
         usage = Usage(space.read_only.start, space.code.start, space.data.start, before.slots + fresh, before.journal)
         self.usage.append((arena.base, usage))
 
+    def _define(self, block: Block, bound: Bound) -> None:
+        for symbol in block.symbols:
+            if not symbol.local:
+                self.defined.setdefault(symbol.name, bound)
+
     def _keep_registers(self, doors: list[_Door], placement: Placement) -> None:
         """Note which changed functions must have no frame when their callees change under them."""
-        for part in dict.fromkeys(door.part for door in doors):
+        for part in dict.fromkeys(door.part for door in doors if not door.part.supplied):
             registers = Registers(part.blocks, part.live, part.is_door)
             risk = registers.callers_at_risk(d.block for d in doors if d.part is part)
             for live in risk.old:
@@ -253,7 +304,8 @@ class _Generation:
     def _record_door(self, door: _Door, body: int, copy: tuple[int, bytes] | None) -> None:
         block, part, live = door.block, door.part, door.live
         self.bodies.append((door.arena.base, door.index, body))
-        self.statuses.append((block.name, part.module.path, "changed" if live is not None else "added"))
+        if part.unit.key != UNDEFINED:
+            self.statuses.append((block.name, part.module.path, "changed" if live is not None else "added"))
         if live is not None:
             extents = [(live.body, live.body + live.size)]
             extents += [(piece.body, piece.body + piece.size) for piece in part.cold_pieces(block)]
@@ -261,6 +313,10 @@ class _Generation:
         if not door.fresh:
             return
         island = door.arena.island(door.index)
+        if is_chosen(block):
+            self.choices.append(Choice(block.name, door.arena.base, door.index, body))
+        if live is None:
+            self._define(block, Bound(island))
         names = tuple(dict.fromkeys(s.name for s in block.symbols))
         self.redirects.append(
             Redirect(
@@ -286,6 +342,25 @@ class _Generation:
             return ()
         return tuple(
             (cell, value, island) for name in names for cell, value in self.image.jump_slots(name, live.address)
+        )
+
+
+_ENDS = ("jmp", "ret", "call", "ud2", "hlt", "int3", "syscall")  # what is called there does not come back
+
+
+def _check_end(block: Block) -> None:
+    """Refuse a function, written in assembler, that goes on into the next one of its section: they are placed apart."""
+    from patcher.code.instructions import decode_lite
+
+    if block.start + block.size >= block.object.sections[block.section].size:
+        return
+    words = [mnemonic.split()[-1] for _, _, mnemonic, _ in decode_lite(block.data, 0)]
+    last = next((word for word in reversed(words) if word != "nop"), "nop")
+    if last not in _ENDS:
+        raise LinkError(
+            f"`{block.name}` of {block.object.name} ends with `{last}` and goes on in the function behind it",
+            "restart the program, linked with it",
+            code="falls-through",
         )
 
 
@@ -333,19 +408,42 @@ def _nowhere(name: str, module: LoadedModule) -> LinkError:
     )
 
 
+def is_chosen(block: Block) -> bool:
+    """Tell whether a function is the resolver of an IFUNC: what its name denotes is what it chooses."""
+    return any(s.type == SymbolType.IFUNC for s in block.symbols)
+
+
+def _needs(blocks: Blocks, name: str) -> bool:
+    found = (s for s in blocks.object.symbols if s.name == name)
+    return any((s.undefined and not s.weak) or s.type == SymbolType.IFUNC for s in found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Beyond:
+    """What the units of one module may use beside each other and the process."""
+
+    module: LoadedModule
+    supply: Supply | None
+    defined: dict[str, Bound]
+
+
 class _Linkage:
     """What the blocks and names of one module's parts mean in the process."""
 
-    def __init__(self, image: Image, ledger: Ledger, parts: Sequence[Part]) -> None:
+    def __init__(self, image: Image, ledger: Ledger, parts: Sequence[Part], beyond: _Beyond) -> None:
         self.image = image
         self.ledger = ledger
+        self.supplied: list[Part] = []
+        self._awaited: dict[str, Bound] = {}  # in libraries that are still to be loaded
+        self._beyond = beyond
+        self._missing: dict[str, bool] = {}
         self._parts = {p.blocks: p for p in parts}
         self._objects = {p.blocks.object: p for p in parts}
         self._units: dict[Blocks, Unit] = {}
         self._brought: dict[str, tuple[Part, Block]] = {}
         for part in parts:
             for block in part.blocks.functions:
-                if block.exported and part.is_door(block):
+                if block.exported and part.is_door(block) and (part.live(block) is None or not is_chosen(block)):
                     for symbol in block.symbols:
                         self._brought.setdefault(symbol.name, (part, block))
             for block in part.blocks.data_blocks():
@@ -353,6 +451,14 @@ class _Linkage:
                     for symbol in block.symbols:
                         self._brought.setdefault(symbol.name, (part, block))
         self._redirects = {r.original: r for r in ledger.journal.redirects}
+        self._known: dict[tuple[LoadedModule, str], Bound | None] = {}
+        # What still stands for an undefined function defines nothing.
+        stubs = {p.address for p in ledger.journal.placed if p.unit == UNDEFINED}
+        self._born = [
+            r
+            for r in reversed(ledger.journal.redirects)
+            if r.born and not r.local and not (r.unit == UNDEFINED and ledger.slots[r.arena][r.index] in stubs)
+        ]
 
     def part_of(self, block: Block) -> Part:
         return self._objects[block.object]
@@ -364,10 +470,38 @@ class _Linkage:
 
     def provide(self, name: str) -> tuple[Unit, Block] | None:
         found = self._brought.get(name)
+        if found is None and self._is_missing(name):
+            found = self._supply(name)
         if found is None:
             return None
         part, block = found
         return self._units[part.blocks], block
+
+    def _is_missing(self, name: str) -> bool:
+        """Tell whether nobody has a definition that somebody needs: a weak reference pulls nothing in."""
+        if self._beyond.supply is None:
+            return False
+        if name not in self._missing:
+            has = self._denoted(self._beyond.module, name) is not None
+            self._missing[name] = not has and any(_needs(p.blocks, name) for p in self._parts.values())
+        return self._missing[name]
+
+    def _supply(self, name: str) -> tuple[Part, Block] | None:
+        assert self._beyond.supply is not None
+        found = self._beyond.supply.find(name, self._beyond.module, lambda: uses_of(name, self._parts))
+        if found is None:
+            return None
+        if isinstance(found, Bound):
+            self._awaited[name] = found
+            return None
+        part, _ = found
+        if part.blocks not in self._parts:
+            self._parts[part.blocks] = self._objects[part.blocks.object] = part
+            self.unit(part, ())
+            self.supplied.append(part)
+        self._brought[name] = found
+        self._missing[name] = False
+        return found
 
     # --- blocks of the object ---------------------------------------------------------------------------------
 
@@ -385,7 +519,7 @@ class _Linkage:
 
     def _function(self, part: Part, block: Block) -> Bound | None:
         if part.status(block) not in _SAME:
-            return None
+            return self._elsewhere(part, block) if part.supplied else None
         interposed = self._interposed(part, block)
         if interposed is not None and interposed.function:
             return self._entry(interposed.address)
@@ -393,6 +527,30 @@ class _Linkage:
         if live is None:
             return None
         return self._entry(live.address)
+
+    def _elsewhere(self, part: Part, block: Block) -> Bound | None:
+        """Return the process's own definition of what a supplied object defines too, None when it has none."""
+        live = part.live(block)
+        if live is not None and live.redirect is not None and live.redirect.unit == UNDEFINED:
+            return None  # found at last
+        if part.status(block) is Status.CHANGED and not is_private_piece(block.name):
+            raise UnsafeChange(
+                f"`{block.name}` of {part.source} is needed together with what is missing, and what process "
+                f"{self.image.target.pid} has of that name is another one",
+                f"it was linked from another build: give what it was linked from, or apply {part.source} itself",
+                code="mismatch",
+            )
+        for symbol in block.symbols if part.unit.born else ():
+            if not symbol.local and self._is_defined_in(part.module, symbol.name):
+                return self._denoted(part.module, symbol.name)
+        return None
+
+    def _is_defined_in(self, module: LoadedModule, name: str) -> bool:
+        """Tell whether a module, or an earlier generation, has a definition: another module's would be preempted."""
+        if self._from_earlier_generation(module, name) is not None:
+            return True
+        definition = self.image.resolve(name, module)
+        return definition is not None and definition.module is module
 
     def _entry(self, address: int) -> Bound:
         redirect = self._redirects.get(address)
@@ -417,9 +575,14 @@ class _Linkage:
                 return self._thread_local(interposed)
         matched = part.matched(block)
         address = part.delta.bindings.get(matched) if matched is not None else None
+        if address is None and part.unit.born and block.exported and block.kind is not Kind.THREAD_LOCAL:
+            there = self._elsewhere(part, block)
+            if there is not None:
+                return there
         if address is None:
             found = self._find_variable(part, block)
             if found is None:
+                self._check_tentative(part, block)
                 return None
             if found.size and block.size and found.size != block.size:
                 raise UnsafeChange(
@@ -433,6 +596,20 @@ class _Linkage:
             return Bound(address)
         return self._in_thread_block(part.module, address, block.name)
 
+    def _check_tentative(self, part: Part, block: Block) -> None:
+        """Refuse a new common symbol that ld would merge with a definition elsewhere."""
+        supply = self._beyond.supply
+        for symbol in block.symbols if supply is not None else ():
+            if symbol.common and supply is not None:
+                other = supply.defining(symbol.name, part.module)
+                if other is not None and any(s.name == symbol.name and not s.common for s in other.symbols):
+                    raise UnsafeChange(
+                        f"`{symbol.name}` is new and without an initial value in {part.source}, and {other.name} "
+                        "defines it",
+                        "declare it `extern`, or compile with -fno-common",
+                        code="tentative",
+                    )
+
     def _find_variable(self, part: Part, block: Block) -> LiveVariable | None:
         interposed = self._interposed(part, block)
         if interposed is not None and not interposed.function and not interposed.thread_local:
@@ -444,26 +621,36 @@ class _Linkage:
     # --- names the object does not define -----------------------------------------------------------------------
 
     def resolve(self, blocks: Blocks, external: External) -> Bound | None:
-        part = self._parts[blocks]
-        earlier = self._from_earlier_generation(part, external.name)
+        found = self._denoted(self._parts[blocks].module, external.name)
+        return found if found is not None else self._awaited.get(external.name)
+
+    def _denoted(self, module: LoadedModule, name: str) -> Bound | None:
+        """Return what a name denotes for a unit of a module, in the process or already in this generation."""
+        key = (module, name)
+        if key not in self._known:
+            self._known[key] = self._look_up(module, name)
+        return self._known[key]
+
+    def _look_up(self, module: LoadedModule, name: str) -> Bound | None:
+        earlier = self._from_earlier_generation(module, name)
         if earlier is not None:
             return earlier
-        if external.name == MODULE_BASE:
-            return self._module_base(part.module)
-        definition = self.image.resolve(external.name, part.module)
+        if name == MODULE_BASE:
+            return self._module_base(module)
+        definition = self.image.resolve(name, module)
         if definition is None:
-            return None
+            return self._beyond.defined.get(name) or self._born_elsewhere(name)
         if definition.thread_local:
             return self._thread_local(definition)
         if definition.ifunc:
             return Bound(self._chosen(definition))
         if definition.function:
-            return self._external_function(part, definition)
+            return self._external_function(module, definition)
         return Bound(definition.address)
 
-    def _external_function(self, part: Part, definition: Definition) -> Bound:
+    def _external_function(self, module: LoadedModule, definition: Definition) -> Bound:
         entry = self._entry(definition.address)
-        canonical = self.image.canonical_plt(definition.name) if definition.module is not part.module else None
+        canonical = self.image.canonical_plt(definition.name) if definition.module is not module else None
         if canonical is None:
             return entry
         return Bound(canonical, entry.call or definition.address)
@@ -494,9 +681,19 @@ class _Linkage:
             raise _nowhere(name, module)
         return number
 
-    def _from_earlier_generation(self, part: Part, name: str) -> Bound | None:
-        for redirect in reversed(self.ledger.journal.redirects):
-            if redirect.born and not redirect.local and name in redirect.names and redirect.module == part.module.path:
+    def _born_elsewhere(self, name: str) -> Bound | None:
+        """Return what only a patch of another module has brought: its functions and its constants."""
+        for redirect in self._born:
+            if name in redirect.names:
+                return Bound(redirect.original)
+        for placed in reversed(self.ledger.journal.placed):
+            if placed.kind == "read-only" and not placed.local and name in placed.names:
+                return Bound(placed.address)
+        return None
+
+    def _from_earlier_generation(self, module: LoadedModule, name: str) -> Bound | None:
+        for redirect in self._born:
+            if name in redirect.names and redirect.module == module.path:
                 return Bound(redirect.original)
         for placed in reversed(self.ledger.journal.placed):
             if placed.kind == "data" and not placed.local and name in placed.names:

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from patcher.errors import UnsafeChange
+from patcher.errors import UnresolvedSymbol, UnsafeChange
 from patcher.options import Options
 from patcher.report import Applied, Event, Function, Note, Reporter, Timings, Unchanged
 from patcher.target import Target
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from patcher.units import Changes, Source, Units
 
 
+_ROUNDS = 8  # of linking again: for an arena, for libraries, for objects compiled otherwise
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """The outcome of `apply`: the live generation, and what it changed (nothing, when the process had the code)."""
@@ -44,6 +47,8 @@ class Generation:
     new_variables: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
     dry_run: bool = False
+    supplied: tuple[str, ...] = ()  # objects and libraries that were brought in, being missing
+    undefined: tuple[str, ...] = ()  # functions that are nowhere: a call aborts
 
     def as_event(self, files: Sequence[Path]) -> Event:
         """Return the event that tells of it."""
@@ -59,6 +64,8 @@ class Generation:
             self.line_only,
             self.new_variables,
             self.dry_run,
+            self.supplied,
+            self.undefined,
         )
 
 
@@ -201,7 +208,10 @@ class Session:
                 return Generation(self.ledger.generation, line_only=changes.line_only, waiting=changes.uncalled)
             try:
                 linked = self._link(units, changes)
-                outcome = replace(self._commit(linked), line_only=changes.line_only)
+                supplied, undefined = units.supplies.outcome(linked)
+                outcome = replace(
+                    self._commit(linked), line_only=changes.line_only, supplied=supplied, undefined=undefined
+                )
                 for part in changes.parts:
                     self.texts.applied(Path(part.source))
                 return outcome
@@ -214,14 +224,36 @@ class Session:
 
         parts = list(changes.parts)
         waiting = [*changes.idle, *units.waiting(changes)]
-        for _ in range(2 * len(parts) + 2):
+        supplies = units.supplies
+        supplies.begin()
+        for _ in range(2 * len(parts) + _ROUNDS):
+            supplies.to_load.clear()
             try:
-                return link_generation(self.image, self.ledger, parts, waiting)
+                linked = link_generation(self.image, self.ledger, parts, waiting, supplies)
             except NeedsArena:
                 self._map_stub_area()
             except FarData as error:
+                own = any(part.blocks.object is error.object for part in (*parts, *waiting))
+                if not own and not units.supply_farther(error.object):
+                    raise
                 parts = [self._reaching(units, part, error) for part in parts]
+                waiting = [self._reaching(units, part, error) for part in waiting]
+            except UnresolvedSymbol as error:
+                raise UnresolvedSymbol(error.message, supplies.advice()) from None
+            else:
+                if self.options.dry_run or not self._load(tuple(supplies.to_load)):
+                    units.check_supplied(linked.supplied)
+                    return linked
         raise UnsafeChange("the change cannot be linked", "restart the program with the new code")
+
+    def _load(self, libraries: Sequence[Path]) -> bool:
+        """Load libraries into the process, and return whether there were any."""
+        from patcher.loader import Caller
+
+        for path in libraries:
+            Caller(self.image).load_library(str(path))
+            self.units.supplies.loaded.append(path)
+        return bool(libraries)
 
     def _reaching(self, units: Units, part: Part, error: FarData) -> Part:
         if part.blocks.object is not error.object:

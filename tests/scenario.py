@@ -117,6 +117,9 @@ class Scenario:
     constant: tuple[str, ...] = ()
     library: tuple[str, ...] = ()
     late: bool = False  # the program opens the library itself
+    beside: tuple[str, ...] = ()  # sources that are compiled, and not linked
+    libraries: tuple[str, ...] = ()
+    allow_undefined: bool = False
     loop: bool = True
     static: bool = False
     watch: bool = False
@@ -200,6 +203,7 @@ class Built:
     database: Path
     commands: Mapping[str, tuple[str, ...]]  # source -> compile command without its -o
     rebuild: Callable[[], object]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of `patcher.attach`
 
 
 _loops: dict[tuple[str, ...], Path] = {}
@@ -212,7 +216,8 @@ def build(scenario: Scenario, variant: Variant, directory: Path, shared: Path) -
         shutil.copytree(scenario.directory, sources, ignore=shutil.ignore_patterns("scenario.toml"))
     flags = [variant.optimise, "-g", *scenario.flags, *variant.flags]
     flags += ["-ffunction-sections", "-fdata-sections"] * variant.sections
-    library = (scenario.library or scenario.sources) if variant.kind == "library" else ()
+    own = tuple(s for s in scenario.sources if s not in scenario.beside)
+    library = (scenario.library or own) if variant.kind == "library" else ()
     code = "-fPIE" if variant.pie else "-fno-pie"
     commands = {
         source: (variant.compiler, "-fPIC" if source in library else code, *flags, "-c", str(sources / source))
@@ -228,7 +233,8 @@ def build(scenario: Scenario, variant: Variant, directory: Path, shared: Path) -
     database.write_text(json.dumps(entries))
     program = directory / scenario.name
     _link(scenario, variant, directory, library, shared)
-    return Built(program, sources, database, commands, lambda: build(scenario, variant, directory, shared))
+    options = {"libraries": scenario.libraries, "allow_undefined": scenario.allow_undefined}
+    return Built(program, sources, database, commands, lambda: build(scenario, variant, directory, shared), options)
 
 
 def _object_of(directory: Path, source: str) -> Path:
@@ -237,7 +243,7 @@ def _object_of(directory: Path, source: str) -> Path:
 
 def _link(scenario: Scenario, variant: Variant, directory: Path, library: Sequence[str], shared: Path) -> None:
     driver = [variant.compiler, *variant.flags, f"-fuse-ld={variant.linker}"]
-    objects = [str(_object_of(directory, s)) for s in scenario.sources if s not in library]
+    objects = [str(_object_of(directory, s)) for s in scenario.sources if s not in (*library, *scenario.beside)]
     if library:
         parts = [str(_object_of(directory, s)) for s in library]
         path = directory / f"lib{scenario.name}.so"
@@ -393,7 +399,7 @@ class Api:
         self.session = self._attach(force=False)
 
     def _attach(self, *, force: bool) -> patcher.session.Session:
-        return patcher.attach(self.pid, compile_commands=self.built.database, force=force)
+        return patcher.attach(self.pid, compile_commands=self.built.database, force=force, **self.built.options)
 
     def apply(self, step: Step, files: Sequence[str]) -> Outcome:
         if step.attach_again or step.force:
@@ -499,7 +505,10 @@ def play(scenario: Scenario, variant: Variant, directory: Path, shared: Path, *,
             if player.generation:
                 controller.revert(0)
             player.check("in the end", scenario.final)
-            check_restored(before, snapshot(program.pid))
+            after = snapshot(program.pid)
+            if scenario.libraries:  # what was loaded stays
+                after = dataclasses.replace(after, text={k: v for k, v in after.text.items() if k in before.text})
+            check_restored(before, after)
 
 
 class _Player:

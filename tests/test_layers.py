@@ -51,12 +51,17 @@ ALLOWED: dict[str, set[str]] = {
     "convention": MATCHING | {"match"},
     "statics": MATCHING | {"match", "relink"},
     # Joins verdicts, linker and arena to a generation that is ready to be written.
-    "relink": MATCHING | {"match", "patch", "statics", "convention"},
+    "relink": MATCHING | {"match", "patch", "statics", "convention", "undefined"},
+    # An object that nobody compiled: it has the tables of one, and its unit has a name of its own.
+    "undefined": READING | {"blocks", "live"},
+    # Where a definition comes from that the process has never had: brought in as units that are matched like others.
+    "supply": MATCHING | {"match", "patch", "relink", "undefined", "options", "build"},
     "options": {"errors"},
     "texts": {"errors", "build"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
-    "units": MATCHING | {"match", "patch", "relink", "options", "texts", "stamps", "build", "dwarf"},
-    "session": MATCHING | {"match", "patch", "relink", "options", "texts", "units", "build", "watch", "report", "loop"},
+    "units": MATCHING | {"match", "patch", "relink", "supply", "options", "texts", "stamps", "build", "dwarf"},
+    "session": MATCHING
+    | {"match", "patch", "relink", "loader", "options", "texts", "units", "build", "watch", "report", "loop"},
     # The watch loop drives a session, which starts it.
     "loop": {"errors", "session", "build", "watch", "report"},
     "cli": {"errors", "options", "report", "session", "target", "build", ""},

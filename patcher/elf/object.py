@@ -298,6 +298,27 @@ def parse_object(name: str, data: bytes) -> ObjectFile:
     return ObjectFile(name, sections, symbols, raw)
 
 
+def defined_names(path: Path) -> dict[str, bool]:
+    """Return the names that an object defines for others, each with whether its definition is weak.
+
+    Empty for what is no object. Only the symbol table is looked at.
+    """
+    try:
+        raw = t.read_raw(str(path), _file_bytes(path))
+        kinds = raw.section_headers["type"].tolist() if raw.type == t.ET_REL else []
+        if t.SHT_SYMTAB not in kinds:
+            return {}
+        index = kinds.index(t.SHT_SYMTAB)
+        table = raw.table(index, t.SYM)
+        strings = bytes(raw.contents(int(raw.section_headers[index]["link"])))
+    except (ObjectError, IndexError):
+        return {}
+    bindings = table["info"] >> 4
+    chosen = np.flatnonzero((table["section"] != t.SHN_UNDEF) & (bindings != SymbolBinding.LOCAL))
+    names = (t.string_at(strings, int(offset)) for offset in table["name"][chosen])
+    return dict(zip(names, (bindings[chosen] == SymbolBinding.WEAK).tolist(), strict=True))
+
+
 _WIDEST_CHARACTER = 16
 
 

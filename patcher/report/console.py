@@ -74,6 +74,10 @@ class ConsoleReport:
                 lines.append(f"  {status}: {_escape(_listed(found))}")
         if event.new_variables:
             lines.append(f"  new variables: {_escape(_listed(event.new_variables))}")
+        if event.supplied:
+            lines.append(f"  brought in, being missing: {_escape(_listed([_short(s) for s in event.supplied]))}")
+        if event.undefined:
+            lines.append(f"  [yellow]undefined, a call aborts[/]: {_escape(_listed(event.undefined))}")
         if event.line_only:
             lines.append(f"  only line numbers differ, left as they are: {_escape(self._some(event.line_only))}")
         if event.active:
@@ -128,6 +132,12 @@ class ConsoleReport:
 def _listed(names: list[str] | tuple[str, ...]) -> str:
     shown = ", ".join(names[:_LISTED])
     return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"
+
+
+def _short(source: str) -> str:
+    """Return a file's name; of an archive's member, the archive's name and the member's."""
+    file, parenthesis, member = source.partition("(")
+    return Path(file).name + parenthesis + member
 
 
 def _escape(text: str) -> str:

@@ -110,12 +110,16 @@ class Applied(Event):
     line_only: tuple[str, ...] = ()
     new_variables: tuple[str, ...] = ()
     dry_run: bool = False
+    supplied: tuple[str, ...] = ()  # objects and libraries that were brought in because something was missing
+    undefined: tuple[str, ...] = ()  # functions that are nowhere
 
     def fields(self) -> dict[str, Any]:
         t = self.timings
         return {
             "generation": self.generation,
             "functions": [{"name": f.name, "module": f.module, "status": f.status} for f in self.functions],
+            "supplied": list(self.supplied),
+            "undefined": list(self.undefined),
             "active": list(dict.fromkeys(function for _, function in self.active)),
             "timings": {name: round(getattr(t, name), 3) for name in ("detect", "build", "link", "stop", "total")},
         }
