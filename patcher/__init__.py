@@ -44,12 +44,14 @@ def attach(
     compile_commands: str | Path | None = None,
     watched: Sequence[str | Path] = (),
     force: bool = False,
+    every_function: bool = False,
     dry_run: bool = False,
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
     `compile_commands` and `watched` say where commands for source files are to be found; the sources that they
-    name are read now, as what the process was built from. Raises `TargetGone` or `AttachDenied`, with what to do
+    name are read now, as what the process was built from. `every_function` replaces functions that did not change
+    as well. Raises `TargetGone` or `AttachDenied`, with what to do
     about it.
     """
     from patcher.options import Options
@@ -60,6 +62,7 @@ def attach(
         compile_commands=Path(compile_commands) if compile_commands is not None else None,
         watched=tuple(Path(w) for w in watched),
         force=force,
+        every_function=every_function,
         dry_run=dry_run,
     )
     session = Session(Target.attach(pid), options)

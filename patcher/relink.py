@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from patcher.blocks import Block, Blocks, External, Kind
-from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, displaced_copy, plan_entry
+from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
 from patcher.convention import Registers
 from patcher.errors import LinkError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
@@ -25,20 +25,22 @@ from patcher.patch.journal import Body, GenerationRecord, Placed, Redirect
 from patcher.patch.ledger import Commit, Ledger
 from patcher.statics import candidates, find_static
 
-_SAME = (Status.SAME, Status.LINE_ONLY)
-
 
 class Part:
     """One unit's share of a generation: its verdicts, and the object that new code is taken from.
 
     That object is the one that was matched, or the same unit compiled with indirect access to external data;
     its blocks then go by the names of the matched one's.
+
+    `every`: functions that are the same are to be new as well, all but those that `keep` names.
     """
 
-    def __init__(self, delta: Delta, source: str, blocks: Blocks | None = None) -> None:
+    def __init__(self, delta: Delta, source: str, blocks: Blocks | None = None, *, every: bool = False) -> None:
         self.delta = delta
         self.source = source
         self.blocks = blocks or delta.blocks
+        self.every = every
+        self._kept: set[Block] = set()
         self.unit = delta.unit
         self._verdicts = {f.block: f for f in delta.functions}
         self._named: dict[tuple[Kind, str], Block] = {}
@@ -68,14 +70,23 @@ class Part:
         verdict = self.verdict(block)
         return verdict.live if verdict is not None else None
 
+    def keep(self, block: Block) -> None:
+        """Leave a function that is the same as it is, though every one is to be new."""
+        self._kept.add(block)
+
+    def is_new(self, block: Block) -> bool:
+        """Tell whether new code takes the place of a function's code, or there is none yet."""
+        status = self.status(block)
+        if status is Status.SAME:
+            return self.every and block not in self._kept
+        return status is not Status.LINE_ONLY
+
     def is_door(self, block: Block) -> bool:
-        return self.status(block) not in _SAME and not is_private_piece(block.name)
+        return self.is_new(block) and not is_private_piece(block.name)
 
     def wanted(self) -> tuple[Block, ...]:
         """Return the functions that have to be new. Private pieces follow from who uses them."""
-        return tuple(
-            b for b in self.blocks.functions if self.status(b) is Status.CHANGED and not is_private_piece(b.name)
-        )
+        return tuple(b for b in self.blocks.functions if self.is_door(b) and self.status(b) is not Status.ADDED)
 
     def added(self) -> tuple[Block, ...]:
         """Return the functions that are new to the process and can be called from other units."""
@@ -106,6 +117,11 @@ class Linked:
     commit: Commit
     replaced: tuple[Replaced, ...]
     new_variables: tuple[str, ...]
+    kept: tuple[str, ...] = ()  # functions that could not be entered anew, and are as they were
+
+
+class _Kept(Exception):
+    """Functions that are the same turned out to have no room for a jump: they keep their code, link again."""
 
 
 class NeedsArena(Exception):
@@ -140,6 +156,7 @@ class _Generation:
         self.quiet: list[Body] = []
         self.quiet_back: list[Body] = []
         self.new_variables: list[str] = []
+        self.kept: list[str] = []
 
     def finish(self, sources: Iterable[str]) -> Linked:
         record = GenerationRecord(
@@ -155,19 +172,28 @@ class _Generation:
             quiet_back=tuple(self.quiet_back),
         )
         commit = Commit(record, tuple(self.writes), tuple(self.usage))
-        return Linked(commit, tuple(self.replaced), tuple(self.new_variables))
+        return Linked(commit, tuple(self.replaced), tuple(self.new_variables), tuple(self.kept))
 
     def link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
         low, high = module.text
         fixed = not module.module.position_independent
         arena = self.ledger.arena_near(low, high, below_2g=fixed)
+        _keep_twins(parts)
+        while True:
+            try:
+                return self._link(arena, parts, waiting)
+            except _Kept:
+                continue
+
+    def _link(self, arena: Arena, parts: list[Part], waiting: list[Part]) -> None:
         linkage = _Linkage(self.image, self.ledger, (*parts, *waiting))
         units = [linkage.unit(part, part.wanted()) for part in parts]
         units += [linkage.unit(part, ()) for part in waiting]
         found = plan(units, linkage.resolve, linkage.provide)
         doors = self._doors(arena, found, linkage)
         space = self.ledger.space(arena)
-        copies, space = self._copies(doors, space)
+        entries = self._entries(doors, space.code.start)
+        copies, space = self._copies(entries, space)
         islands = {d.block: arena.island(d.index) for d in doors}
         originals = {d.block: d.live.address for d in doors if d.live is not None}
         placement = place(found, space, islands, originals)
@@ -191,28 +217,50 @@ class _Generation:
             raise LinkError(f"the arena at {arena.base:#x} has no slot left", "restart the program", code="arena-full")
         return doors
 
-    def _copies(self, doors: list[_Door], space: Space) -> tuple[dict[Block, tuple[int, bytes]], Space]:
-        """Displace the entries of the functions that get their island now: block -> (copy, original bytes)."""
-        copies: dict[Block, tuple[int, bytes]] = {}
-        cursor = space.code.start
+    def _entries(self, doors: list[_Door], near: int) -> list[_Entry]:
+        """Plan the entries of the functions that get their island now, with copies to stand at `near` or behind it."""
+        entries = []
+        kept = False
         for door in doors:
             if not door.fresh or door.live is None:
                 continue
-            live, unit = door.live, door.part.unit
-            extent = max(unit.extent(live.address), live.size)
-            ahead = self.image.target.memory.read(live.address, min(extent, live.size + 16))
-            siblings = [(piece.body, piece.code) for piece in door.part.cold_pieces(door.block)]
-            following = _filled(ahead[live.size :], live.address + extent)
-            entry = plan_entry(live.name, ahead, live.address, live.size, following, siblings)
+            try:
+                entry = self._entry(door, door.live)
+                displaced_copy(entry.displaced, entry.ahead, door.live.address, near)
+                entries.append(entry)
+            except NotDetourable:
+                if door.part.status(door.block) is not Status.SAME:
+                    raise
+                door.part.keep(door.block)
+                self.kept.append(door.block.name)
+                kept = True
+        if kept:
+            raise _Kept
+        return entries
+
+    def _entry(self, door: _Door, live: LiveFunction) -> _Entry:
+        extent = max(door.part.unit.extent(live.address), live.size)
+        ahead = self.image.target.memory.read(live.address, min(extent, live.size + 16))
+        siblings = [(piece.body, piece.code) for piece in door.part.cold_pieces(door.block)]
+        following = _filled(ahead[live.size :], live.address + extent)
+        return _Entry(
+            door.block, live, ahead, plan_entry(live.name, ahead, live.address, live.size, following, siblings)
+        )
+
+    def _copies(self, entries: list[_Entry], space: Space) -> tuple[dict[Block, tuple[int, bytes]], Space]:
+        """Displace the entries of functions: block -> (copy, original bytes)."""
+        copies: dict[Block, tuple[int, bytes]] = {}
+        cursor = space.code.start
+        for entry in entries:
             address = (cursor + 15) & -16
-            code = displaced_copy(entry, ahead, live.address, address)
+            code = displaced_copy(entry.displaced, entry.ahead, entry.live.address, address)
             if address + COPY_SIZE > space.code.end:
                 raise LinkError("the arena has no room for more code", "restart the program", code="arena-full")
             self.writes.append((address, code))
             cursor = address + len(code)
-            copies[door.block] = address, ahead[: max(entry.length, DETOUR_SIZE)]
-            if entry.reentries:
-                self.quiet.append(_body(live))
+            copies[entry.block] = address, entry.ahead[: max(entry.displaced.length, DETOUR_SIZE)]
+            if entry.displaced.reentries:
+                self.quiet.append(_body(entry.live))
         return copies, Space(space.read_only, Region(cursor, space.code.end), space.data)
 
     def _record(
@@ -243,7 +291,9 @@ class _Generation:
         """Note which changed functions must have no frame when their callees change under them."""
         for part in dict.fromkeys(door.part for door in doors):
             registers = Registers(part.blocks, part.live, part.is_door)
-            risk = registers.callers_at_risk(d.block for d in doors if d.part is part)
+            # A caller that is the same relies on nothing that its new callees were not compiled to keep.
+            new = [d.block for d in doors if d.part is part and part.status(d.block) is not Status.SAME]
+            risk = registers.callers_at_risk(new)
             for live in risk.old:
                 self.quiet.append(_body(live))
             for block in risk.new:
@@ -253,7 +303,7 @@ class _Generation:
     def _record_door(self, door: _Door, body: int, copy: tuple[int, bytes] | None) -> None:
         block, part, live = door.block, door.part, door.live
         self.bodies.append((door.arena.base, door.index, body))
-        self.statuses.append((block.name, part.module.path, "changed" if live is not None else "added"))
+        self.statuses.append((block.name, part.module.path, _STATUSES[part.status(block)]))
         if live is not None:
             extents = [(live.body, live.body + live.size)]
             extents += [(piece.body, piece.body + piece.size) for piece in part.cold_pieces(block)]
@@ -289,6 +339,22 @@ class _Generation:
         )
 
 
+_STATUSES = {Status.CHANGED: "changed", Status.ADDED: "added", Status.SAME: "relinked"}
+
+
+def _keep_twins(parts: Sequence[Part]) -> None:
+    """Let one unit replace what several have the same (inline functions, code that the linker folded)."""
+    wanted = [
+        (part, block, live) for part in parts for block in part.wanted() if (live := part.live(block)) is not None
+    ]
+    claimed = {live.address for part, block, live in wanted if part.status(block) is not Status.SAME}
+    for part, block, live in wanted:
+        if part.status(block) is Status.SAME:
+            if live.address in claimed:
+                part.keep(block)
+            claimed.add(live.address)
+
+
 def _filled(following: bytes, end: int) -> bytes:
     """Return what follows a function; zeros up to the next aligned one are padding too (mold fills gaps so)."""
     gap = end % 16 == 0 and len(following) < 16 and not any(following)
@@ -305,6 +371,16 @@ class _Door:
     arena: Arena
     index: int
     fresh: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An entry that is to be displaced, and the live bytes from there."""
+
+    block: Block
+    live: LiveFunction
+    ahead: bytes
+    displaced: Displaced
 
 
 def _body(live: LiveFunction) -> Body:
@@ -384,7 +460,7 @@ class _Linkage:
         return resident
 
     def _function(self, part: Part, block: Block) -> Bound | None:
-        if part.status(block) not in _SAME:
+        if part.is_new(block):
             return None
         interposed = self._interposed(part, block)
         if interposed is not None and interposed.function:

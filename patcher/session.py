@@ -43,13 +43,14 @@ class Generation:
     line_only: tuple[str, ...] = ()
     new_variables: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()  # functions that are the same, and whose entry has no room for a jump
     dry_run: bool = False
 
     def as_event(self, files: Sequence[Path]) -> Event:
         """Return the event that tells of it."""
         names = tuple(str(f) for f in files)
         if not self.functions:
-            return Unchanged(names, self.line_only, self.waiting)
+            return Unchanged(names, self.line_only, self.waiting, self.kept)
         return Applied(
             self.number,
             names,
@@ -59,6 +60,7 @@ class Generation:
             self.line_only,
             self.new_variables,
             self.dry_run,
+            self.kept,
         )
 
 
@@ -245,7 +247,9 @@ class Session:
 
         record = linked.commit.record
         functions = tuple(Function(*status) for status in record.statuses)
-        outcome = Generation(record.number, functions, new_variables=linked.new_variables)
+        if not functions:
+            return Generation(self.ledger.generation, kept=linked.kept)
+        outcome = Generation(record.number, functions, new_variables=linked.new_variables, kept=linked.kept)
         if self.options.dry_run:
             return outcome
         self.ledger.realise()

@@ -144,7 +144,8 @@ class Units:
         if command is None or part.blocks is not part.delta.blocks:
             return None
         self._far.add((command.file, command.arguments))
-        return Part(part.delta, part.source, Blocks(self._compiled(command, variant=INDIRECT)))
+        made = self._compiled(command, variant=INDIRECT)
+        return Part(part.delta, part.source, Blocks(made), every=part.every)
 
     def _with_known_access(self, part: Part) -> Part:
         """Compile a unit once more that is known to need access through cells, before it is linked in vain."""
@@ -174,7 +175,7 @@ class Units:
             delta = self._match(source, blocks, unit)
             self._check_origin(source, delta)
             self._check_drift(source, delta)
-            parts.append(Part(delta, str(source.file)))
+            parts.append(Part(delta, str(source.file), every=self.options.every_function))
             if parts[-1].added():
                 self._waiting[source.file] = source
         if absent and not parts:

@@ -33,6 +33,7 @@ class Common:
     verbose: bool
     dry_run: bool
     force: bool
+    every_function: bool
     allow_layout_change: tuple[str, ...]
 
     def options(self) -> Options:
@@ -41,6 +42,7 @@ class Common:
             watched=self.watch,
             build=self.build,
             force=self.force,
+            every_function=self.every_function,
             dry_run=self.dry_run,
             colour=sys.stderr.isatty(),
             allowed_layouts=self.allow_layout_change,
@@ -76,6 +78,7 @@ def common(watch: bool) -> Callable[[F], F]:
                 metavar="TYPE",
                 help="Take it that nothing live has TYPE's old layout. Repeatable.",
             ),
+            click.option("--every-function", is_flag=True, help="Replace functions that did not change as well."),
             click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
             click.option("-v", "--verbose", is_flag=True, help="Say more."),
             click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
@@ -115,5 +118,6 @@ def gather(arguments: dict[str, Any]) -> Common:
         verbose=arguments["verbose"],
         dry_run=arguments["dry_run"],
         force=arguments["force"],
+        every_function=arguments["every_function"],
         allow_layout_change=tuple(arguments["allow_layout_change"]),
     )

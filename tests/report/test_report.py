@@ -34,6 +34,7 @@ APPLIED = Applied(
     Timings(1.5, 20.25, 3.0, 0.12345, 24.9),
     line_only=("h",),
     new_variables=("cache",),
+    kept=("tiny",),
 )
 EVENTS: list[tuple[Event, dict[str, object]]] = [
     (Ready(5, "/bin/p", ("src",)), {"event": "ready", "pid": 5, "program": "/bin/p", "watching": ["src"]}),
@@ -56,6 +57,7 @@ EVENTS: list[tuple[Event, dict[str, object]]] = [
                 {"name": "f", "module": "/bin/p", "status": "changed"},
                 {"name": "g", "module": "/bin/p", "status": "added"},
             ],
+            "kept": ["tiny"],
             "active": ["main", "loop"],
             "timings": {"detect": 1.5, "build": 20.25, "link": 3.0, "stop": 0.123, "total": 24.9},
         },
@@ -94,6 +96,7 @@ def test_what_was_applied_is_told_with_everything_that_matters():
         "changed: f",
         "added: g",
         "new variables: cache",
+        "kept, no room for a jump at their entry: tiny",
         "h",
         "main (thread 11)",
         "loop (thread 12)",
