@@ -8,12 +8,13 @@ target (to resolve an IFUNC it may ask the target's own resolver), and writes no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from patcher.blocks import Block, Blocks, External, Kind
+from patcher.blocks import Block, Blocks, External, Kind, Place
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
 from patcher.convention import Registers
+from patcher.elf import SymbolType
 from patcher.errors import LinkError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
 from patcher.link.place import Placement, Region, Space, place
@@ -40,7 +41,8 @@ class Part:
         self.source = source
         self.blocks = blocks or delta.blocks
         self.every = every
-        self._kept: set[Block] = set()
+        self.kept: list[str] = []
+        self._left: set[Block] = set()
         self.unit = delta.unit
         self._verdicts = {f.block: f for f in delta.functions}
         self._named: dict[tuple[Kind, str], Block] = {}
@@ -71,14 +73,19 @@ class Part:
         return verdict.live if verdict is not None else None
 
     def keep(self, block: Block) -> None:
-        """Leave a function that is the same as it is, though every one is to be new."""
-        self._kept.add(block)
+        """Leave a function that is the same as it is, though every one is to be new, and say so."""
+        self.leave(block)
+        self.kept.append(block.name)
+
+    def leave(self, block: Block) -> None:
+        """Leave a function that is the same to another unit, which replaces it."""
+        self._left.add(block)
 
     def is_new(self, block: Block) -> bool:
         """Tell whether new code takes the place of a function's code, or there is none yet."""
         status = self.status(block)
         if status is Status.SAME:
-            return self.every and block not in self._kept
+            return self.every and block not in self._left
         return status is not Status.LINE_ONLY
 
     def is_door(self, block: Block) -> bool:
@@ -121,7 +128,7 @@ class Linked:
 
 
 class _Kept(Exception):
-    """Functions that are the same turned out to have no room for a jump: they keep their code, link again."""
+    """Functions that are the same turned out not to be replaceable: they keep their code, link again."""
 
 
 class NeedsArena(Exception):
@@ -138,7 +145,7 @@ def link_generation(image: Image, ledger: Ledger, parts: Sequence[Part], waiting
     modules = dict.fromkeys(p.module for p in parts)
     for module in modules:
         linker.link(module, [p for p in parts if p.module is module], [p for p in waiting if p.module is module])
-    return linker.finish([p.source for p in parts])
+    return linker.finish(parts)
 
 
 class _Generation:
@@ -156,14 +163,13 @@ class _Generation:
         self.quiet: list[Body] = []
         self.quiet_back: list[Body] = []
         self.new_variables: list[str] = []
-        self.kept: list[str] = []
 
-    def finish(self, sources: Iterable[str]) -> Linked:
+    def finish(self, parts: Sequence[Part]) -> Linked:
         record = GenerationRecord(
             number=self.number,
             parent=self.ledger.generation,
             time=time.time(),
-            files=tuple(dict.fromkeys(sources)),
+            files=tuple(dict.fromkeys(p.source for p in parts)),
             bodies=tuple(self.bodies),
             statuses=tuple(self.statuses),
             placed=tuple(self.placed),
@@ -172,7 +178,8 @@ class _Generation:
             quiet_back=tuple(self.quiet_back),
         )
         commit = Commit(record, tuple(self.writes), tuple(self.usage))
-        return Linked(commit, tuple(self.replaced), tuple(self.new_variables), tuple(self.kept))
+        kept = tuple(name for part in parts for name in part.kept)
+        return Linked(commit, tuple(self.replaced), tuple(self.new_variables), kept)
 
     def link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
         low, high = module.text
@@ -232,7 +239,6 @@ class _Generation:
                 if door.part.status(door.block) is not Status.SAME:
                     raise
                 door.part.keep(door.block)
-                self.kept.append(door.block.name)
                 kept = True
         if kept:
             raise _Kept
@@ -351,7 +357,7 @@ def _keep_twins(parts: Sequence[Part]) -> None:
     for part, block, live in wanted:
         if part.status(block) is Status.SAME:
             if live.address in claimed:
-                part.keep(block)
+                part.leave(block)
             claimed.add(live.address)
 
 
@@ -401,6 +407,30 @@ def _placed(block: Block, part: Part, placement: Placement) -> Placed:
     )
 
 
+def _labels_of_new_code(part: Part, block: Block) -> list[Block]:
+    """Return the functions that are to be new and that a table's addresses lead into the middle of (`&&label`)."""
+    found = (r.target for r in part.blocks.references(block))
+    inside = (t.block for t in found if isinstance(t, Place) and t.block.kind is Kind.CODE and t.offset)
+    return [b for b in dict.fromkeys(inside) if part.is_new(b)]
+
+
+def _check_labels(part: Part, block: Block) -> None:
+    """Refuse new code for a function whose labels stand in a live variable: these lead into the old code."""
+    functions = _labels_of_new_code(part, block)
+    if not functions:
+        return
+    if all(part.status(f) is Status.SAME for f in functions):
+        for function in functions:
+            part.keep(function)
+        raise _Kept
+    raise UnsafeChange(
+        f"`{base_name(block.name)}` of {part.source} is a variable and holds addresses of labels in "
+        f"{', '.join(f'`{f.name}`' for f in functions)}, where they lead into the old code",
+        "restart the program; a table of labels that is declared const changes with its function",
+        code="label-table",
+    )
+
+
 def _without_fixed_place(name: str, module: LoadedModule) -> LinkError:
     return LinkError(
         f"the thread-local `{name}` of {module.name} has no fixed place in each thread",
@@ -423,7 +453,8 @@ class _Linkage:
             for block in part.blocks.functions:
                 if block.exported and part.is_door(block):
                     for symbol in block.symbols:
-                        self._brought.setdefault(symbol.name, (part, block))
+                        if symbol.type != SymbolType.IFUNC:  # what stands there is its resolver
+                            self._brought.setdefault(symbol.name, (part, block))
             for block in part.blocks.data_blocks():
                 if block.exported and block.kind is Kind.DATA:
                     for symbol in block.symbols:
@@ -454,8 +485,11 @@ class _Linkage:
             if block.kind is Kind.READ_ONLY:
                 matched = part.matched(block)
                 address = part.delta.bindings.get(matched) if matched is not None and matched.symbols else None
-                return Bound(address) if address is not None else None
-            return self._variable(part, block)
+                return Bound(address) if address is not None and not _labels_of_new_code(part, block) else None
+            found = self._variable(part, block)
+            if found is not None:
+                _check_labels(part, block)
+            return found
 
         return resident
 

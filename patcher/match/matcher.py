@@ -365,7 +365,7 @@ class Matcher:
             raise Mismatch(Cause.CONSTANT, f"{address:#x} instead of {target.value:#x}")
 
     def _check_external(self, target: External, address: int) -> None:
-        weakly_absent = target.weak and address in (0, self.unit.module.bias)
+        weakly_absent = target.weak and (address in (0, self.unit.module.bias) or self.unit.beyond_jump(address) == 0)
         if weakly_absent or self.unit.denotes_external(address, target.name) or self._chosen(target.name) == address:
             self._named.add((target, address))
             return
@@ -390,7 +390,8 @@ class Matcher:
 
     def _check_function(self, target: Place, address: int) -> None:
         block = target.block
-        if target.offset or is_cold_piece(block.name):
+        if target.offset or is_private_piece(block.name):
+            # Two generations may have pieces of one name: the piece that was compared must be the one that is used.
             self.pending.append(_Pending(self._block(), block, target.offset, address))
             return
         names = tuple(s.name for s in block.symbols)
