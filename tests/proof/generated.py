@@ -133,8 +133,9 @@ class _Unit:
 
 
 class _Maker:
-    def __init__(self, seed: int, units: int, functions: int) -> None:
+    def __init__(self, seed: int, units: int, functions: int, tails: bool) -> None:
         self.random = Random(seed)
+        self.tails = tails
         self.seed = seed
         self.units = [_Unit(n) for n in range(units)]
         self.header = [HEADER]
@@ -338,7 +339,8 @@ end:
         for _ in range(4):
             call = self.callable(unit)
             word = self.random.choice(_WORDS)
-            tail = f'"{word}" + {self.random.randint(0, min(2, len(word)))}'
+            start = self.random.randint(0, min(2, len(word)))
+            tail = f'"{word}" + {start if self.tails else 0}'
             entries.append(f"{{{tail}, {call}, &{numbers}[{len(entries)}]}}")
         name = self.fresh("t")
         unit.functions.append(f"static {constant}u32 {numbers}[4] = {{1, 20, 300, 4000}};")
@@ -532,6 +534,9 @@ _SHAPES: list[Callable[[_Maker, _Unit, _Function], None]] = [
 ]  # fmt: skip
 
 
-def generate(seed: int, *, units: int = 3, functions: int = 9) -> Program:
-    """Return the program of a seed: `units` units of about `functions` functions each, and `main.c`."""
-    return _Maker(seed, units, functions).program()
+def generate(seed: int, *, units: int = 3, functions: int = 9, tails: bool = True) -> Program:
+    """Return the program of a seed: `units` units of about `functions` functions each, and `main.c`.
+
+    `tails`: with pointers into the middle of strings.
+    """
+    return _Maker(seed, units, functions, tails).program()
