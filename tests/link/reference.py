@@ -36,6 +36,10 @@ class LinkFailed(Exception):
     """The other linker does not take these objects."""
 
 
+class NotThere(Exception):
+    """Something leads to where nothing is."""
+
+
 @dataclass(frozen=True)
 class Linked:
     """A program that another linker made: bytes by address, symbols by name, input sections by file and name."""
@@ -53,7 +57,7 @@ class Linked:
                 offset = address - start
                 found = bytes(self.raw.data[int(p["offset"]) :][offset : min(offset + size, int(p["file_size"]))])
                 return found.ljust(size, b"\0")
-        raise AssertionError(f"{address:#x} is not loaded")
+        raise NotThere(f"{address:#x} is not loaded")
 
 
 def link_with(linker: str, objects: Sequence[Path], folder: Path) -> Linked:
@@ -339,4 +343,4 @@ def _written(writes: Sequence[tuple[int, bytes]], address: int, size: int) -> by
     for start, contents in writes:
         if start <= address and address + size <= start + len(contents):
             return contents[address - start : address - start + size]
-    raise AssertionError(f"nothing is written at {address:#x}")
+    raise NotThere(f"nothing is written at {address:#x}")
