@@ -328,12 +328,15 @@ class LiveUnit:
             yield from self.names_at(destination)
 
     def beyond_jump(self, address: int) -> int | None:
-        """Return where a far jump of ours leads to, None for anything else."""
+        """Return where a jump of ours leads to (far, or on the way of a short branch), None for anything else."""
         from patcher.code.instructions import plt_cell
 
         if address >> 47 or not self.view.contains(address):
             return None
-        cell = plt_cell(self.image.target.memory.read(address, 8), address)
+        code = self.image.target.memory.read(address, 8)
+        if code[0] == 0xE9:  # jmp rel32
+            return address + 5 + int.from_bytes(code[1:5], "little", signed=True)
+        cell = plt_cell(code, address)
         if cell is None or not self.view.contains(cell):
             return None
         return self.image.target.memory.read_u64(cell)

@@ -162,7 +162,8 @@ class Matcher:
             live = self.live.get(p.target)
             known = p.target in self.maps and live is not None
             offset = self._live_offset(p.target, p.offset) if known else None
-            if live is None or offset is None or live.body + offset != p.address:
+            places = (p.address, self.unit.beyond_jump(p.address)) if not p.offset else (p.address,)
+            if live is None or offset is None or live.body + offset not in places:
                 old = results[p.owner]
                 if old.status is Status.SAME:
                     reason = f"refers to {p.target.name}+{p.offset:#x}, which stands elsewhere"

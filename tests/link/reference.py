@@ -32,8 +32,8 @@ _PC_RELATIVE = (R.PC32, R.PLT32, R.PC64)
 _SKIPPED = (".eh_frame", ".note", ".comment", ".gnu")
 
 
-class LinkFailed(Exception):
-    """The other linker does not take these objects."""
+class LinkerDefect(Exception):
+    """The other linker fails on these objects by a defect of its own."""
 
 
 class NotThere(Exception):
@@ -66,8 +66,9 @@ def link_with(linker: str, objects: Sequence[Path], folder: Path) -> Linked:
     stub = _stub(objects, folder)
     command = [f"ld.{linker}", "--no-relax", "-static", "-e", "main", "-z", "noexecstack", "-Map", text, "-o", output]
     done = subprocess.run([*map(str, (*command, *objects, stub))], capture_output=True, text=True)
-    if done.returncode:
-        raise LinkFailed(done.stderr)
+    if "internal error" in done.stderr:
+        raise LinkerDefect(done.stderr)
+    assert done.returncode == 0, done.stderr
     return read_linked(output.read_bytes(), text.read_text())
 
 
@@ -141,7 +142,9 @@ class _Objects:
             self._take_merged(blocks)
 
     def placed(self, blocks: Blocks) -> tuple[Block, ...]:
-        return tuple(b for b in self.addresses if b.object is blocks.object and b.kind is not Kind.THREAD_LOCAL)
+        """Return what is to be linked: all but thread-locals, and code that needs jumps around it to stand alone."""
+        own = (b for b in self.addresses if b.object is blocks.object and b.kind is not Kind.THREAD_LOCAL)
+        return tuple(b for b in own if not (b.kind is Kind.CODE and blocks.is_stretched(b)))
 
     def _take_merged(self, blocks: Blocks) -> None:
         for block in self.placed(blocks):
@@ -193,6 +196,8 @@ class _Objects:
                 return Bound(self.addresses[block] - self.reference.thread_pointer, thread_local=True)
             if block in self.merged:
                 return Bound(self.merged[block])
+            if block in self.addresses:
+                return Bound(self.addresses[block])
             assert block.section == 0, f"{block.name} is neither placed nor merged"
             return Bound(self.reference.symbols[block.name][0])
 
