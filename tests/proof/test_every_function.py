@@ -38,15 +38,24 @@ def style(seed: int) -> tuple[str, ...]:
 
 
 def built(seed: int, folder: Path) -> tuple[Path, list[Path]]:
-    """Build a generated program as a user does; return it, and its units' objects as patcher compiles them."""
+    """Build a generated program as a user does; return it, and its units' objects.
+
+    These are as patcher compiles them, or those of the program itself: functions share a section there.
+    Variables have one each even so: what leads to a variable's end is otherwise what leads to the next one, the known
+    defect of scenario array-end.
+    """
     compiler, *flags = style(seed)
     made = generate(seed, tails="gcc -O0" not in " ".join(style(seed)))  # the known defect of scenario string-tail
     for name, text in made.files.items():
         (folder / name).write_text(text)
     flags = [*flags, "-w", "-pthread", "-Wno-unused-command-line-argument"]
-    plain = [compile_object(folder / u, folder / f"{u}.plain.o", *flags, compiler=compiler) for u in made.units]
-    units = [compile_object(folder / u, folder / f"{u}.o", *flags, *UNIT, compiler=compiler) for u in made.units]
+    shared = seed // len(STYLES) % 2
+    plain_flags = [*flags, "-fdata-sections"] if shared else flags
+    plain = [compile_object(folder / u, folder / f"{u}.plain.o", *plain_flags, compiler=compiler) for u in made.units]
     run(compiler, *flags, "-o", folder / "program", *plain)
+    if shared:
+        return folder / "program", plain
+    units = [compile_object(folder / u, folder / f"{u}.o", *flags, *UNIT, compiler=compiler) for u in made.units]
     return folder / "program", units
 
 
@@ -107,9 +116,10 @@ def test_a_program_runs_on_when_every_function_is_replaced_by_itself(seed: int, 
         for number in (1, 2):
             generation = replace(session, objects)
             assert generation.number == number
-            # gcc at -O0 leaves strings in .rodata between constants, with padding that nothing tells from contents.
+            # gcc at -O0 leaves strings in .rodata between constants, with padding that nothing tells from contents,
+            # and branches to its nops.
             changed = [f.name for f in generation.functions if f.status != "relinked"]
-            assert len(changed) <= (3 if number == 1 and "-O0" in style(seed) else 0), changed
+            assert len(changed) <= (3 if "-O0" in style(seed) else 0), changed
             functions = session.status().functions
             assert all(f.generation == number and f.current != f.original for f in functions)
             assert not bodies & {f.current for f in functions}, "a second copy, not the first one again"
