@@ -15,7 +15,7 @@ METADATA := setup.cfg pyproject.toml
 help: ## say what can be made (this)
 	@echo 'patcher: change the code of a native program while it runs'
 	@echo
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 @\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-17s%s\n", $$1, $$2 }'
 	@echo
 	@echo 'Variables: PYTHON (python3), PIP_ARGS (more arguments for pip install), PYTEST_ARGS (more for pytest)'
 
