@@ -117,6 +117,7 @@ class Image:
         self._imports: dict[int, Cell | None] = {}
         self._ifuncs: dict[int, int] = {}
         self._blocks: dict[int, ThreadBlock] | None = None
+        self._vdso: tuple[int, int] | None = None
         self.refresh()
 
     def refresh(self) -> None:
@@ -309,7 +310,8 @@ class Image:
                 wanted += [c for c in module.module.resolver_cells if cells[c].addend == resolver]
             for cell in wanted:
                 value = self.target.memory.read_u64(cell + module.bias)
-                if owner.executable_at(value) and value != definition.address and self.import_at(value) is None:
+                implemented = owner.executable_at(value) or self._in_kernel_code(value)
+                if implemented and value != definition.address and self.import_at(value) is None:
                     self._ifuncs[definition.address] = value
                     return value
         return None
@@ -322,10 +324,17 @@ class Image:
 
             found = self.target.inject([FunctionCall(definition.address, (0, 0))], code=self._stub_area())[-1]
             module = self.module_at(found)
-            if module is None or not module.executable_at(found):
+            if not self._in_kernel_code(found) and (module is None or not module.executable_at(found)):
                 raise UnsafeChange(f"the resolver of `{definition.name}` gave {found:#x}, which is not code", "")
             self._ifuncs[definition.address] = found
         return found
+
+    def _in_kernel_code(self, address: int) -> bool:
+        """Tell whether an address is in the vDSO, from which libc takes what asks for the time."""
+        if self._vdso is None:
+            found = (m for m in self.target.mappings() if m.path == "[vdso]")
+            self._vdso = next(((m.start, m.end) for m in found), (0, 0))
+        return self._vdso[0] <= address < self._vdso[1]
 
     def _stub_area(self) -> int:
         if self.stub_area is None:

@@ -88,6 +88,7 @@ class LiveUnit:
         self._placed = {p.address: p for p in view.journal.placed}
         self._bodies = {body: self._slots[key] for key, body in view.bodies.items() if key in self._slots}
         self._names: dict[int, frozenset[tuple[str, Scope]]] = {}
+        self._pieces = self._live_pieces()
 
     # --- functions --------------------------------------------------------------------------------------------
 
@@ -102,14 +103,26 @@ class LiveUnit:
             # The island of an IFUNC that a patch brought leads to what it chose; the resolver itself was placed.
             if redirect is not None and not (redirect.born and symbol.type == SymbolType.IFUNC):
                 return self._redirected(redirect)
+            piece = self._pieces.get(symbol.name)
+            if piece is not None:
+                code = self.image.target.memory.read(piece.address, piece.size)
+                return LiveFunction(piece.name, piece.address, piece.size, piece.address, code, None)
             found = self._static(symbol.name, local, functions=True)
             if found is not None:
                 return self._unpatched(found)
-            placed = self._placed_named(symbol.name, local, "code")
-            if placed is not None:
-                code = self.image.target.memory.read(placed.address, placed.size)
-                return LiveFunction(placed.name, placed.address, placed.size, placed.address, code, None)
         return None
+
+    def _live_pieces(self) -> dict[str, Placed]:
+        """Return what was split off the unit's functions (clones, cold parts) and came with bodies that run now.
+
+        Of several generations the newest: whoever uses an older one's piece is seen to use another.
+        """
+        found: dict[str, Placed] = {}
+        for record in self.view.journal.generations.values():
+            if any(self.view.bodies.get((arena, index)) == body for arena, index, body in record.bodies):
+                own = [p for p in record.placed if p.kind == "code" and p.module == self.module.path]
+                found |= {name: p for p in own if p.unit == self.key for name in p.names}
+        return found
 
     def _redirect_named(self, name: str, local: bool) -> Redirect | None:
         found = [r for r in self._redirects.values() if name in r.names and self._ours(r.local, r.unit, local)]
@@ -181,17 +194,6 @@ class LiveUnit:
                     code="ambiguous-symbol",
                 )
         return None
-
-    def _placed_named(self, name: str, local: bool, kind: str) -> Placed | None:
-        found = [
-            p
-            for p in self.view.journal.placed
-            if name in p.names
-            and p.kind == kind
-            and p.module == self.module.path
-            and self._ours(p.local, p.unit, local)
-        ]
-        return found[-1] if found else None
 
     def variables(self, name: str, local: bool) -> list[LiveVariable]:
         """Return what a variable's name may stand for: one exact match, or every one that differs in number only."""
@@ -287,19 +289,9 @@ class LiveUnit:
 
     def _is_choice(self, address: int, name: str) -> bool:
         """Tell whether a far jump of ours leads to the process's choice for an IFUNC, which has no name of its own."""
-        from patcher.code.instructions import plt_cell
-
-        if address >> 47 or not self.view.contains(address):
-            return False
-        cell = plt_cell(self.image.target.memory.read(address, 8), address)
-        if cell is None or not self.view.contains(cell):
-            return False
-        definition = self.image.resolve(name, self.module)
-        return (
-            definition is not None
-            and definition.ifunc
-            and self.image.chosen(definition) == self.image.target.memory.read_u64(cell)
-        )
+        destination = self.beyond_jump(address)
+        definition = self.image.resolve(name, self.module) if destination is not None else None
+        return definition is not None and definition.ifunc and self.image.chosen(definition) == destination
 
     def names_at(self, address: int) -> frozenset[tuple[str, Scope]]:
         """Return the names that an address has, each with who knows it by that name."""
@@ -348,15 +340,23 @@ class LiveUnit:
             yield from ((s.name, scope) for s in module.symbols_at(cell.addend + module.bias))
 
     def _through_arena_stub(self, address: int) -> Iterable[tuple[str, Scope]]:
+        destination = self.beyond_jump(address)
+        if destination is not None and destination != address:
+            yield from self.names_at(destination)
+
+    def beyond_jump(self, address: int) -> int | None:
+        """Return where a jump of ours leads to (far, or on the way of a short branch), None for anything else."""
         from patcher.code.instructions import plt_cell
 
         if address >> 47 or not self.view.contains(address):
-            return
-        cell = plt_cell(self.image.target.memory.read(address, 8), address)
-        if cell is not None and self.view.contains(cell):
-            destination = self.image.target.memory.read_u64(cell)
-            if destination != address:
-                yield from self.names_at(destination)
+            return None
+        code = self.image.target.memory.read(address, 8)
+        if code[0] == 0xE9:  # jmp rel32
+            return address + 5 + int.from_bytes(code[1:5], "little", signed=True)
+        cell = plt_cell(code, address)
+        if cell is None or not self.view.contains(cell):
+            return None
+        return self.image.target.memory.read_u64(cell)
 
 
 def born_unit(image: Image, view: ArenaView, blocks: Blocks, module: LoadedModule) -> LiveUnit:

@@ -14,6 +14,7 @@ class Options:
     watched: tuple[Path, ...] = ()
     build: str = ""
     force: bool = False
+    every_function: bool = False  # replace functions that did not change as well
     dry_run: bool = False
     colour: bool = False
     allowed_layouts: tuple[str, ...] = ()  # types whose layout may change, on the user's responsibility

@@ -8,12 +8,12 @@ target (to resolve an IFUNC it may ask the target's own resolver), and writes no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from patcher.blocks import Block, Blocks, External, Kind
-from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, displaced_copy, plan_entry
+from patcher.blocks import Block, Blocks, External, Kind, Place
+from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
 from patcher.convention import Registers
 from patcher.elf import ObjectFile, SymbolType
 from patcher.errors import LinkError, UnsafeChange
@@ -28,8 +28,6 @@ from patcher.patch.ledger import Choice, Commit, Ledger
 from patcher.statics import candidates, find_static
 from patcher.undefined import Use, uses_of
 
-_SAME = (Status.SAME, Status.LINE_ONLY)
-
 
 class Part:
     """One unit's share of a generation: its verdicts, and the object that new code is taken from.
@@ -37,19 +35,30 @@ class Part:
     That object is the one that was matched, or the same unit compiled with indirect access to external data;
     its blocks then go by the names of the matched one's. A part that is `supplied` is there only for what others
     miss: nothing of it that the process has is replaced.
+
+    `every`: functions that are the same are to be new as well, all but those that `keep` names.
     """
 
-    def __init__(self, delta: Delta, source: str, blocks: Blocks | None = None, *, supplied: bool = False) -> None:
+    def __init__(
+        self, delta: Delta, source: str, blocks: Blocks | None = None, *, supplied: bool = False, every: bool = False
+    ) -> None:
         self.delta = delta
         self.supplied = supplied
         self.source = source
         self.blocks = blocks or delta.blocks
+        self.every = every
+        self.kept: list[str] = []
+        self._left: set[Block] = set()
         self.unit = delta.unit
         self._verdicts = {f.block: f for f in delta.functions}
         self._named: dict[tuple[Kind, str], Block] = {}
         if self.blocks is not delta.blocks:
             matched = (*delta.blocks.functions, *delta.blocks.data_blocks())
             self._named = {(b.kind, b.name): b for b in matched}
+
+    def compiled_otherwise(self, blocks: Blocks) -> Part:
+        """Return the same part with the blocks of another object, made from the same source."""
+        return Part(self.delta, self.source, blocks, supplied=self.supplied, every=self.every)
 
     @property
     def module(self) -> LoadedModule:
@@ -73,16 +82,30 @@ class Part:
         verdict = self.verdict(block)
         return verdict.live if verdict is not None else None
 
+    def keep(self, block: Block) -> None:
+        """Leave a function that is the same as it is, though every one is to be new, and say so."""
+        self.leave(block)
+        self.kept.append(block.name)
+
+    def leave(self, block: Block) -> None:
+        """Leave a function that is the same to another unit, which replaces it."""
+        self._left.add(block)
+
+    def is_new(self, block: Block) -> bool:
+        """Tell whether new code takes the place of a function's code, or there is none yet."""
+        status = self.status(block)
+        if status is Status.SAME:
+            return self.every and block not in self._left
+        return status is not Status.LINE_ONLY
+
     def is_door(self, block: Block) -> bool:
-        return self.status(block) not in _SAME and not is_private_piece(block.name)
+        return self.is_new(block) and not is_private_piece(block.name)
 
     def wanted(self) -> tuple[Block, ...]:
         """Return the functions that have to be new. Private pieces follow from who uses them."""
         if self.supplied:
             return ()
-        return tuple(
-            b for b in self.blocks.functions if self.status(b) is Status.CHANGED and not is_private_piece(b.name)
-        )
+        return tuple(b for b in self.blocks.functions if self.is_door(b) and self.status(b) is not Status.ADDED)
 
     def added(self) -> tuple[Block, ...]:
         """Return the functions that are new to the process and can be called from other units."""
@@ -138,6 +161,11 @@ class Linked:
     replaced: tuple[Replaced, ...]
     new_variables: tuple[str, ...]
     supplied: tuple[Part, ...] = ()  # the parts that came in because something was missing
+    kept: tuple[str, ...] = ()  # functions that could not be entered anew, and are as they were
+
+
+class _Kept(Exception):
+    """Functions that are the same turned out not to be replaceable: they keep their code, link again."""
 
 
 class NeedsArena(Exception):
@@ -157,7 +185,7 @@ def link_generation(
     modules = dict.fromkeys(p.module for p in parts)
     for module in modules:
         linker.link(module, [p for p in parts if p.module is module], [p for p in waiting if p.module is module])
-    return linker.finish([p.source for p in parts])
+    return linker.finish(parts)
 
 
 class _Generation:
@@ -180,12 +208,12 @@ class _Generation:
         self.quiet_back: list[Body] = []
         self.new_variables: list[str] = []
 
-    def finish(self, sources: Iterable[str]) -> Linked:
+    def finish(self, parts: Sequence[Part]) -> Linked:
         record = GenerationRecord(
             number=self.number,
             parent=self.ledger.generation,
             time=time.time(),
-            files=tuple(dict.fromkeys(sources)),
+            files=tuple(dict.fromkeys(p.source for p in parts)),
             bodies=tuple(self.bodies),
             statuses=tuple(self.statuses),
             placed=tuple(self.placed),
@@ -194,12 +222,21 @@ class _Generation:
             quiet_back=tuple(self.quiet_back),
         )
         commit = Commit(record, tuple(self.writes), tuple(self.usage), tuple(self.choices))
-        return Linked(commit, tuple(self.replaced), tuple(self.new_variables), tuple(self.supplied))
+        kept = tuple(name for part in parts for name in part.kept)
+        return Linked(commit, tuple(self.replaced), tuple(self.new_variables), tuple(self.supplied), kept)
 
     def link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
         low, high = module.text
         fixed = not module.module.position_independent
         arena = self.ledger.arena_near(low, high, below_2g=fixed)
+        _keep_twins(parts)
+        while True:
+            try:
+                return self._link(arena, module, parts, waiting)
+            except _Kept:
+                continue
+
+    def _link(self, arena: Arena, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
         linkage = _Linkage(self.image, self.ledger, (*parts, *waiting), _Beyond(module, self.supply, self.defined))
         units = [linkage.unit(part, part.wanted()) for part in parts]
         units += [linkage.unit(part, ()) for part in waiting]
@@ -209,7 +246,8 @@ class _Generation:
                 _check_end(block)
         doors = self._doors(arena, found, linkage)
         space = self.ledger.space(arena)
-        copies, space = self._copies(doors, space)
+        entries = self._entries(doors, space.code.start)
+        copies, space = self._copies(entries, space)
         islands = {d.block: arena.island(d.index) for d in doors}
         originals = {d.block: d.live.address for d in doors if d.live is not None}
         placement = place(found, space, islands, originals)
@@ -235,28 +273,49 @@ class _Generation:
             raise LinkError(f"the arena at {arena.base:#x} has no slot left", "restart the program", code="arena-full")
         return doors
 
-    def _copies(self, doors: list[_Door], space: Space) -> tuple[dict[Block, tuple[int, bytes]], Space]:
-        """Displace the entries of the functions that get their island now: block -> (copy, original bytes)."""
-        copies: dict[Block, tuple[int, bytes]] = {}
-        cursor = space.code.start
+    def _entries(self, doors: list[_Door], near: int) -> list[_Entry]:
+        """Plan the entries of the functions that get their island now, with copies to stand at `near` or behind it."""
+        entries = []
+        kept = False
         for door in doors:
             if not door.fresh or door.live is None:
                 continue
-            live, unit = door.live, door.part.unit
-            extent = max(unit.extent(live.address), live.size)
-            ahead = self.image.target.memory.read(live.address, min(extent, live.size + 16))
-            siblings = [(piece.body, piece.code) for piece in door.part.cold_pieces(door.block)]
-            following = _filled(ahead[live.size :], live.address + extent)
-            entry = plan_entry(live.name, ahead, live.address, live.size, following, siblings)
+            try:
+                entry = self._entry(door, door.live)
+                displaced_copy(entry.displaced, entry.ahead, door.live.address, near)
+                entries.append(entry)
+            except NotDetourable:
+                if door.part.status(door.block) is not Status.SAME:
+                    raise
+                door.part.keep(door.block)
+                kept = True
+        if kept:
+            raise _Kept
+        return entries
+
+    def _entry(self, door: _Door, live: LiveFunction) -> _Entry:
+        extent = max(door.part.unit.extent(live.address), live.size)
+        ahead = self.image.target.memory.read(live.address, min(extent, live.size + 16))
+        siblings = [(piece.body, piece.code) for piece in door.part.cold_pieces(door.block)]
+        following = _filled(ahead[live.size :], live.address + extent)
+        return _Entry(
+            door.block, live, ahead, plan_entry(live.name, ahead, live.address, live.size, following, siblings)
+        )
+
+    def _copies(self, entries: list[_Entry], space: Space) -> tuple[dict[Block, tuple[int, bytes]], Space]:
+        """Displace the entries of functions: block -> (copy, original bytes)."""
+        copies: dict[Block, tuple[int, bytes]] = {}
+        cursor = space.code.start
+        for entry in entries:
             address = (cursor + 15) & -16
-            code = displaced_copy(entry, ahead, live.address, address)
+            code = displaced_copy(entry.displaced, entry.ahead, entry.live.address, address)
             if address + COPY_SIZE > space.code.end:
                 raise LinkError("the arena has no room for more code", "restart the program", code="arena-full")
             self.writes.append((address, code))
             cursor = address + len(code)
-            copies[door.block] = address, ahead[: max(entry.length, DETOUR_SIZE)]
-            if entry.reentries:
-                self.quiet.append(_body(live))
+            copies[entry.block] = address, entry.ahead[: max(entry.displaced.length, DETOUR_SIZE)]
+            if entry.displaced.reentries:
+                self.quiet.append(_body(entry.live))
         return copies, Space(space.read_only, Region(cursor, space.code.end), space.data)
 
     def _record(
@@ -294,7 +353,9 @@ class _Generation:
         """Note which changed functions must have no frame when their callees change under them."""
         for part in dict.fromkeys(door.part for door in doors if not door.part.supplied):
             registers = Registers(part.blocks, part.live, part.is_door)
-            risk = registers.callers_at_risk(d.block for d in doors if d.part is part)
+            # A caller that is the same relies on nothing that its new callees were not compiled to keep.
+            new = [d.block for d in doors if d.part is part and part.status(d.block) is not Status.SAME]
+            risk = registers.callers_at_risk(new)
             for live in risk.old:
                 self.quiet.append(_body(live))
             for block in risk.new:
@@ -305,7 +366,7 @@ class _Generation:
         block, part, live = door.block, door.part, door.live
         self.bodies.append((door.arena.base, door.index, body))
         if part.unit.key != UNDEFINED:
-            self.statuses.append((block.name, part.module.path, "changed" if live is not None else "added"))
+            self.statuses.append((block.name, part.module.path, _STATUSES[part.status(block)]))
         if live is not None:
             extents = [(live.body, live.body + live.size)]
             extents += [(piece.body, piece.body + piece.size) for piece in part.cold_pieces(block)]
@@ -364,6 +425,22 @@ def _check_end(block: Block) -> None:
         )
 
 
+_STATUSES = {Status.CHANGED: "changed", Status.ADDED: "added", Status.SAME: "relinked"}
+
+
+def _keep_twins(parts: Sequence[Part]) -> None:
+    """Let one unit replace what several have the same (inline functions, code that the linker folded)."""
+    wanted = [
+        (part, block, live) for part in parts for block in part.wanted() if (live := part.live(block)) is not None
+    ]
+    claimed = {live.address for part, block, live in wanted if part.status(block) is not Status.SAME}
+    for part, block, live in wanted:
+        if part.status(block) is Status.SAME:
+            if live.address in claimed:
+                part.leave(block)
+            claimed.add(live.address)
+
+
 def _filled(following: bytes, end: int) -> bytes:
     """Return what follows a function; zeros up to the next aligned one are padding too (mold fills gaps so)."""
     gap = end % 16 == 0 and len(following) < 16 and not any(following)
@@ -382,6 +459,16 @@ class _Door:
     fresh: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An entry that is to be displaced, and the live bytes from there."""
+
+    block: Block
+    live: LiveFunction
+    ahead: bytes
+    displaced: Displaced
+
+
 def _body(live: LiveFunction) -> Body:
     return Body(live.name, live.body, live.body + live.size)
 
@@ -397,6 +484,30 @@ def _placed(block: Block, part: Part, placement: Placement) -> Placed:
         local=not block.exported,
         address=placement.addresses[block],
         size=block.size,
+    )
+
+
+def _labels_of_new_code(part: Part, block: Block) -> list[Block]:
+    """Return the functions that are to be new and that a table's addresses lead into the middle of (`&&label`)."""
+    found = (r.target for r in part.blocks.references(block))
+    inside = (t.block for t in found if isinstance(t, Place) and t.block.kind is Kind.CODE and t.offset)
+    return [b for b in dict.fromkeys(inside) if part.is_new(b)]
+
+
+def _check_labels(part: Part, block: Block) -> None:
+    """Refuse new code for a function whose labels stand in a live variable: these lead into the old code."""
+    functions = _labels_of_new_code(part, block)
+    if not functions:
+        return
+    if all(part.status(f) is Status.SAME for f in functions):
+        for function in functions:
+            part.keep(function)
+        raise _Kept
+    raise UnsafeChange(
+        f"`{base_name(block.name)}` of {part.source} is a variable and holds addresses of labels in "
+        f"{', '.join(f'`{f.name}`' for f in functions)}, where they lead into the old code",
+        "restart the program; a table of labels that is declared const changes with its function",
+        code="label-table",
     )
 
 
@@ -445,7 +556,8 @@ class _Linkage:
             for block in part.blocks.functions:
                 if block.exported and part.is_door(block) and (part.live(block) is None or not is_chosen(block)):
                     for symbol in block.symbols:
-                        self._brought.setdefault(symbol.name, (part, block))
+                        if symbol.type != SymbolType.IFUNC:  # what stands there is its resolver
+                            self._brought.setdefault(symbol.name, (part, block))
             for block in part.blocks.data_blocks():
                 if block.exported and block.kind is Kind.DATA:
                     for symbol in block.symbols:
@@ -512,13 +624,16 @@ class _Linkage:
             if block.kind is Kind.READ_ONLY:
                 matched = part.matched(block)
                 address = part.delta.bindings.get(matched) if matched is not None and matched.symbols else None
-                return Bound(address) if address is not None else None
-            return self._variable(part, block)
+                return Bound(address) if address is not None and not _labels_of_new_code(part, block) else None
+            found = self._variable(part, block)
+            if found is not None:
+                _check_labels(part, block)
+            return found
 
         return resident
 
     def _function(self, part: Part, block: Block) -> Bound | None:
-        if part.status(block) not in _SAME:
+        if part.is_new(block):
             return self._elsewhere(part, block) if part.supplied else None
         interposed = self._interposed(part, block)
         if interposed is not None and interposed.function:

@@ -46,6 +46,7 @@ class Generation:
     line_only: tuple[str, ...] = ()
     new_variables: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()  # functions that are the same, and whose entry has no room for a jump
     dry_run: bool = False
     supplied: tuple[str, ...] = ()  # objects and libraries that were brought in, being missing
     undefined: tuple[str, ...] = ()  # functions that are nowhere: a call aborts
@@ -54,7 +55,7 @@ class Generation:
         """Return the event that tells of it."""
         names = tuple(str(f) for f in files)
         if not self.functions:
-            return Unchanged(names, self.line_only, self.waiting)
+            return Unchanged(names, self.line_only, self.waiting, self.kept)
         return Applied(
             self.number,
             names,
@@ -66,6 +67,7 @@ class Generation:
             self.dry_run,
             self.supplied,
             self.undefined,
+            self.kept,
         )
 
 
@@ -277,7 +279,9 @@ class Session:
 
         record = linked.commit.record
         functions = tuple(Function(*status) for status in record.statuses)
-        outcome = Generation(record.number, functions, new_variables=linked.new_variables)
+        if not functions:
+            return Generation(self.ledger.generation, kept=linked.kept)
+        outcome = Generation(record.number, functions, new_variables=linked.new_variables, kept=linked.kept)
         if self.options.dry_run:
             return outcome
         self.ledger.realise()

@@ -179,7 +179,7 @@ class Units:
     def _compiled_to_reach(self, part: Part, command: CompileCommand, reach: Variant) -> Part:
         blocks = Blocks(self._compiled(command, variant=reach))
         self._reach[blocks] = reach
-        return Part(part.delta, part.source, blocks, supplied=part.supplied)
+        return part.compiled_otherwise(blocks)
 
     def supply_farther(self, source: ObjectFile | None) -> bool:
         """Compile a unit that was brought in and cannot reach something again; tell whether that was possible."""
@@ -214,7 +214,7 @@ class Units:
             delta = self._match(source, blocks, unit)
             self._check_origin(source, delta)
             self._check_drift(source, delta)
-            parts.append(Part(delta, str(source.file)))
+            parts.append(Part(delta, str(source.file), every=self.options.every_function))
             if parts[-1].added():
                 self._waiting[source.name] = source
         if absent and not parts:
@@ -305,7 +305,8 @@ class Units:
                 self._proven.add(proof)
             return
         texts = self.texts.of(source.file)
-        if texts and source.command is not None and self._fits(texts[0], source.command):
+        if texts and proof is not None and source.command is not None and self._fits(texts[0], source.command):
+            self._proven.add(proof)
             return
         examples = "; ".join(f"{f.name}: {f.reason}" for f in changed[:3])
         raise UnsafeChange(
@@ -337,6 +338,8 @@ class Units:
     def _check_layouts(self, parts: Sequence[Part]) -> None:
         """Refuse new code that sees existing data in another layout."""
         for part in parts:
+            if all(part.status(b) is Status.SAME for b in part.wanted()):
+                continue  # what runs now sees it in the same way
             layouts = self.layouts_of(part.module)
             data = bytes(part.delta.blocks.object.contents)
             if layouts is None or not _has_types(part):

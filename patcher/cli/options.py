@@ -33,6 +33,7 @@ class Common:
     verbose: bool
     dry_run: bool
     force: bool
+    every_function: bool
     allow_layout_change: tuple[str, ...]
     archive: tuple[Path, ...]
     library: tuple[str, ...]
@@ -44,6 +45,7 @@ class Common:
             watched=self.watch,
             build=self.build,
             force=self.force,
+            every_function=self.every_function,
             dry_run=self.dry_run,
             colour=sys.stderr.isatty(),
             allowed_layouts=self.allow_layout_change,
@@ -98,6 +100,7 @@ def common(watch: bool) -> Callable[[F], F]:
                 metavar="FILE",
                 help="Take what is missing from this archive. Repeatable.",
             ),
+            click.option("--every-function", is_flag=True, help="Replace functions that did not change as well."),
             click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
             click.option("-v", "--verbose", is_flag=True, help="Say more."),
             click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
@@ -140,6 +143,7 @@ def gather(arguments: dict[str, Any]) -> Common:
         verbose=arguments["verbose"],
         dry_run=arguments["dry_run"],
         force=arguments["force"],
+        every_function=arguments["every_function"],
         allow_layout_change=tuple(arguments["allow_layout_change"]),
         archive=tuple(arguments["archive"]),
         library=tuple(arguments["library"]),

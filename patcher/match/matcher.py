@@ -165,7 +165,8 @@ class Matcher:
             live = self.live.get(p.target)
             known = p.target in self.maps and live is not None
             offset = self._live_offset(p.target, p.offset) if known else None
-            if live is None or offset is None or live.body + offset != p.address:
+            places = (p.address, self.unit.beyond_jump(p.address)) if not p.offset else (p.address,)
+            if live is None or offset is None or live.body + offset not in places:
                 old = results[p.owner]
                 if old.status is Status.SAME:
                     reason = f"refers to {p.target.name}+{p.offset:#x}, which stands elsewhere"
@@ -369,7 +370,7 @@ class Matcher:
             raise Mismatch(Cause.CONSTANT, f"{address:#x} instead of {target.value:#x}")
 
     def _check_external(self, target: External, address: int) -> None:
-        weakly_absent = target.weak and address in (0, self.unit.module.bias)
+        weakly_absent = target.weak and (address in (0, self.unit.module.bias) or self.unit.beyond_jump(address) == 0)
         if weakly_absent or self.unit.denotes_external(address, target.name) or self._chosen(target.name) == address:
             self._named.add((target, address))
             return
@@ -394,7 +395,8 @@ class Matcher:
 
     def _check_function(self, target: Place, address: int) -> None:
         block = target.block
-        if target.offset or is_cold_piece(block.name):
+        if target.offset or is_private_piece(block.name):
+            # Two generations may have pieces of one name: the piece that was compared must be the one that is used.
             self.pending.append(_Pending(self._block(), block, target.offset, address))
             return
         names = tuple(s.name for s in block.symbols)

@@ -36,6 +36,7 @@ APPLIED = Applied(
     new_variables=("cache",),
     supplied=("/usr/lib/libx.a(y.o)",),
     undefined=("z",),
+    kept=("tiny",),
 )
 EVENTS: list[tuple[Event, dict[str, object]]] = [
     (Ready(5, "/bin/p", ("src",)), {"event": "ready", "pid": 5, "program": "/bin/p", "watching": ["src"]}),
@@ -60,6 +61,7 @@ EVENTS: list[tuple[Event, dict[str, object]]] = [
             ],
             "supplied": ["/usr/lib/libx.a(y.o)"],
             "undefined": ["z"],
+            "kept": ["tiny"],
             "active": ["main", "loop"],
             "timings": {"detect": 1.5, "build": 20.25, "link": 3.0, "stop": 0.123, "total": 24.9},
         },
@@ -100,6 +102,7 @@ def test_what_was_applied_is_told_with_everything_that_matters():
         "new variables: cache",
         "libx.a(y.o)",
         "undefined, a call aborts: z",
+        "kept, no room for a jump at their entry: tiny",
         "h",
         "main (thread 11)",
         "loop (thread 12)",
