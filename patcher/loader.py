@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patcher.elf.tables import read_raw
-from patcher.errors import ObjectError, PatcherError, TargetBusy, UnsafeChange
+from patcher.errors import ObjectError, PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.image import Image
 from patcher.safepoint import SafePoints
 from patcher.target import FunctionCall, SystemCall, Target, read_stat
@@ -29,6 +29,7 @@ RTLD_NOW, RTLD_GLOBAL = 0x2, 0x100
 _RTLD_INTERNAL = 0x80000000  # __libc_dlopen_mode wants it, glibc's __RTLD_DLOPEN
 _MMAP, _MPROTECT, _MUNMAP = 9, 10, 11
 _PT_GNU_STACK = 0x6474E551
+_ABANDONED = ("call-timeout", "call-crashed")
 _PAGE = 4096
 _STACK_SIZE = 1 << 20
 _WORKSPACE_SIZE = _PAGE + _STACK_SIZE + _PAGE
@@ -47,36 +48,35 @@ class Workspace:
 
 @contextmanager
 def workspace(target: Target) -> Iterator[Workspace]:
-    """Map a workspace in the target for the length of the block; it stays when a call may still be using it."""
+    """Map a workspace in the target for the length of the block.
+
+    It stays when a call was abandoned: the thread's own data, such as the loader's list of who catches its errors,
+    may point into the stack on which the function ran.
+    """
     (base,) = target.inject([SystemCall(_MMAP, (0, _WORKSPACE_SIZE, _NONE, _PRIVATE_ANONYMOUS, _NO_FD, 0))])
     if -4095 <= base < 0:
         raise PatcherError(f"process {target.pid} cannot map memory for a call: error {-base}", code="no-memory")
     stack, code = base + _PAGE, base + _PAGE + _STACK_SIZE  # behind a page that catches an overflow
+    abandoned = False
     try:
-        for start, size, protection in ((stack, _STACK_SIZE, _READ_WRITE), (code, _PAGE, _READ_EXECUTE)):
-            (result,) = target.inject([SystemCall(_MPROTECT, (start, size, protection))])
-            if result:
-                raise PatcherError(
-                    f"process {target.pid} may not have memory of protection {protection}: error {-result}",
-                    code="no-memory",
-                )
+        _protect(target, stack, _STACK_SIZE, _READ_WRITE)
+        _protect(target, code, _PAGE, _READ_EXECUTE)
         yield Workspace(code, (stack, code))
+    except PatcherError as error:
+        abandoned = error.code in _ABANDONED
+        raise
     finally:
-        if target.alive() and not _in_use(target, base):
-            with suppress(TargetBusy):
+        if not abandoned:
+            with suppress(TargetBusy, TargetGone):
                 target.inject([SystemCall(_MUNMAP, (base, _WORKSPACE_SIZE))])
 
 
-def _in_use(target: Target, base: int) -> bool:
-    # Only when a call timed out so hard that its thread could not even be stopped.
-    for tid in target.threads():
-        try:
-            pc, sp = target.thread_registers(tid)
-        except PatcherError:
-            return True
-        if any(base <= address <= base + _WORKSPACE_SIZE for address in (pc, sp)):
-            return True
-    return False
+def _protect(target: Target, start: int, size: int, protection: int) -> None:
+    (result,) = target.inject([SystemCall(_MPROTECT, (start, size, protection))])
+    if result:
+        raise PatcherError(
+            f"process {target.pid} may not have memory of protection {protection}: error {-result}", code="no-memory"
+        )
 
 
 class Caller:

@@ -115,6 +115,12 @@ def maps(pid: int) -> list[str]:
     return [line for line in lines if not line.endswith("[heap]")]
 
 
+def workspaces(pid: int) -> set[str]:
+    """The mappings that are the page for the stub of a workspace."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {line for line in lines if line.split()[1] == "r-xp" and line.split()[4] == "0" and len(line.split()) == 5}
+
+
 def tracers(pid: int) -> set[str]:
     status = [Path(task, "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     return {line.split()[1] for text in status for line in text.splitlines() if line.startswith("TracerPid")}
@@ -222,8 +228,10 @@ def test_no_library_is_loaded_while_the_only_thread_holds_a_lock(start, library)
 def test_a_constructor_that_fails_does_not_end_the_program(start, folder, body, message):
     program = start("busy", "1")
     bad = make_library(folder, f"libbad{len(message)}.so", FAILING % body)
+    before = workspaces(program.pid)
     with calling(program.pid, timeout=0.3) as caller, pytest.raises(PatcherError, match=message):
         caller.load_library(str(bad))
+    assert len(workspaces(program.pid) - before) == 1, "the loader still has pointers into the stack"
     program.await_progress()
     assert tracers(program.pid) == {"0"}
 

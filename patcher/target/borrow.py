@@ -521,6 +521,7 @@ class _Loan:
         raise PatcherError(
             f"a function called on thread {self.tracee.tid} of process {self.pid} faulted with signal {number} at "
             f"{pc:#x}; the thread is where it was before",
+            "what the function had locked stays locked: restart the program before it has to be called again",
             code="call-crashed",
         )
 
