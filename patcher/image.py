@@ -73,6 +73,12 @@ class LoadedModule:
         """Tell whether live bytes lie where the program cannot write once it runs."""
         return self.module.constant(address - self.bias, size)
 
+    @property
+    def offset_table(self) -> int | None:
+        """Return the address that the module's code takes for its global offset table, if a symbol tells."""
+        found = {s.value for s in self.module.symbols.named("_GLOBAL_OFFSET_TABLE_")}
+        return found.pop() + self.bias if len(found) == 1 else None
+
     def in_offset_table(self, cell: int) -> bool:
         """Tell whether a cell lies in the module's global offset table."""
         return self.contains(cell) and self.module.in_offset_table(cell - self.bias)
