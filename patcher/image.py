@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patcher.elf import SymbolType
+from patcher.elf.dynamic import THREAD_CELLS, TLSDESC
 from patcher.elf.module import (
-    THREAD_CELLS,
-    TLSDESC,
     Cell,
     DynamicSymbol,
     Module,
@@ -244,7 +243,7 @@ class Image:
         for cell in module.module.cells_named(definition.name):
             if cells[cell].type == R.GLOB_DAT:
                 return self.target.memory.read_u64(cell + module.bias) == definition.address
-            if cells[cell].type == R.JUMP_SLOT or cells[cell].type in THREAD_CELLS:
+            if cells[cell].type == R.JUMP_SLOT or (cells[cell].name and cells[cell].type in THREAD_CELLS):
                 return True
         return False
 

@@ -25,12 +25,6 @@ from patcher.errors import ObjectError
 
 __all__ = ["Cell", "DynamicSymbol", "Module", "Segment", "ThreadStorage", "read_module"]
 
-TLSDESC = 36
-"""The dynamic relocation of a thread-local descriptor: two words, a function and its argument (psABI, table 4.10)."""
-
-THREAD_CELLS = (R.DTPMOD64, R.TPOFF64, TLSDESC)
-"""The dynamic relocations by which code finds thread-local variables."""
-
 
 @dataclass(frozen=True, slots=True)
 class Segment:
