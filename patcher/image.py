@@ -27,7 +27,7 @@ from patcher.elf.module import (
 from patcher.elf.relocations import R
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import ObjectError, PatcherError, TargetGone, UnsafeChange
-from patcher.linkmap import BLOCK_OFFSET, MODULE_NUMBER, Layout, ThreadBlock, rendezvous, thread_blocks
+from patcher.linkmap import BLOCK_OFFSET, MODULE_NUMBER, RENDEZVOUS, Layout, ThreadBlock, rendezvous, thread_blocks
 from patcher.target import Mapping, Target
 
 _PAGE = 0xFFF
@@ -385,6 +385,7 @@ class Image:
         try:
             layout = Layout.read(memory, *descriptions)
             debug = rendezvous(memory, executable.module.dynamic_section + executable.bias)
+            debug = debug or self._exported_anywhere(RENDEZVOUS)  # a dynamic section may be read-only
         except TargetGone:
             raise
         except PatcherError:
