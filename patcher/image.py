@@ -201,6 +201,8 @@ class Image:
         Raises `UnsafeChange` when only libraries outside the search scope define it, and several do.
         """
         own = self._own(name, within)
+        if own is None and within.module.symbolic:
+            own = _exported(within, name)
         if own is not None:
             return own
         scope = self.scope()

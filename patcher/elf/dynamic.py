@@ -22,7 +22,8 @@ from patcher.elf.relocations import R
 from patcher.errors import ObjectError
 
 _NEEDED, _PLTRELSZ, _HASH, _STRTAB, _SYMTAB, _RELA, _RELASZ = 1, 2, 4, 5, 6, 7, 8
-_STRSZ, _SONAME, _JMPREL, _RELRSZ, _RELR = 10, 14, 23, 35, 36
+_STRSZ, _SONAME, _SYMBOLIC, _JMPREL, _FLAGS, _RELRSZ, _RELR = 10, 14, 16, 23, 30, 35, 36
+_DF_SYMBOLIC = 2
 _GNU_HASH, _VERSYM, _VERDEF, _VERDEFNUM = 0x6FFFFEF5, 0x6FFFFFF0, 0x6FFFFFFC, 0x6FFFFFFD
 _VERNEED, _VERNEEDNUM = 0x6FFFFFFE, 0x6FFFFFFF
 
@@ -205,6 +206,7 @@ class Dynamic:
     address: int
     soname: str
     needed: tuple[str, ...]
+    symbolic: bool  # its own definitions come first for its own references (-Bsymbolic)
     cells: Cells
     exports: Exports
 
@@ -214,7 +216,7 @@ def read_dynamic(raw: t.RawFile, build_id: str) -> Dynamic:
     header = next((p for p in raw.program_headers if int(p["type"]) == t.PT_DYNAMIC), None)
     if header is None:
         exports = Exports.empty()
-        return Dynamic(0, "", (), Cells(_resolver_relocations(raw), exports), exports)
+        return Dynamic(0, "", (), False, Cells(_resolver_relocations(raw), exports), exports)
     return _Section(raw, int(header["address"]), int(header["offset"]), int(header["file_size"])).read(build_id)
 
 
@@ -255,7 +257,8 @@ class _Section:
         exports = Exports(table, strings, np.frombuffer(versions, "<u2"), self._version_names(strings), build_id)
         soname = t.string_at(strings, self._values[_SONAME]) if _SONAME in self._values else ""
         needed = tuple(t.string_at(strings, value) for tag, value in self._entries if tag == _NEEDED)
-        return Dynamic(self._address, soname, needed, Cells(relocations, exports), exports)
+        symbolic = _SYMBOLIC in self._values or bool(self._values.get(_FLAGS, 0) & _DF_SYMBOLIC)
+        return Dynamic(self._address, soname, needed, symbolic, Cells(relocations, exports), exports)
 
     def _at(self, what: str, address: int, size: int) -> memoryview:
         for start, length, offset in self._segments:
