@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patcher.elf import SymbolType
+from patcher.elf.dynamic import THREAD_CELLS, TLSDESC
 from patcher.elf.module import (
-    THREAD_CELLS,
-    TLSDESC,
     Cell,
     DynamicSymbol,
     Module,
@@ -28,7 +27,7 @@ from patcher.elf.module import (
 from patcher.elf.relocations import R
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import ObjectError, PatcherError, TargetGone, UnsafeChange
-from patcher.linkmap import BLOCK_OFFSET, MODULE_NUMBER, Layout, ThreadBlock, rendezvous, thread_blocks
+from patcher.linkmap import BLOCK_OFFSET, MODULE_NUMBER, RENDEZVOUS, Layout, ThreadBlock, rendezvous, thread_blocks
 from patcher.target import Mapping, Target
 
 _PAGE = 0xFFF
@@ -208,6 +207,8 @@ class Image:
         Raises `UnsafeChange` when only libraries outside the search scope define it, and several do.
         """
         own = self._own(name, within)
+        if own is None and within.module.symbolic:
+            own = _exported(within, name)
         if own is not None:
             return own
         scope = self.scope()
@@ -250,7 +251,7 @@ class Image:
         for cell in module.module.cells_named(definition.name):
             if cells[cell].type == R.GLOB_DAT:
                 return self.target.memory.read_u64(cell + module.bias) == definition.address
-            if cells[cell].type == R.JUMP_SLOT or cells[cell].type in THREAD_CELLS:
+            if cells[cell].type == R.JUMP_SLOT or (cells[cell].name and cells[cell].type in THREAD_CELLS):
                 return True
         return False
 
@@ -392,6 +393,7 @@ class Image:
         try:
             layout = Layout.read(memory, *descriptions)
             debug = rendezvous(memory, executable.module.dynamic_section + executable.bias)
+            debug = debug or self._exported_anywhere(RENDEZVOUS)  # a dynamic section may be read-only
         except TargetGone:
             raise
         except PatcherError:

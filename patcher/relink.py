@@ -829,6 +829,7 @@ class _Linkage:
         definition = self.image.resolve(name, module)
         if definition is None:
             return self._beyond.defined.get(name) or self._born_elsewhere(name)
+        self._refuse_doubtful(module, definition)
         return replace(self._defined(module, definition), size=definition.size)
 
     def _defined(self, module: LoadedModule, definition: Definition) -> Bound:
@@ -839,6 +840,19 @@ class _Linkage:
         if definition.function:
             return self._external_function(module, definition)
         return Bound(definition.address)
+
+    def _refuse_doubtful(self, module: LoadedModule, definition: Definition) -> None:
+        """Refuse a name of a library that others define first, where no cell tells which one the library uses."""
+        own = module.module.exports.get(definition.name, ())
+        if module in (self.image.executable, definition.module) or not any(s.defined and s.binding for s in own):
+            return
+        if not self.image.binds(module, definition):
+            raise UnsafeChange(
+                f"`{definition.name}` is defined by {module.name} and by {definition.module.name}, and which of "
+                "the two the library's new code would use cannot be told",
+                "give one of them another name, or hide the library's",
+                code="ambiguous-symbol",
+            )
 
     def _external_function(self, module: LoadedModule, definition: Definition) -> Bound:
         entry = self._entry(definition.address)
