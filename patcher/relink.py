@@ -244,6 +244,8 @@ class _Generation:
         for block in found.code:
             if linkage.part_of(block).supplied:
                 _check_end(block)
+            if is_chosen(block):
+                _check_resolver(linkage.part_of(block), block)
         doors = self._doors(arena, found, linkage)
         space = self.ledger.space(arena)
         entries = self._entries(doors, space.code.start)
@@ -441,6 +443,19 @@ def _keep_twins(parts: Sequence[Part]) -> None:
             claimed.add(live.address)
 
 
+def _check_resolver(part: Part, resolver: Block) -> None:
+    """Refuse code that means the resolver of a new IFUNC itself, and not what it chooses."""
+    if part.live(resolver) is not None:
+        return
+    for block in (*part.blocks.functions, *part.blocks.data_blocks()):
+        if any(isinstance(r.target, Place) and r.target.block is resolver for r in part.blocks.references(block)):
+            raise LinkError(
+                f"`{block.name}` of {part.source} refers to the resolver of `{resolver.name}` itself",
+                "let it use what the resolver chooses, or restart the program",
+                code="ifunc",
+            )
+
+
 def _filled(following: bytes, end: int) -> bytes:
     """Return what follows a function; zeros up to the next aligned one are padding too (mold fills gaps so)."""
     gap = end % 16 == 0 and len(following) < 16 and not any(following)
@@ -554,9 +569,10 @@ class _Linkage:
         self._brought: dict[str, tuple[Part, Block]] = {}
         for part in parts:
             for block in part.blocks.functions:
-                if block.exported and part.is_door(block) and (part.live(block) is None or not is_chosen(block)):
+                if block.exported and part.is_door(block):
                     for symbol in block.symbols:
-                        if symbol.type != SymbolType.IFUNC:  # what stands there is its resolver
+                        # What stands there is the resolver of an IFUNC: the process chose, unless it is new.
+                        if symbol.type != SymbolType.IFUNC or part.live(block) is None:
                             self._brought.setdefault(symbol.name, (part, block))
             for block in part.blocks.data_blocks():
                 if block.exported and block.kind is Kind.DATA:

@@ -415,6 +415,17 @@ def test_a_unit_may_bring_an_ifunc_itself(project: Project) -> None:
         assert program.ask(3) == "3001"
 
 
+def test_the_resolver_itself_is_not_what_its_name_means(project: Project) -> None:
+    lines = [
+        *CHOSEN.replace("static int (*choose", "__attribute__((noipa)) static int (*choose").splitlines(),
+        "int (*resolver(int n))(int) { return n ? choose() : 0; }",
+    ]
+    with project.running() as program, patcher.attach(program.pid) as session:
+        with pytest.raises(PatcherError, match="refers to the resolver of `chosen` itself"):
+            session.apply(calling(project, "chosen(n) + (resolver(n) != 0)", *lines))
+        assert program.ask(3) == "1003"
+
+
 # --- the C library of a static program --------------------------------------------------------------------------------
 
 
