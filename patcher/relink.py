@@ -539,6 +539,10 @@ def is_chosen(block: Block) -> bool:
     return any(s.type == SymbolType.IFUNC for s in block.symbols)
 
 
+def _is_tentative(block: Block) -> bool:
+    return any(s.common for s in block.symbols)
+
+
 def _needs(blocks: Blocks, name: str) -> bool:
     found = (s for s in blocks.object.symbols if s.name == name)
     return any((s.undefined and not s.weak) or s.type == SymbolType.IFUNC for s in found)
@@ -577,7 +581,9 @@ class _Linkage:
             for block in part.blocks.data_blocks():
                 if block.exported and block.kind is Kind.DATA:
                     for symbol in block.symbols:
-                        self._brought.setdefault(symbol.name, (part, block))
+                        known = self._brought.setdefault(symbol.name, (part, block))
+                        if _is_tentative(known[1]):
+                            self._brought[symbol.name] = part, block
         self._redirects = {r.original: r for r in ledger.journal.redirects}
         self._known: dict[tuple[LoadedModule, str], Bound | None] = {}
         # What still stands for an undefined function defines nothing.
@@ -729,17 +735,23 @@ class _Linkage:
 
     def _check_tentative(self, part: Part, block: Block) -> None:
         """Refuse a new common symbol that ld would merge with a definition elsewhere."""
+        for symbol in block.symbols:
+            other = self._defined_elsewhere(part, block, symbol.name) if symbol.common else ""
+            if other:
+                raise UnsafeChange(
+                    f"`{symbol.name}` is new and without an initial value in {part.source}, and {other} defines it",
+                    "declare it `extern`, or compile with -fno-common",
+                    code="tentative",
+                )
+
+    def _defined_elsewhere(self, part: Part, block: Block, name: str) -> str:
+        brought = self._brought.get(name)
+        if brought is not None and brought[1] is not block:
+            return brought[0].blocks.object.name
         supply = self._beyond.supply
-        for symbol in block.symbols if supply is not None else ():
-            if symbol.common and supply is not None:
-                other = supply.defining(symbol.name, part.module)
-                if other is not None and any(s.name == symbol.name and not s.common for s in other.symbols):
-                    raise UnsafeChange(
-                        f"`{symbol.name}` is new and without an initial value in {part.source}, and {other.name} "
-                        "defines it",
-                        "declare it `extern`, or compile with -fno-common",
-                        code="tentative",
-                    )
+        found = supply.defining(name, part.module) if supply is not None else None
+        proper = found is not None and any(s.name == name and not s.common for s in found.symbols)
+        return found.name if found is not None and proper else ""
 
     def _find_variable(self, part: Part, block: Block) -> LiveVariable | None:
         interposed = self._interposed(part, block)

@@ -409,6 +409,16 @@ def test_a_tentative_definition_beside_a_definition_in_an_archive_is_refused(tmp
         assert program.ask(1) == "0"
 
 
+def test_new_tentative_definitions_of_one_name_in_two_units_are_refused(tmp_path: Path) -> None:
+    project = Project(tmp_path / "p", compile_flags=["-fcommon"])
+    (beside,) = objects(tmp_path, ["-fcommon"], late="int shared; int late(int n) { return shared = n; }\n")
+    wants = calling(project, "late(n) + shared", "int shared;", "int late(int);")
+    with project.running() as program, patcher.attach(program.pid) as session:
+        with pytest.raises(UnsafeChange, match=r"`shared` .*late\.o defines it|`shared` .*unit\.o defines it"):
+            session.apply(wants, beside)
+        assert program.ask(1) == "1001"
+
+
 def test_a_unit_may_bring_an_ifunc_itself(project: Project) -> None:
     with project.running() as program, patcher.attach(program.pid) as session:
         session.apply(calling(project, "chosen(n) + asked_times()", *CHOSEN.splitlines()))
