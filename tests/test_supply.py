@@ -453,6 +453,14 @@ def test_a_static_program_gains_functions_of_the_c_library(static: Project) -> N
         assert image_bytes(program.pid) == before
 
 
+def test_an_archive_that_is_a_linker_script_is_followed(static: Project) -> None:
+    script = run("gcc", "-print-file-name=libm.a").strip()
+    with static.running() as program, patcher.attach(program.pid, archives=[script]) as session:
+        generation = session.apply(calling(static, "(int)cbrt(n)", "double cbrt(double);"))
+        assert any(m.endswith("cbrt.o)") for m in members(generation))
+        assert program.ask(27) == "3"
+
+
 def test_another_build_of_the_c_library_is_refused(static: Project, tmp_path: Path) -> None:
     found = Path(run("gcc", "-print-file-name=libc.a").strip())
     other = tmp_path / "libc.a"
@@ -491,10 +499,10 @@ def rooted(tmp_path: Path) -> tuple[Project, Path]:
     return project, calling(project, *ROOT_OF)
 
 
-@pytest.mark.parametrize("name", ["m", "-lm", "libm.so.6", "path"])
+@pytest.mark.parametrize("name", ["m", "-lm", "libm.so.6", "/libm.so.6", "/libm.so"])
 def test_a_given_library_is_loaded_when_it_has_what_is_missing(rooted: tuple[Project, Path], name: str) -> None:
     project, wants = rooted
-    library = run("gcc", "-print-file-name=libm.so.6").strip() if name == "path" else name
+    library = run("gcc", f"-print-file-name={name[1:]}").strip() if name.startswith("/") else name
     with project.running() as program, patcher.attach(program.pid, libraries=[library]) as session:
         before = image_bytes(program.pid)
         generation = session.apply(wants)
