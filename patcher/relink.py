@@ -247,6 +247,8 @@ class _Generation:
         for block in found.code:
             if linkage.part_of(block).supplied:
                 _check_end(block)
+            if is_chosen(block):
+                _check_resolver(linkage.part_of(block), block)
         full: ArenaFull | None = None
         for home in (first, *homes):
             try:
@@ -478,6 +480,19 @@ def _keep_twins(parts: Sequence[Part]) -> None:
             claimed.add(live.address)
 
 
+def _check_resolver(part: Part, resolver: Block) -> None:
+    """Refuse code that means the resolver of a new IFUNC itself, and not what it chooses."""
+    if part.live(resolver) is not None:
+        return
+    for block in (*part.blocks.functions, *part.blocks.data_blocks()):
+        if any(isinstance(r.target, Place) and r.target.block is resolver for r in part.blocks.references(block)):
+            raise LinkError(
+                f"`{block.name}` of {part.source} refers to the resolver of `{resolver.name}` itself",
+                "let it use what the resolver chooses, or restart the program",
+                code="ifunc",
+            )
+
+
 def _filled(following: bytes, end: int) -> bytes:
     """Return what follows a function; zeros up to the next aligned one are padding too (mold fills gaps so)."""
     gap = end % 16 == 0 and len(following) < 16 and not any(following)
@@ -598,6 +613,10 @@ def is_chosen(block: Block) -> bool:
     return any(s.type == SymbolType.IFUNC for s in block.symbols)
 
 
+def _is_tentative(block: Block) -> bool:
+    return any(s.common for s in block.symbols)
+
+
 def _needs(blocks: Blocks, name: str) -> bool:
     found = (s for s in blocks.object.symbols if s.name == name)
     return any((s.undefined and not s.weak) or s.type == SymbolType.IFUNC for s in found)
@@ -628,14 +647,17 @@ class _Linkage:
         self._brought: dict[str, tuple[Part, Block]] = {}
         for part in parts:
             for block in part.blocks.functions:
-                if block.exported and part.is_door(block) and (part.live(block) is None or not is_chosen(block)):
+                if block.exported and part.is_door(block):
                     for symbol in block.symbols:
-                        if symbol.type != SymbolType.IFUNC:  # what stands there is its resolver
+                        # What stands there is the resolver of an IFUNC: the process chose, unless it is new.
+                        if symbol.type != SymbolType.IFUNC or part.live(block) is None:
                             self._brought.setdefault(symbol.name, (part, block))
             for block in part.blocks.data_blocks():
                 if block.exported and block.kind is Kind.DATA:
                     for symbol in block.symbols:
-                        self._brought.setdefault(symbol.name, (part, block))
+                        known = self._brought.setdefault(symbol.name, (part, block))
+                        if _is_tentative(known[1]):
+                            self._brought[symbol.name] = part, block
         self._redirects = {r.original: r for r in ledger.journal.redirects}
         self._known: dict[tuple[LoadedModule, str], Bound | None] = {}
         # What still stands for an undefined function defines nothing.
@@ -787,17 +809,23 @@ class _Linkage:
 
     def _check_tentative(self, part: Part, block: Block) -> None:
         """Refuse a new common symbol that ld would merge with a definition elsewhere."""
+        for symbol in block.symbols:
+            other = self._defined_elsewhere(part, block, symbol.name) if symbol.common else ""
+            if other:
+                raise UnsafeChange(
+                    f"`{symbol.name}` is new and without an initial value in {part.source}, and {other} defines it",
+                    "declare it `extern`, or compile with -fno-common",
+                    code="tentative",
+                )
+
+    def _defined_elsewhere(self, part: Part, block: Block, name: str) -> str:
+        brought = self._brought.get(name)
+        if brought is not None and brought[1] is not block:
+            return brought[0].blocks.object.name
         supply = self._beyond.supply
-        for symbol in block.symbols if supply is not None else ():
-            if symbol.common and supply is not None:
-                other = supply.defining(symbol.name, part.module)
-                if other is not None and any(s.name == symbol.name and not s.common for s in other.symbols):
-                    raise UnsafeChange(
-                        f"`{symbol.name}` is new and without an initial value in {part.source}, and {other.name} "
-                        "defines it",
-                        "declare it `extern`, or compile with -fno-common",
-                        code="tentative",
-                    )
+        found = supply.defining(name, part.module) if supply is not None else None
+        proper = found is not None and any(s.name == name and not s.common for s in found.symbols)
+        return found.name if found is not None and proper else ""
 
     def _find_variable(self, part: Part, block: Block) -> LiveVariable | None:
         interposed = self._interposed(part, block)
