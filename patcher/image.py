@@ -224,7 +224,7 @@ class Image:
         return self._definition(within, found[0]) if len(values) == 1 else None
 
     def _definition(self, within: LoadedModule, symbol: StaticSymbol) -> Definition:
-        bias = 0 if symbol.type == SymbolType.TLS else within.bias
+        bias = 0 if symbol.type == SymbolType.TLS or symbol.absolute else within.bias
         return Definition(symbol.name, symbol.value + bias, symbol.size, symbol.type, within)
 
     def binds(self, module: LoadedModule, definition: Definition) -> bool:
@@ -320,6 +320,25 @@ class Image:
             self._ifuncs[definition.address] = found
         return found
 
+    def chosen_stub(self, definition: Definition) -> int | None:
+        """Return the stub that stands for an IFUNC wherever its module's code takes its address, if there is one.
+
+        It jumps through a cell that nobody names, and is no symbol in what GNU ld, gold and mold link.
+        """
+        from patcher.code.instructions import plt_cell
+
+        owner, found = definition.module, []
+        resolver = definition.address - owner.bias
+        cells = {c for c in owner.module.resolver_cells if owner.module.cells[c].addend == resolver}
+        for low, high in owner.module.stub_tables if cells else ():
+            code = self.target.memory.read(low + owner.bias, high - low)
+            found += [low + at for at in range(0, len(code), 8) if plt_cell(code[at : at + 32], low + at) in cells]
+        if len(found) > 1:
+            raise UnsafeChange(
+                f"{owner.name} has {len(found)} stubs for `{definition.name}`", "", code="ambiguous-symbol"
+            )
+        return found[0] + owner.bias if found else None
+
     def _stub_area(self) -> int:
         if self.stub_area is None:
             raise UnsafeChange("an IFUNC has to be resolved before there is an arena", "")
@@ -374,7 +393,7 @@ def _exported(loaded: LoadedModule, name: str) -> Definition | None:
     best: DynamicSymbol | None = next((s for s in symbols if s.default), symbols[0] if len(symbols) == 1 else None)
     if best is None:
         return None
-    bias = 0 if best.type == SymbolType.TLS else loaded.bias
+    bias = 0 if best.type == SymbolType.TLS or best.absolute else loaded.bias
     return Definition(name, best.value + bias, best.size, best.type, loaded)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from patcher.blocks import Block, Blocks, External, Kind
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, displaced_copy, plan_entry
 from patcher.convention import Registers
+from patcher.elf.relocations import R
 from patcher.errors import LinkError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
 from patcher.link.place import Placement, Region, Space, place
@@ -325,6 +326,12 @@ def _placed(block: Block, part: Part, placement: Placement) -> Placed:
     )
 
 
+def _takes_directly(part: Part, name: str) -> bool:
+    """Tell whether a unit's code takes a function's address without a table or cell."""
+    references = (r for block in part.blocks.functions for r in part.blocks.references(block))
+    return any(r.type == R.PC32 and isinstance(r.target, External) and r.target.name == name for r in references)
+
+
 def _without_fixed_place(name: str, module: LoadedModule) -> LinkError:
     return LinkError(
         f"the thread-local `{name}` of {module.name} has no fixed place in each thread",
@@ -455,7 +462,7 @@ class _Linkage:
         if definition.thread_local:
             return self._thread_local(definition)
         if definition.ifunc:
-            return Bound(self._chosen(definition))
+            return self._chosen_function(part, definition)
         if definition.function:
             return self._external_function(part, definition)
         return Bound(definition.address)
@@ -466,6 +473,16 @@ class _Linkage:
         if canonical is None:
             return entry
         return Bound(canonical, entry.call or definition.address)
+
+    def _chosen_function(self, part: Part, definition: Definition) -> Bound:
+        chosen = self._entry(self._chosen(definition))
+        if definition.module is not part.module:
+            stub = self.image.canonical_plt(definition.name)
+        elif part.module.module.position_independent and not _takes_directly(part, definition.name):
+            stub = None  # in tables and cells the linker of a position-independent module has the choice itself
+        else:
+            stub = self.image.chosen_stub(definition)
+        return chosen if stub is None else Bound(stub, chosen.call or chosen.address)
 
     def _chosen(self, definition: Definition) -> int:
         if self.image.chosen(definition) is None and self.image.stub_area is None:

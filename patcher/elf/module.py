@@ -69,6 +69,7 @@ class DynamicSymbol:
     version: str
     default: bool  # the version that a reference without a version binds to
     defined: bool
+    absolute: bool = False  # `value` is the same wherever the module is loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,7 @@ class Module:
     interpreter: str
     cells: dict[int, Cell]
     offset_tables: tuple[tuple[int, int], ...]  # extents of the GOT's sections; empty without section headers
+    stub_tables: tuple[tuple[int, int], ...]  # extents of the PLT's sections, likewise
     read_only_after_start: tuple[int, int]  # what the dynamic linker protects once it has relocated (PT_GNU_RELRO)
     exports: dict[str, tuple[DynamicSymbol, ...]]
     symbols: SymbolIndex
@@ -203,7 +205,8 @@ def read_module(name: str, path: Path, debug_files: Callable[[str, str], list[Pa
         needed=linkage.needed if dynamic else (),
         interpreter=linkage.interpreter,
         cells=linkage.cells or _resolver_cells(raw),
-        offset_tables=_offset_tables(raw),
+        offset_tables=_extents(raw, ".got", ".got.plt"),
+        stub_tables=_extents(raw, ".plt", ".plt.sec", ".plt.got", ".iplt"),
         read_only_after_start=_relro(raw),
         exports=linkage.exports,
         symbols=symbols,
@@ -298,6 +301,7 @@ def _exports(binary: Any) -> dict[str, tuple[DynamicSymbol, ...]]:
                 version,
                 default,
                 symbol.shndx != t.SHN_UNDEF,
+                symbol.shndx == t.SHN_ABS,
             )
         )
     return {name: tuple(symbols) for name, symbols in found.items()}
@@ -322,11 +326,11 @@ def _linked_by_mold(raw: t.RawFile) -> bool:
     return ".comment" in names and b"\0mold " in b"\0" + bytes(raw.contents(names.index(".comment")))
 
 
-def _offset_tables(raw: t.RawFile) -> tuple[tuple[int, int], ...]:
+def _extents(raw: t.RawFile, *names: str) -> tuple[tuple[int, int], ...]:
     return tuple(
         (address, address + size)
         for name, _, _, address, _, size, *_ in raw.section_headers.tolist()
-        if t.string_at(raw.section_names, name) in (".got", ".got.plt")
+        if t.string_at(raw.section_names, name) in names
     )
 
 
