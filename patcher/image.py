@@ -1,8 +1,9 @@
 """IMAGE: the modules of the live process, where they stand, and what their names and addresses mean.
 
 The one room that adds load biases: everything it takes and gives is an address in the process now.
-Names are resolved as the dynamic linker resolves them: the executable, preloaded libraries, then the
-libraries in breadth-first order of DT_NEEDED; after these the module's own dependencies.
+Names are resolved as the dynamic linker resolves them, in the order of its own lists. Where these cannot be
+read: the executable, preloaded libraries, then the libraries in breadth-first order of DT_NEEDED; after these
+the module's own dependencies.
 
 Decides what a name denotes and what an address is; never writes to the process.
 
@@ -16,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from patcher.elf import SymbolType
+from patcher.elf import SymbolBinding, SymbolType
 from patcher.elf.module import (
     Cell,
     DynamicSymbol,
@@ -26,7 +27,7 @@ from patcher.elf.module import (
 from patcher.elf.relocations import R
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import ObjectError, PatcherError, UnsafeChange
-from patcher.target import Mapping, Target
+from patcher.target import Mapping, Scopes, Target, read_scopes
 
 _PAGE = 0xFFF
 
@@ -88,6 +89,7 @@ class Definition:
     size: int
     type: int
     module: LoadedModule
+    unique: bool = False  # one for all modules of a namespace, whatever their scopes
 
     @property
     def thread_local(self) -> bool:
@@ -110,7 +112,9 @@ class Image:
         self._known: dict[tuple[str, int, str], Module] = {}
         self._mappings: tuple[Mapping, ...] = ()
         self.modules: tuple[LoadedModule, ...] = ()
-        self._scope: tuple[LoadedModule, ...] | None = None
+        self._scopes: dict[LoadedModule, tuple[LoadedModule, ...]] = {}
+        self._lists: Scopes | None = None
+        self._by_dynamic: dict[int, LoadedModule] = {}
         self._imports: dict[int, Cell | None] = {}
         self._ifuncs: dict[int, int] = {}
         self.refresh()
@@ -118,8 +122,21 @@ class Image:
     def refresh(self) -> None:
         """Read the memory map again; modules that are still there are kept."""
         mappings = tuple(m for m in self.target.mappings() if m.inode and m.path.startswith("/") and not _ours(m))
-        if mappings == self._mappings:
-            return
+        if mappings != self._mappings:
+            self._read_modules(mappings)
+        self._read_scopes()
+
+    def _read_scopes(self) -> None:
+        self._scopes.clear()
+        self._by_dynamic = {_dynamic(m): m for m in self.modules if m.module.dynamic_section}
+        start = _dynamic(self.executable)
+        linker = Path(self.executable.module.interpreter).name
+        required = {_dynamic(m) for m in self.modules[1:] if linker not in (m.name, m.module.soname)}
+        self._lists = None
+        if start in self._by_dynamic:
+            self._lists = read_scopes(self.target.memory, start, required)
+
+    def _read_modules(self, mappings: tuple[Mapping, ...]) -> None:
         self._mappings = mappings
         groups: dict[tuple[str, int, str], list[Mapping]] = {}
         for mapping in mappings:
@@ -138,7 +155,6 @@ class Image:
                 "keep the program's file in place, or reinstall the very same build",
             )
         self.modules = tuple(loaded)
-        self._scope = None
         self._imports.clear()
         self._ifuncs.clear()
 
@@ -164,15 +180,30 @@ class Image:
 
     # --- names ------------------------------------------------------------------------------------------------
 
-    def scope(self) -> tuple[LoadedModule, ...]:
-        """Return the global scope, in the dynamic linker's search order."""
-        if self._scope is None:
-            preloaded = self.target.environ().get("LD_PRELOAD", "").replace(":", " ").split()
-            wanted = {Path(p).name for p in preloaded}
-            first = [self.executable]
-            first += [m for m in self.modules[1:] if wanted & {m.name, m.module.soname}]
-            self._scope = self._breadth_first(first)
-        return self._scope
+    def scope(self, within: LoadedModule | None = None) -> tuple[LoadedModule, ...]:
+        """Return the modules in which names of a module (default: the executable) are looked up, in that order."""
+        within = within or self.executable
+        found = self._scopes.get(within)
+        if found is None:
+            found = self._scopes[within] = self._known_scope(within) or self._presumed_scope(within)
+        return found
+
+    def _known_scope(self, within: LoadedModule) -> tuple[LoadedModule, ...]:
+        if self._lists is None:
+            return ()
+        order = self._lists.order.get(_dynamic(within), ())
+        return tuple(m for section in order if (m := self._by_dynamic.get(section)) is not None)
+
+    def _presumed_scope(self, within: LoadedModule) -> tuple[LoadedModule, ...]:
+        """Return the order as the specification has it, for what was loaded at the start."""
+        preloaded = self.target.environ().get("LD_PRELOAD", "").replace(":", " ").split()
+        wanted = {Path(p).name for p in preloaded}
+        first = [self.executable]
+        first += [m for m in self.modules[1:] if wanted & {m.name, m.module.soname}]
+        scope = self._breadth_first(first)
+        if within in scope:
+            return scope
+        return tuple(dict.fromkeys(scope + self._breadth_first([within])))
 
     def _breadth_first(self, first: Iterable[LoadedModule]) -> tuple[LoadedModule, ...]:
         order = list(first)
@@ -190,20 +221,84 @@ class Image:
             name = Path(name).name
         return next((m for m in self.modules if name in (m.module.soname, m.name)), None)
 
-    def resolve(self, name: str, within: LoadedModule) -> Definition | None:
+    def resolve(self, name: str, within: LoadedModule, *, weak: bool = False) -> Definition | None:
         """Return what an undefined `name` in a unit of module `within` denotes, or None.
 
-        Raises `UnsafeChange` when only libraries outside the search scope define it, and several do.
+        Raises `UnsafeChange` when only libraries outside the search scope define it, and several do (a weak
+        reference is none to them), and when nothing tells which of two definitions the module's code goes to.
         """
         own = self._own(name, within)
         if own is not None:
             return own
-        scope = self.scope()
-        for module in scope if within in scope else scope + self._breadth_first([within]):
+        if weak and self._was_nowhere(name, within):
+            return None
+        for module in self.scope(within):
             found = _exported(module, name)
             if found is not None:
-                return found
-        others = [d for m in self.modules if m not in scope and (d := _exported(m, name)) is not None]
+                return self._first(found, within)
+        return None if weak else self._outside(name, within)
+
+    def _first(self, found: Definition, within: LoadedModule) -> Definition:
+        """Return what a name denotes whose first definition in the scope of `within` was found."""
+        if found.unique:
+            return self._unique(found, within)
+        if found.module is within or self._is_open(found, within):
+            return found
+        raise UnsafeChange(
+            f"`{found.name}` is defined by {within.name} and before it by {found.module.name}: nothing tells which of "
+            f"them the code of {within.name} means (it may have been linked with -Bsymbolic-functions)",
+            f"rename one of them, or link {within.name} so that it calls the function through its PLT",
+            code="ambiguous-symbol",
+        )
+
+    def _is_open(self, found: Definition, within: LoadedModule) -> bool:
+        """Tell whether a module's own references go to another's definition, if it has one itself as well."""
+        module = within.module
+        if within is self.executable or not _defined(module, found.name) or not found.function:
+            return True
+        if module.cells_named(found.name):
+            return self.binds(within, found)
+        # A linker that binds a library's functions within it (-Bsymbolic-functions) leaves no cell for any of them.
+        return any(
+            s.type == SymbolType.FUNC and module.cells_named(name)
+            for name in module.exports
+            for s in _defined(module, name)
+        )
+
+    def _unique(self, found: Definition, within: LoadedModule) -> Definition:
+        """Return the one definition of a name that all of a namespace shares (STB_GNU_UNIQUE).
+
+        It is that of the module that was asked first; whose that was is in every cell for it.
+        """
+        others = [d for m in self._neighbours(within) if (d := _exported(m, found.name)) is not None and d.unique]
+        if len(others) == 1:
+            return found
+        values = set()
+        for module in self._neighbours(within):
+            for cell in module.module.cells_named(found.name):
+                value = self.target.memory.read_u64(cell + module.bias) - module.module.cells[cell].addend
+                values.add(value)
+        chosen = [d for d in others if d.address in values]
+        if len(chosen) != 1:
+            raise UnsafeChange(
+                f"`{found.name}` is defined by {', '.join(d.module.name for d in others)}, and nothing tells which of "
+                "them the process uses",
+                "use it in a function that the program was started with, or restart the program",
+                code="ambiguous-symbol",
+            )
+        return chosen[0]
+
+    def _was_nowhere(self, name: str, within: LoadedModule) -> bool:
+        """Tell whether a module's own weak references to a name found nothing when it was loaded."""
+        cells = within.module.cells
+        return any(
+            cells[c].type == R.GLOB_DAT and not self.target.memory.read_u64(c + within.bias)
+            for c in within.module.cells_named(name)
+        )
+
+    def _outside(self, name: str, within: LoadedModule) -> Definition | None:
+        """Return the only definition of a name in libraries that no scope of `within` reaches."""
+        others = [d for m in self._neighbours(within) if (d := _exported(m, name)) is not None]
         if len({d.address for d in others}) > 1:
             raise UnsafeChange(
                 f"`{name}` is defined by {', '.join(d.module.name for d in others)}, none of which the program "
@@ -213,9 +308,18 @@ class Image:
             )
         return others[0] if others else None
 
+    def _neighbours(self, within: LoadedModule) -> list[LoadedModule]:
+        """Return the modules of the same namespace (dlmopen)."""
+        spaces = self._lists.namespace if self._lists is not None else {}
+        own = spaces.get(_dynamic(within), 0)
+        return [m for m in self.modules if spaces.get(_dynamic(m), 0) == own]
+
     def _own(self, name: str, within: LoadedModule) -> Definition | None:
         module = within.module
-        if within is not self.executable and any(s.defined for s in module.exports.get(name, ())):
+        exported = _defined(module, name)
+        if within is not self.executable and exported:
+            if len(exported) == 1 and exported[0].protected:
+                return _exported(within, name)
             return None  # exported by a library: the search order decides, it may be interposed
         found = [s for s in module.symbols.named(name) if not s.local]
         if not found and name not in module.exports:
@@ -381,6 +485,15 @@ class Image:
         return found.address + cell.addend
 
 
+def _dynamic(loaded: LoadedModule) -> int:
+    """Return the address by which the dynamic linker knows a module."""
+    return loaded.module.dynamic_section + loaded.bias
+
+
+def _defined(module: Module, name: str) -> tuple[DynamicSymbol, ...]:
+    return tuple(s for s in module.exports.get(name, ()) if s.defined)
+
+
 def _ours(mapping: Mapping) -> bool:
     return mapping.path.startswith("/memfd:patcher")
 
@@ -394,7 +507,7 @@ def _exported(loaded: LoadedModule, name: str) -> Definition | None:
     if best is None:
         return None
     bias = 0 if best.type == SymbolType.TLS or best.absolute else loaded.bias
-    return Definition(name, best.value + bias, best.size, best.type, loaded)
+    return Definition(name, best.value + bias, best.size, best.type, loaded, best.binding == SymbolBinding.UNIQUE)
 
 
 def _load_bias(module: Module, group: list[Mapping]) -> int | None:

@@ -456,7 +456,7 @@ class _Linkage:
         earlier = self._from_earlier_generation(part, external.name)
         if earlier is not None:
             return earlier
-        definition = self.image.resolve(external.name, part.module)
+        definition = self.image.resolve(external.name, part.module, weak=external.weak)
         if definition is None:
             return None
         if definition.thread_local:

@@ -70,6 +70,7 @@ class DynamicSymbol:
     default: bool  # the version that a reference without a version binds to
     defined: bool
     absolute: bool = False  # `value` is the same wherever the module is loaded
+    protected: bool = False  # the module's own references to it stay within it
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +303,7 @@ def _exports(binary: Any) -> dict[str, tuple[DynamicSymbol, ...]]:
                 default,
                 symbol.shndx != t.SHN_UNDEF,
                 symbol.shndx == t.SHN_ABS,
+                symbol.visibility.value == t.STV_PROTECTED,
             )
         )
     return {name: tuple(symbols) for name, symbols in found.items()}
