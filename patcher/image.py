@@ -227,6 +227,21 @@ class Image:
         Raises `UnsafeChange` when only libraries outside the search scope define it, and several do (a weak
         reference is none to them), and when nothing tells which of two definitions the module's code goes to.
         """
+        found = self.search(name, within, weak=weak)
+        if found is None or found.module is within or found.unique or self._is_open(found, within):
+            return found
+        raise UnsafeChange(
+            f"`{found.name}` is defined by {within.name} and before it by {found.module.name}: nothing tells which of "
+            f"them the code of {within.name} means (it may have been linked with -Bsymbolic or -Bsymbolic-functions)",
+            "rename one of them",
+            code="ambiguous-symbol",
+        )
+
+    def search(self, name: str, within: LoadedModule, *, weak: bool = False) -> Definition | None:
+        """Return the first definition of a name in the scope of `within`; raises `UnsafeChange` as `resolve` does.
+
+        A library that was linked to use its own need not refer to it: ask `binds`.
+        """
         own = self._own(name, within)
         if own is not None:
             return own
@@ -235,32 +250,17 @@ class Image:
         for module in self.scope(within):
             found = _exported(module, name)
             if found is not None:
-                return self._first(found, within)
+                return self._unique(found, within) if found.unique else found
         return None if weak else self._outside(name, within)
-
-    def _first(self, found: Definition, within: LoadedModule) -> Definition:
-        """Return what a name denotes whose first definition in the scope of `within` was found."""
-        if found.unique:
-            return self._unique(found, within)
-        if found.module is within or self._is_open(found, within):
-            return found
-        raise UnsafeChange(
-            f"`{found.name}` is defined by {within.name} and before it by {found.module.name}: nothing tells which of "
-            f"them the code of {within.name} means (it may have been linked with -Bsymbolic-functions)",
-            f"rename one of them, or link {within.name} so that it calls the function through its PLT",
-            code="ambiguous-symbol",
-        )
 
     def _is_open(self, found: Definition, within: LoadedModule) -> bool:
         """Tell whether a module's own references go to another's definition, if it has one itself as well."""
         module = within.module
-        if within is self.executable or not _defined(module, found.name) or not found.function:
+        if within is self.executable or not _defined(module, found.name) or module.cells_named(found.name):
             return True
-        if module.cells_named(found.name):
-            return self.binds(within, found)
-        # A linker that binds a library's functions within it (-Bsymbolic-functions) leaves no cell for any of them.
+        # A linker that binds names of a library within it (-Bsymbolic-functions) leaves no cell for any of them.
         return any(
-            s.type == SymbolType.FUNC and module.cells_named(name)
+            s.function == found.function and module.cells_named(name)
             for name in module.exports
             for s in _defined(module, name)
         )

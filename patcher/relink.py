@@ -412,7 +412,7 @@ class _Linkage:
         if part.module is self.image.executable:
             return None
         for symbol in block.symbols:
-            found = self.image.resolve(symbol.name, part.module) if not symbol.local else None
+            found = self.image.search(symbol.name, part.module) if not symbol.local else None
             if found is not None and found.module is not part.module:
                 return found if self.image.binds(part.module, found) else None
         return None

@@ -32,7 +32,7 @@ int main(int n, char **v)
 }
 """
 LEFT = "int shared = 4; __thread int outer = 8; int both(void) { return 1; } int from_left(void) { return both(); }\n"
-RIGHT = "int both(void) { return 2; } int only_right(void) { return 3; } int twice(void) { return 1; }\n"
+RIGHT = "int both(void) { return 2; } int only_right(void) { return both() + 1; } int twice(void) { return 1; }\n"
 LATE = "int late(void) { return 9; } int twice(void) { return 2; }\n"
 STYLES = {"pie": ("-fPIE", "-pie"), "fixed": ("-fno-pie", "-no-pie"), "lazy": ("-fPIE", "-pie", "-Wl,-z,lazy")}
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from patcher.elf import tables as t
+from patcher.elf.object import SymbolType
 from patcher.elf.relocations import R
 from patcher.elf.symbols import StaticSymbol, SymbolIndex
 from patcher.errors import ObjectError
@@ -71,6 +72,10 @@ class DynamicSymbol:
     defined: bool
     absolute: bool = False  # `value` is the same wherever the module is loaded
     protected: bool = False  # the module's own references to it stay within it
+
+    @property
+    def function(self) -> bool:
+        return self.type in (SymbolType.FUNC, SymbolType.IFUNC)
 
 
 @dataclass(frozen=True, slots=True)
