@@ -90,6 +90,7 @@ class Definition:
     type: int
     module: LoadedModule
     unique: bool = False  # one for all modules of a namespace, whatever their scopes
+    weak: bool = False
 
     @property
     def thread_local(self) -> bool:
@@ -247,11 +248,21 @@ class Image:
             return own
         if weak and self._was_nowhere(name, within):
             return None
-        for module in self.scope(within):
-            found = _exported(module, name)
-            if found is not None:
-                return self._unique(found, within) if found.unique else found
-        return None if weak else self._outside(name, within)
+        found = self._first_exported(name, within)
+        if found is None:
+            return None if weak else self._outside(name, within)
+        return self._unique(found, within) if found.unique else found
+
+    def exported(self, module: LoadedModule, name: str) -> Definition | None:
+        """Return what a module itself exports under a name, or under `name@version`."""
+        return _exported(module, name)
+
+    def _first_exported(self, name: str, within: LoadedModule) -> Definition | None:
+        found = (d for m in self.scope(within) if (d := _exported(m, name)) is not None)
+        first = next(found, None)
+        if first is None or not first.weak or "LD_DYNAMIC_WEAK" not in self.target.environ():
+            return first
+        return next((d for d in found if not d.weak), first)  # ld.so(8): strong definitions override weak ones
 
     def _is_open(self, found: Definition, within: LoadedModule) -> bool:
         """Tell whether a module's own references go to another's definition, if it has one itself as well."""
@@ -502,12 +513,17 @@ _BOUND = (R.JUMP_SLOT, R.GLOB_DAT)
 
 
 def _exported(loaded: LoadedModule, name: str) -> Definition | None:
-    symbols = [s for s in loaded.module.exports.get(name, ()) if s.defined and s.binding != 0]
+    """Return what a module exports under a name (its default version), or under `name@version`."""
+    plain, _, version = name.partition("@")
+    symbols = [s for s in _defined(loaded.module, plain) if s.binding != SymbolBinding.LOCAL]
+    if version:
+        symbols = [s for s in symbols if s.version == version.lstrip("@")]
     best: DynamicSymbol | None = next((s for s in symbols if s.default), symbols[0] if len(symbols) == 1 else None)
     if best is None:
         return None
     bias = 0 if best.type == SymbolType.TLS or best.absolute else loaded.bias
-    return Definition(name, best.value + bias, best.size, best.type, loaded, best.binding == SymbolBinding.UNIQUE)
+    unique, weak = best.binding == SymbolBinding.UNIQUE, best.binding == SymbolBinding.WEAK
+    return Definition(plain, best.value + bias, best.size, best.type, loaded, unique, weak)
 
 
 def _load_bias(module: Module, group: list[Mapping]) -> int | None:

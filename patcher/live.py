@@ -141,7 +141,7 @@ class LiveUnit:
 
     def folded_with(self, live: LiveFunction, block: Block) -> list[str]:
         """Return the other functions that the linker gave the same code, by name (--icf)."""
-        own = {s.name for s in block.symbols}
+        own = {s.name.partition("@")[0] for s in block.symbols}  # `name@version` where the unit says .symver
         return sorted(
             {s.name for s in self.module.symbols_at(live.address) if s.function and s.size and s.name not in own}
         )
@@ -149,6 +149,11 @@ class LiveUnit:
     # --- names ------------------------------------------------------------------------------------------------
 
     def _static(self, name: str, local: bool, *, functions: bool) -> StaticSymbol | None:
+        if "@" in name:
+            definition = self.image.exported(self.module, name)
+            plain = name.partition("@")[0]
+            found = self.module.symbols_at(definition.address) if definition is not None else ()
+            return next((s for s in found if s.name == plain and s.function == functions), None)
         symbols = [s for s in self.module.module.symbols.named(name) if s.function == functions]
         own = [s for s in symbols if self._own(s)]
         exported = [s for s in symbols if not s.local]
@@ -265,6 +270,9 @@ class LiveUnit:
 
     def denotes_external(self, address: int, name: str) -> bool:
         """Tell whether a live address is what a name that the unit does not define denotes: no static of its own."""
+        if "@" in name:
+            cell = self.image.import_at(address)
+            return cell is not None and self.module.module.asks_for(cell.name, name)
         here = self.names_at(address)
         return (name, Scope.PROCESS) in here or (name, Scope.MODULE) in here or self._is_choice(address, name)
 
@@ -277,7 +285,7 @@ class LiveUnit:
         cell = plt_cell(self.image.target.memory.read(address, 8), address)
         if cell is None or not self.view.contains(cell):
             return False
-        definition = self.image.resolve(name, self.module)
+        definition = self.image.search(name, self.module)
         return (
             definition is not None
             and definition.ifunc

@@ -281,6 +281,7 @@ def _driver(variant: Variant, sources: Sequence[str]) -> str:
 def _link(scenario: Scenario, variant: Variant, directory: Path, library: Sequence[str], shared: Path) -> None:
     compiler = _driver(variant, scenario.sources)
     driver = [compiler, *variant.flags, f"-fuse-ld={variant.linker}"]
+    driver += ["-Wl,--no-as-needed"] * bool(scenario.libraries)
     elsewhere = {s for b in scenario.libraries for s in b.sources}.union(library)
     objects = [str(_object_of(directory, s)) for s in scenario.sources if s not in elsewhere]
     for made in scenario.libraries:

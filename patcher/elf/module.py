@@ -137,6 +137,13 @@ class Module:
     def end(self) -> int:
         return max(s.end for s in self.segments)
 
+    def asks_for(self, imported: str, wanted: str) -> bool:
+        """Tell whether an import of the module is what an object calls `wanted`: a name, or `name@version`."""
+        name, _, version = wanted.partition("@")
+        if name != imported or not version:
+            return name == imported
+        return {s.version for s in self.exports.get(name, ())} == {version.lstrip("@")}
+
     def cells_named(self, name: str) -> list[int]:
         """Return the addresses of the cells that are relocated against a symbol."""
         return self._cells_by_name.get(name, [])

@@ -339,7 +339,7 @@ class Matcher:
 
     def _cell_names(self, target: Target, name: str) -> bool:
         if isinstance(target, External):
-            return target.name == name
+            return self.unit.module.module.asks_for(name, target.name)
         return isinstance(target, Place) and any(s.name == name and not s.local for s in target.block.symbols)
 
     def _read_table(self, cell: int) -> int:
@@ -372,7 +372,7 @@ class Matcher:
         raise Mismatch(Cause.REFERENCE, f"refers to `{target.name}` instead of {self._describe(address)}")
 
     def _chosen(self, name: str) -> int | None:
-        definition = self.unit.image.resolve(name, self.unit.module)
+        definition = self.unit.image.search(name, self.unit.module)
         if definition is None:
             return None
         return self.unit.image.chosen(definition) if definition.ifunc else definition.address
@@ -559,7 +559,7 @@ class Matcher:
     def _check_thread_offset(self, target: Target, offset: int) -> None:
         image, module = self.unit.image, self.unit.module
         if isinstance(target, External):
-            definition = image.resolve(target.name, module)
+            definition = image.search(target.name, module)
             expected = image.thread_offset(definition) if definition is not None else None
             if expected != offset:
                 raise Mismatch(Cause.REFERENCE, f"uses another thread-local than `{target.name}`")
