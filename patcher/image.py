@@ -13,6 +13,7 @@ Storage, section 3.4.6 (offsets from the thread pointer, variant II).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,11 @@ from patcher.errors import ObjectError, PatcherError, UnsafeChange
 from patcher.target import Mapping, Scopes, Target, read_scopes
 
 _PAGE = 0xFFF
+# Every module has its own of these, and some export theirs.
+_LINKER_DEFINED = re.compile(
+    r"_?(end|edata|etext)$|__bss_start$|__(executable|ehdr)_start$|_DYNAMIC$|_GLOBAL_OFFSET_TABLE_$|__dso_handle$"
+    r"|_(init|fini)$|__((pre)?init|fini)_array_(start|end)$|__rela_iplt_(start|end)$|__(start|stop)_\w+$"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,9 +151,7 @@ class Image:
         loaded = []
         for key, group in groups.items():
             if any(m.executable for m in group):
-                found = self._load(key, group)
-                if found is not None:
-                    loaded.append(found)
+                loaded += self._load(key, group)
         entry = self.target.auxv().get(9, 0)  # AT_ENTRY
         loaded.sort(key=lambda m: not m.contains(entry))
         if not loaded or not loaded[0].contains(entry):
@@ -159,7 +163,7 @@ class Image:
         self._imports.clear()
         self._ifuncs.clear()
 
-    def _load(self, key: tuple[str, int, str], group: list[Mapping]) -> LoadedModule | None:
+    def _load(self, key: tuple[str, int, str], group: list[Mapping]) -> list[LoadedModule]:
         path = group[0].path
         try:
             file = self.target.open_image(group[0])
@@ -168,9 +172,8 @@ class Image:
                 module = read_module(path, file, lambda build_id, link: _debug_files(path, build_id, link))
                 self._known[key] = module
         except PatcherError:
-            return None  # something executable that is no module, such as a JIT's file
-        bias = _load_bias(module, group)
-        return None if bias is None else LoadedModule(module, bias, path, file)
+            return []  # something executable that is no module, such as a JIT's file
+        return [LoadedModule(module, bias, path, file) for bias in _load_biases(module, group)]
 
     @property
     def executable(self) -> LoadedModule:
@@ -246,12 +249,23 @@ class Image:
         own = self._own(name, within)
         if own is not None:
             return own
+        if _LINKER_DEFINED.match(name) and not _defined(within.module, name):
+            return self._linker_defined(name, within)
         if weak and self._was_nowhere(name, within):
             return None
         found = self._first_exported(name, within)
         if found is None:
             return None if weak else self._outside(name, within)
         return self._unique(found, within) if found.unique else found
+
+    def _linker_defined(self, name: str, within: LoadedModule) -> Definition | None:
+        """Return what a name of the linker's would be, had the module's own code asked for it when it was linked."""
+        if name == "_DYNAMIC" and within.module.dynamic_section:
+            return Definition(name, _dynamic(within), 0, SymbolType.NOTYPE, within)
+        first = within.module.segments[0]
+        if name == "__ehdr_start" and not first.offset:
+            return Definition(name, first.address + within.bias, 0, SymbolType.NOTYPE, within)
+        return None
 
     def exported(self, module: LoadedModule, name: str) -> Definition | None:
         """Return what a module itself exports under a name, or under `name@version`."""
@@ -526,20 +540,20 @@ def _exported(loaded: LoadedModule, name: str) -> Definition | None:
     return Definition(plain, best.value + bias, best.size, best.type, loaded, unique, weak)
 
 
-def _load_bias(module: Module, group: list[Mapping]) -> int | None:
+def _load_biases(module: Module, group: list[Mapping]) -> list[int]:
+    """Return the load bias of each copy of a module (dlmopen makes several of one file)."""
     if not module.position_independent:
-        return 0
-    starts = {(m.start, m.offset) for m in group}
-    ends = max(m.end for m in group)
-    for start, offset in sorted(starts):
+        return [0]
+    found: dict[int, None] = {}
+    for mapping in sorted(group, key=lambda m: m.start):
         for segment in module.segments:
             low = segment.offset & ~_PAGE
-            if not low <= offset < low + max(segment.file_size, 1) + (segment.offset & _PAGE):
+            if not low <= mapping.offset < low + max(segment.file_size, 1) + (segment.offset & _PAGE):
                 continue
-            bias = start - ((segment.address & ~_PAGE) + offset - low)
-            if bias >= 0 and _all_mapped(module, bias, group) and module.start + bias < ends:
-                return bias
-    return None
+            bias = mapping.start - ((segment.address & ~_PAGE) + mapping.offset - low)
+            if bias >= 0 and bias not in found and _all_mapped(module, bias, group):
+                found[bias] = None
+    return list(found)
 
 
 def _all_mapped(module: Module, bias: int, group: list[Mapping]) -> bool:
@@ -547,9 +561,11 @@ def _all_mapped(module: Module, bias: int, group: list[Mapping]) -> bool:
         if not segment.file_size:
             continue
         address = segment.address + bias
-        file_offset = segment.offset
-        if not any(m.start <= address < m.end and m.offset + address - m.start == file_offset for m in group):
+        within = [m for m in group if m.start <= address < m.end]
+        if not any(m.offset + address - m.start == segment.offset for m in within):
             return False
+        if segment.executable and not any(m.executable for m in within):
+            return False  # somebody reads the file through a mapping
     return True
 
 

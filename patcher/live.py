@@ -376,6 +376,12 @@ def find_unit(image: Image, view: ArenaView, blocks: Blocks) -> LiveUnit | None:
     candidates = named or candidates
     best = max(score for score, _, _ in candidates)
     chosen = [c for c in candidates if c[0] == best]
+    if len({m.path for _, m, _ in chosen}) < len(chosen):
+        raise UnsafeChange(
+            f"{chosen[0][1].name} is loaded {len(chosen)} times, and {blocks.object.name} is part of it",
+            "attach to a process that has one copy of it only (dlmopen made another)",
+            code="loaded-twice",
+        )
     if len(chosen) > 1:
         raise UnsafeChange(
             f"{blocks.object.name} fits {' and '.join(m.name for _, m, _ in chosen)} equally well",
