@@ -287,7 +287,8 @@ class Units:
                 self._proven.add(proof)
             return
         texts = self.texts.of(source.file)
-        if texts and source.command is not None and self._fits(texts[0], source.command):
+        if proof is not None and source.command is not None and texts and self._fits(texts[0], source.command):
+            self._proven.add(proof)
             return
         examples = "; ".join(f"{f.name}: {f.reason}" for f in changed[:3])
         raise UnsafeChange(
