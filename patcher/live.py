@@ -65,12 +65,23 @@ class LiveVariable:
 class LiveUnit:
     """One unit in one module. Made by `find_unit`."""
 
-    def __init__(self, image: Image, view: ArenaView, module: LoadedModule, file_symbol: str, group: int | None):
+    def __init__(
+        self,
+        image: Image,
+        view: ArenaView,
+        module: LoadedModule,
+        file_symbol: str,
+        group: int | None,
+        others: Iterable[tuple[str, int | None]] = (),
+    ):
+        """`others`: the files behind the first, and their groups, when the object was linked of several."""
         self.image = image
         self.view = view
         self.module = module
-        self.group = group
-        self.key = f"{file_symbol}#{group}" if group is not None else file_symbol
+        files = ((file_symbol, group), *others)
+        self.groups = tuple(dict.fromkeys(g for _, g in files if g is not None))
+        self._keys = {name: f"{name}#{g}" if g is not None else name for name, g in files}
+        self.key = self._keys[file_symbol]
         self._redirects = {r.original: r for r in view.journal.redirects if r.module == module.path}
         self._slots = {(r.arena, r.index): r for r in view.journal.redirects}
         self._placed = {p.address: p for p in view.journal.placed}
@@ -103,7 +114,14 @@ class LiveUnit:
         return found[-1] if found else None
 
     def _ours(self, is_local: bool, unit: str, local: bool) -> bool:
-        return unit == self.key or not (local or is_local)
+        return unit in self._keys.values() or not (local or is_local)
+
+    def key_of(self, block: Block) -> str:
+        """Return the key of the file that a block belongs to; for a global one that need not be exact."""
+        local = next((s for s in block.symbols if s.local), None)
+        if local is None or len(self._keys) == 1:
+            return self.key
+        return self._keys.get(block.object.file_of(local), self.key)
 
     def _redirected(self, redirect: Redirect) -> LiveFunction:
         body = self.view.bodies.get((redirect.arena, redirect.index), redirect.copy)
@@ -199,9 +217,9 @@ class LiveUnit:
             and (name in p.names or (numbered(name) and base_name(p.name) == wanted))
             and self._ours(p.local, p.unit, local)
         ]
-        if not numbered(name) or self.group is None:
+        if not numbered(name) or not self.groups:
             return placed[-1:]
-        members = self.module.module.symbols.members(self.group)
+        members = [s for group in self.groups for s in self.module.module.symbols.members(group)]
         found = [s for s in members if numbered(s.name) and base_name(s.name) == wanted and not s.function]
         return [self._variable(s) for s in found] + placed
 
@@ -223,7 +241,7 @@ class LiveUnit:
         return found
 
     def _own(self, symbol: StaticSymbol) -> bool:
-        return symbol.local and symbol.group == self.group and self.group is not None
+        return symbol.local and symbol.group in self.groups
 
     def _was_constant(self, symbol: StaticSymbol, local: bool) -> bool:
         """Tell whether what is now a variable is a constant in the process: then the unit needs a new variable."""
@@ -306,13 +324,13 @@ class LiveUnit:
         if redirect is None:
             redirect = self._redirects.get(address)
         if redirect is not None:
-            if not redirect.local or redirect.unit == self.key:
+            if not redirect.local or redirect.unit in self._keys.values():
                 yield from ((n, Scope.UNIT if redirect.local else Scope.MODULE) for n in redirect.names)
             if redirect.born:
                 return  # its address for life is its island, which no module knows
             address = redirect.original
         placed = self._placed.get(address)
-        if placed is not None and (not placed.local or placed.unit == self.key):
+        if placed is not None and (not placed.local or placed.unit in self._keys.values()):
             yield from ((n, Scope.UNIT if placed.local else Scope.MODULE) for n in placed.names)
         yield from self._module_names(address)
 
@@ -388,7 +406,32 @@ def find_unit(image: Image, view: ArenaView, blocks: Blocks) -> LiveUnit | None:
             "rename its functions so that they differ, or attach to a process that has one of the two only",
             code="ambiguous-module",
         )
-    return LiveUnit(image, view, chosen[0][1], file_symbol, chosen[0][2])
+    module, group = chosen[0][1:]
+    return LiveUnit(image, view, module, file_symbol, group, _other_files(image, view, module, blocks))
+
+
+def _other_files(image: Image, view: ArenaView, module: LoadedModule, blocks: Blocks) -> list[tuple[str, int | None]]:
+    """Return the other files of an object that was linked of several, and where their locals are."""
+    source = blocks.object
+    if len(source.files) < 2:
+        return []
+    seen: dict[str, str] = {}
+    local: dict[str, set[str]] = {name: set() for name in source.files}
+    for symbol in source.symbols:
+        if symbol.local and symbol.name and symbol.type in (SymbolType.FUNC, SymbolType.OBJECT, SymbolType.TLS):
+            name, file = base_name(symbol.name), source.file_of(symbol)
+            if seen.setdefault(name, file) != file:
+                raise UnsafeChange(
+                    f"{source.name} was linked of several objects, and both {seen[name]} and {file} have a static "
+                    f"`{name}`",
+                    "give the objects that it was linked of",
+                    code="ambiguous-symbol",
+                )
+            local[file].add(name)
+    return [
+        (name, _best_group(image, view, module, blocks, name, _Names(frozenset(), frozenset(local[name])))[1])
+        for name in source.files[1:]
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,7 +486,7 @@ def _by_match(blocks: Blocks, units: Iterable[LiveUnit]) -> list[tuple[int, int]
             count = len(match(blocks, unit).with_status(Status.SAME))
         except UnsafeChange:
             count = 0  # a change that this unit could not take
-        counts.append((count, unit.group or 0))
+        counts.append((count, unit.groups[0] if unit.groups else 0))
     return sorted(counts, reverse=True)
 
 

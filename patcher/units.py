@@ -263,7 +263,7 @@ class Units:
         Another program of the same tree has a `main` as well.
         """
         module = delta.unit.module
-        if self.options.force or delta.unit.group is not None or not module.module.symbols.has_files:
+        if self.options.force or delta.unit.groups or not module.module.symbols.has_files:
             return
         if delta.with_status(Status.SAME, Status.LINE_ONLY) or not delta.with_status(Status.CHANGED):
             return
@@ -345,7 +345,9 @@ class Units:
         what = part.module.path if program else part.source
         if what not in self._unchecked:
             self._unchecked.add(what)
-            self._say(f"{what} has no debug information (-g): the layouts of its types are not checked")
+            self._say(
+                f"{what} has no debug information (-g) that can be read: the layouts of its types are not checked"
+            )
 
 
 def _allowed(name: str, allowed: Sequence[str]) -> bool:

@@ -167,7 +167,7 @@ def _check_identity(name: str, view: memoryview) -> None:
         raise ObjectError(f"{name}: the file is empty", "compile it again")
     start = bytes(view[:16])
     if start[:4] in BITCODE_MAGIC:
-        raise ObjectError(f"{name}: LLVM bytecode (LTO), not machine code", "compile it without -flto")
+        raise ObjectError(f"{name}: LLVM bytecode (LTO), not machine code", "compile it with -fno-lto")
     if start[:4] != ELF_MAGIC:
         raise ObjectError(
             f"{name}: not an ELF file", "give a relocatable object (.o), an archive (.a) or a source file"
