@@ -78,7 +78,7 @@ def test_a_partial_link_of_two_units(project: Project, flags: Sequence[str], lin
 def test_a_partial_link_of_units_with_statics_of_one_name(tmp_path: Path) -> None:
     project = Project(tmp_path, {"main.c": MAIN, "one.c": ONE, "two.c": TWO.replace("again", "calls")})
     with project.running() as program, patcher.attach(program.pid) as session:
-        with pytest.raises(patcher.PatcherError, match="both one.c and two.c have a static `calls`") as refusal:
+        with pytest.raises(patcher.PatcherError, match=r"both one.c and two.c have a static `calls`") as refusal:
             session.apply(link_partly(project, "bfd", "", PLAIN))
         assert refusal.value.code == "ambiguous-symbol"
         assert program.ask(1) == str(2 + 6000 + 30 + 800000)
@@ -97,7 +97,7 @@ def test_archives(project: Project, thin: bool) -> None:
         assert program.ask(1) == str(3 + 6000 + 40 + 800000)
         if thin:
             long.unlink()
-            with pytest.raises(ObjectError, match="a_name_that_does_not_fit_into_an_archive_header.o"):
+            with pytest.raises(ObjectError, match=r"a_name_that_does_not_fit_into_an_archive_header.o"):
                 session.apply(archive)
 
 
@@ -120,7 +120,7 @@ def test_bytecode_alone_is_refused(project: Project, command: tuple[str, ...], p
         given = project.root / "libbytecode.a"
         run("gcc-ar", "rcs", given, project.root / "bytecode.o")
     with project.running() as program, patcher.attach(program.pid) as session:
-        with pytest.raises(ObjectError, match="bytecode.o.*LTO") as refusal:
+        with pytest.raises(ObjectError, match=r"bytecode.o.*LTO") as refusal:
             session.apply(given)
         assert "-fno-lto" in refusal.value.hint
         assert program.ask(1) == str(2 + 6000 + 30 + 800000)
@@ -138,7 +138,7 @@ def test_compressed_debug_sections_are_read(project: Project) -> None:
     given = with_swapped_members(project)
     run("objcopy", "--compress-debug-sections=zlib", given)
     with project.running() as program, patcher.attach(program.pid) as session:
-        with pytest.raises(patcher.PatcherError, match="changes the layout.*pair") as refusal:
+        with pytest.raises(patcher.PatcherError, match=r"changes the layout.*pair") as refusal:
             session.apply(given)
         assert refusal.value.code == "layout"
         assert program.ask(1) == str(2 + 6000 + 30 + 800000)
