@@ -170,8 +170,8 @@ class LiveUnit:
         if "@" in name:
             definition = self.image.exported(self.module, name)
             plain = name.partition("@")[0]
-            found = self.module.symbols_at(definition.address) if definition is not None else ()
-            return next((s for s in found if s.name == plain and s.function == functions), None)
+            there = self.module.symbols_at(definition.address) if definition is not None else ()
+            return next((s for s in there if s.name == plain and s.function == functions), None)
         symbols = [s for s in self.module.module.symbols.named(name) if s.function == functions]
         own = [s for s in symbols if self._own(s)]
         exported = [s for s in symbols if not s.local]

@@ -418,7 +418,7 @@ def snapshot(pid: int) -> Snapshot:
                 cells[address] = value
                 if cell.type == R_X86_64_JUMP_SLOT and loaded.executable_at(value):
                     lazy.add(address)
-                elif (module := image.module_at(value)) is not None and module.executable_at(value):
+                if (module := image.module_at(value)) is not None and module.executable_at(value):
                     bound.add(address)
     return Snapshot(text, cells, frozenset(lazy), frozenset(bound))
 
