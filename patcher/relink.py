@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from patcher.blocks import Block, Blocks, External, Kind
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, displaced_copy, plan_entry
 from patcher.convention import Registers
+from patcher.elf import ObjectFile
 from patcher.elf.relocations import R
 from patcher.errors import LinkError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
@@ -21,8 +22,8 @@ from patcher.link.place import Placement, Region, Space, place
 from patcher.link.plan import Bound, Plan, Unit, plan
 from patcher.live import LiveFunction, LiveVariable, base_name, numbered
 from patcher.match import Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
-from patcher.patch.arena import SLOT_COUNT, Arena, Usage
-from patcher.patch.journal import Body, GenerationRecord, Placed, Redirect
+from patcher.patch.arena import DOOR_SIZE, SLOT_COUNT, Arena, Usage
+from patcher.patch.journal import Allocation, Body, GenerationRecord, Placed, Redirect
 from patcher.patch.ledger import Commit, Ledger
 from patcher.statics import candidates, find_static
 
@@ -50,6 +51,12 @@ class Part:
     @property
     def module(self) -> LoadedModule:
         return self.unit.module
+
+    @property
+    def name(self) -> str:
+        """The file that it comes from, for people; `archive(member)` for a member."""
+        given = self.delta.blocks.object.name
+        return given if given.startswith(self.source) else self.source
 
     def matched(self, block: Block) -> Block | None:
         """Return the block of the matched object that stands for one of this part's."""
@@ -141,6 +148,7 @@ class _Generation:
         self.quiet: list[Body] = []
         self.quiet_back: list[Body] = []
         self.new_variables: list[str] = []
+        self.allocations: dict[str, Allocation] = {}
 
     def finish(self, sources: Iterable[str]) -> Linked:
         record = GenerationRecord(
@@ -154,6 +162,7 @@ class _Generation:
             redirects=tuple(self.redirects),
             quiet=tuple(self.quiet),
             quiet_back=tuple(self.quiet_back),
+            allocations=tuple(self.allocations.values()),
         )
         commit = Commit(record, tuple(self.writes), tuple(self.usage))
         return Linked(commit, tuple(self.replaced), tuple(self.new_variables))
@@ -210,6 +219,7 @@ class _Generation:
             if address + COPY_SIZE > space.code.end:
                 raise LinkError("the arena has no room for more code", "restart the program", code="arena-full")
             self.writes.append((address, code))
+            self._allocate(door.part, islands=address + len(code) - cursor)
             cursor = address + len(code)
             copies[door.block] = address, ahead[: max(entry.length, DETOUR_SIZE)]
             if entry.reentries:
@@ -235,10 +245,17 @@ class _Generation:
                 self.placed.append(_placed(block, part, placement))
                 if block.kind is Kind.DATA:
                     self.new_variables.append(base_name(block.name))
+        for source, account in placement.accounts.items():
+            sizes = asdict(account)
+            self._allocate(linkage.part_with(source), islands=sizes.pop("jumps"), **sizes)
         fresh = sum(1 for d in doors if d.fresh)
         space, before = placement.space, self.ledger.usages[arena.base]
         usage = Usage(space.read_only.start, space.code.start, space.data.start, before.slots + fresh, before.journal)
         self.usage.append((arena.base, usage))
+
+    def _allocate(self, part: Part, **sizes: int) -> None:
+        known = self.allocations.get(part.name, Allocation(part.name))
+        self.allocations[part.name] = known.plus(**sizes)
 
     def _keep_registers(self, doors: list[_Door], placement: Placement) -> None:
         """Note which changed functions must have no frame when their callees change under them."""
@@ -261,6 +278,7 @@ class _Generation:
             self.replaced.append(Replaced(live.name, tuple(extents)))
         if not door.fresh:
             return
+        self._allocate(part, islands=DOOR_SIZE)
         island = door.arena.island(door.index)
         names = tuple(dict.fromkeys(s.name for s in block.symbols))
         self.redirects.append(
@@ -362,7 +380,10 @@ class _Linkage:
         self._redirects = {r.original: r for r in ledger.journal.redirects}
 
     def part_of(self, block: Block) -> Part:
-        return self._objects[block.object]
+        return self.part_with(block.object)
+
+    def part_with(self, source: ObjectFile) -> Part:
+        return self._objects[source]
 
     def unit(self, part: Part, wanted: tuple[Block, ...]) -> Unit:
         unit = Unit(part.blocks, wanted, self._resident(part), part.is_door)

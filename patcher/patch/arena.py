@@ -28,6 +28,7 @@ from patcher.target import Mapping, Result, SystemCall, Target, read_stat
 MAGIC = b"PATCHER\x01"
 PAGE = 4096
 ISLAND_SIZE = 16
+DOOR_SIZE = ISLAND_SIZE + 8  # an island and its slot
 
 READ_ONLY_SIZE = 16 << 20
 CODE_SIZE = 16 << 20
@@ -172,7 +173,7 @@ class Arena:
         )
 
     def bytes_used(self, usage: Usage) -> int:
-        """Return the bytes of code, constants, data and islands that are in use."""
+        """Return the bytes of code, constants, data and islands, with their slots, that are in use."""
         return (
             usage.read_only
             - self.base
@@ -180,7 +181,7 @@ class Arena:
             - (self.code_start + _ISLANDS_SIZE)
             + usage.data
             - (self.header + _DATA_OFFSET)
-            + usage.slots * (ISLAND_SIZE + 8)
+            + (usage.slots - 1) * DOOR_SIZE
         )
 
     def read_slots(self, count: int) -> list[int]:
