@@ -95,6 +95,18 @@ def test_names_are_resolved_in_the_order_of_the_dynamic_linker(image: Image) -> 
     assert image.resolve("nowhere", image.executable) is None
 
 
+def test_without_the_dynamic_linker_s_lists_the_order_is_that_of_the_specification(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patcher.image.read_scopes", lambda *_: None)  # as where another C library keeps them otherwise
+    presumed = Image(image.target)
+    assert [m.name for m in presumed.scope()] == [m.name for m in image.scope()]
+    for module in presumed.modules:
+        found = presumed.search("both", module)
+        assert found is not None
+        assert found.module.name == "libleft.so"
+
+
 def test_an_imported_variable_is_where_the_process_has_it(image: Image) -> None:
     found = image.resolve("shared", image.executable)
     assert found is not None
