@@ -33,7 +33,7 @@ from patcher.target import Mapping, Scopes, Target, read_scopes
 _PAGE = 0xFFF
 # Every module has its own of these, and some export theirs.
 _LINKER_DEFINED = re.compile(
-    r"_?(end|edata|etext)$|__bss_start$|__(executable|ehdr)_start$|_DYNAMIC$|_GLOBAL_OFFSET_TABLE_$|__dso_handle$"
+    r"_(end|edata|etext)$|__bss_start$|__(executable|ehdr)_start$|_DYNAMIC$|_GLOBAL_OFFSET_TABLE_$|__dso_handle$"
     r"|_(init|fini)$|__((pre)?init|fini)_array_(start|end)$|__rela_iplt_(start|end)$|__(start|stop)_\w+$"
 )
 

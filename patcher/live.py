@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from patcher.blocks import Block, Blocks, unit_of
-from patcher.elf import SymbolType
+from patcher.elf import SymbolBinding, SymbolType
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import UnsafeChange
 from patcher.image import Image, LoadedModule
@@ -156,6 +156,16 @@ class LiveUnit:
         link = live.address - self.module.bias
         segment = next(s for s in self.module.module.segments if s.address <= link < s.end)
         return self.image.target.memory.read(live.address, min(size, segment.end - link))
+
+    def overridden(self, block: Block) -> bool:
+        """Tell whether the module has another unit's definition of a function that is weak in this one."""
+        if not block.symbols or not all(s.weak for s in block.symbols):
+            return False
+        found = self._static(block.name, False, functions=True)
+        if found is None or not found.local:
+            return found is not None and found.binding != SymbolBinding.WEAK
+        # A linker that turned it local keeps it under the file that defined it, or under none.
+        return found.group not in self.groups and bool(self.module.module.symbols.group_name(found.group))
 
     def folded_with(self, live: LiveFunction, block: Block) -> list[str]:
         """Return the other functions that the linker gave the same code, by name (--icf)."""

@@ -435,7 +435,7 @@ class _Linkage:
         for symbol in block.symbols:
             found = self.image.search(symbol.name, part.module) if not symbol.local else None
             if found is not None and found.module is not part.module:
-                return found if self.image.binds(part.module, found) else None
+                return found if found.unique or self.image.binds(part.module, found) else None
         return None
 
     def _variable(self, part: Part, block: Block) -> Bound | None:
