@@ -10,12 +10,12 @@ BIN := $(VENV)/bin
 METADATA := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench real clean
+.PHONY: help demo test proof lint format bench real real-full clean
 
 help: ## say what can be made (this)
 	@echo 'patcher: change the code of a native program while it runs'
 	@echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1@\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-16s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 @\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-17s%s\n", $$1, $$2 }'
 	@echo
 	@echo 'Variables: PYTHON (python3), PIP_ARGS (more arguments for pip install), PYTEST_ARGS (more for pytest)'
 
@@ -24,6 +24,9 @@ demo: $(VENV)/run.stamp ## start a small program and edit it while it runs (need
 
 test: $(VENV)/dev.stamp ## run the tests (PYTEST_ARGS="-k words" for some of them)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+proof: $(VENV)/dev.stamp ## hold the linker against four others, on 300 programs that are also replaced as they run (10 minutes)
+	@PATCHER_PROGRAMS=300 $(BIN)/python -m pytest -q tests/proof tests/link/test_against_linkers.py $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.stamp ## check style, format and types
 	@$(BIN)/ruff check .
@@ -39,6 +42,9 @@ bench: $(VENV)/run.stamp ## measure from the save to the first new answer (needs
 
 real: $(VENV)/dev.stamp ## patch redis, lua and memcached (fetches and builds them with apt, gcc and make)
 	@$(BIN)/python -m pytest -q tests/real -m real $(PYTEST_ARGS)
+
+real-full: $(VENV)/dev.stamp ## the same with all of redis' own tests, on sources compiled again (half an hour)
+	@PATCHER_REAL_FULL=1 $(BIN)/python -m pytest -q tests/real -m real $(PYTEST_ARGS)
 
 clean: ## remove the virtual environment and everything that was made
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -44,13 +44,18 @@ def attach(
     compile_commands: str | Path | None = None,
     watched: Sequence[str | Path] = (),
     force: bool = False,
+    every_function: bool = False,
     dry_run: bool = False,
+    archives: Sequence[str | Path] = (),
+    libraries: Sequence[str] = (),
+    allow_undefined: bool = False,
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
     `compile_commands` and `watched` say where commands for source files are to be found; the sources that they
-    name are read now, as what the process was built from. Raises `TargetGone` or `AttachDenied`, with what to do
-    about it.
+    name are read now, as what the process was built from. `every_function` replaces functions that did not change as
+    well. `archives` and `libraries` are where to find what the process lacks; with `allow_undefined`, a call of what
+    is nowhere aborts when it is reached. Raises `TargetGone` or `AttachDenied`, with what to do about it.
     """
     from patcher.options import Options
     from patcher.session import Session
@@ -60,7 +65,11 @@ def attach(
         compile_commands=Path(compile_commands) if compile_commands is not None else None,
         watched=tuple(Path(w) for w in watched),
         force=force,
+        every_function=every_function,
         dry_run=dry_run,
+        archives=tuple(Path(a) for a in archives),
+        libraries=tuple(libraries),
+        allow_undefined=allow_undefined,
     )
     session = Session(Target.attach(pid), options)
     session.remember_texts()

@@ -8,7 +8,7 @@ the module's own dependencies.
 Decides what a name denotes and what an address is; never writes to the process.
 
 Specification: System V ABI, chapter 5 (shared object dependencies); ELF Handling For Thread-Local
-Storage, section 3.4.6 (offsets from the thread pointer, variant II).
+Storage, section 3 (module numbers) and 3.4.6 (offsets from the thread pointer, variant II).
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 
 from patcher.elf import SymbolBinding, SymbolType
 from patcher.elf.module import (
+    THREAD_CELLS,
+    TLSDESC,
     Cell,
     DynamicSymbol,
     Module,
@@ -27,7 +29,8 @@ from patcher.elf.module import (
 )
 from patcher.elf.relocations import R
 from patcher.elf.symbols import StaticSymbol
-from patcher.errors import ObjectError, PatcherError, UnsafeChange
+from patcher.errors import ObjectError, PatcherError, TargetGone, UnsafeChange
+from patcher.linkmap import BLOCK_OFFSET, MODULE_NUMBER, Layout, ThreadBlock, rendezvous, thread_blocks
 from patcher.target import Mapping, Scopes, Target, read_scopes
 
 _PAGE = 0xFFF
@@ -124,10 +127,13 @@ class Image:
         self._by_dynamic: dict[int, LoadedModule] = {}
         self._imports: dict[int, Cell | None] = {}
         self._ifuncs: dict[int, int] = {}
+        self._blocks: dict[int, ThreadBlock] | None = None
+        self._vdso: tuple[int, int] | None = None
         self.refresh()
 
     def refresh(self) -> None:
         """Read the memory map again; modules that are still there are kept."""
+        self._blocks = None  # a block that was nowhere yet may have got its place
         mappings = tuple(m for m in self.target.mappings() if m.inode and m.path.startswith("/") and not _ours(m))
         if mappings != self._mappings:
             self._read_modules(mappings)
@@ -341,13 +347,15 @@ class Image:
 
     def _own(self, name: str, within: LoadedModule) -> Definition | None:
         module = within.module
-        exported = _defined(module, name)
-        if within is not self.executable and exported:
+        # A symbol table of the dynamic linker may have statics too, for descriptors of thread-locals.
+        dynamic = [s for s in module.exports.get(name, ()) if not s.defined or s.binding]
+        if within is not self.executable and any(s.defined for s in dynamic):
+            exported = _defined(module, name)
             if len(exported) == 1 and exported[0].protected:
                 return _exported(within, name)
             return None  # exported by a library: the search order decides, it may be interposed
         found = [s for s in module.symbols.named(name) if not s.local]
-        if not found and name not in module.exports:
+        if not found and not dynamic:
             found = [s for s in module.symbols.named(name) if module.demoted(s)]
         values = {s.value for s in found}
         return self._definition(within, found[0]) if len(values) == 1 else None
@@ -365,7 +373,7 @@ class Image:
         for cell in module.module.cells_named(definition.name):
             if cells[cell].type == R.GLOB_DAT:
                 return self.target.memory.read_u64(cell + module.bias) == definition.address
-            if cells[cell].type == R.JUMP_SLOT:
+            if cells[cell].type == R.JUMP_SLOT or cells[cell].type in THREAD_CELLS:
                 return True
         return False
 
@@ -431,7 +439,8 @@ class Image:
                 wanted += [c for c in module.module.resolver_cells if cells[c].addend == resolver]
             for cell in wanted:
                 value = self.target.memory.read_u64(cell + module.bias)
-                if owner.executable_at(value) and value != definition.address and self.import_at(value) is None:
+                implemented = owner.executable_at(value) or self._in_kernel_code(value)
+                if implemented and value != definition.address and self.import_at(value) is None:
                     self._ifuncs[definition.address] = value
                     return value
         return None
@@ -444,7 +453,7 @@ class Image:
 
             found = self.target.inject([FunctionCall(definition.address, (0, 0))], code=self._stub_area())[-1]
             module = self.module_at(found)
-            if module is None or not module.executable_at(found):
+            if not self._in_kernel_code(found) and (module is None or not module.executable_at(found)):
                 raise UnsafeChange(f"the resolver of `{definition.name}` gave {found:#x}, which is not code", "")
             self._ifuncs[definition.address] = found
         return found
@@ -467,6 +476,13 @@ class Image:
                 f"{owner.name} has {len(found)} stubs for `{definition.name}`", "", code="ambiguous-symbol"
             )
         return found[0] + owner.bias if found else None
+
+    def _in_kernel_code(self, address: int) -> bool:
+        """Tell whether an address is in the vDSO, from which libc takes what asks for the time."""
+        if self._vdso is None:
+            found = (m for m in self.target.mappings() if m.path == "[vdso]")
+            self._vdso = next(((m.start, m.end) for m in found), (0, 0))
+        return self._vdso[0] <= address < self._vdso[1]
 
     def _stub_area(self) -> int:
         if self.stub_area is None:
@@ -491,14 +507,66 @@ class Image:
             first = -storage.address & (storage.alignment - 1)
             size = storage.memory_size - first
             return -(((size + storage.alignment - 1) & -storage.alignment) + first)
+        known = self._mapped_block(loaded)
+        return known.offset if known is not None else self._block_by_cells(loaded)
+
+    def thread_module(self, loaded: LoadedModule) -> int | None:
+        """Return the number by which the dynamic linker knows a module's thread-local storage, if it can be told."""
+        if loaded.module.thread_storage is None:
+            return None
+        known = self._mapped_block(loaded)
+        if known is not None:
+            return known.module_id
+        if loaded is self.executable:
+            return 1
+        return self._number_by_cells(loaded)
+
+    def _mapped_block(self, loaded: LoadedModule) -> ThreadBlock | None:
+        if self._blocks is None:
+            self._blocks = self._read_blocks()
+        return self._blocks.get(loaded.module.dynamic_section + loaded.bias)
+
+    def _read_blocks(self) -> dict[int, ThreadBlock]:
+        memory, executable = self.target.memory, self.executable
+        descriptions = [self._exported_anywhere(name) for name in (MODULE_NUMBER, BLOCK_OFFSET)]
+        if not executable.module.dynamic_section or not all(descriptions):
+            return {}
+        try:
+            layout = Layout.read(memory, *descriptions)
+            debug = rendezvous(memory, executable.module.dynamic_section + executable.bias)
+        except TargetGone:
+            raise
+        except PatcherError:
+            return {}
+        return thread_blocks(memory, debug, layout) if layout is not None else {}
+
+    def _exported_anywhere(self, name: str) -> int:
+        found = (definition for m in self.modules if (definition := _exported(m, name)) is not None)
+        return next((definition.address for definition in found), 0)
+
+    def _block_by_cells(self, loaded: LoadedModule) -> int | None:
+        """Find a static block by a cell that holds the offset of one of its variables from the thread pointer."""
         for module in self.modules:
-            for address, cell in module.module.cells.items():
-                if cell.type != R.TPOFF64:
+            cells = module.module.cells
+            for address in (*cells.of_type(R.TPOFF64), *cells.of_type(TLSDESC)):
+                offset = self._offset_in(loaded, module, cells[address])
+                if offset is None:
                     continue
-                offset = self._offset_in(loaded, module, cell)
-                if offset is not None:
-                    value = self.target.memory.read_u64(address + module.bias)
-                    return (value - (1 << 64) if value >> 63 else value) - offset
+                # A descriptor's second word; a block that is not static has a pointer there, never negative.
+                at = address + (8 if cells[address].type == TLSDESC else 0)
+                value = self.target.memory.read_u64(at + module.bias)
+                if value >> 63:
+                    return value - (1 << 64) - offset
+        return None
+
+    def _number_by_cells(self, loaded: LoadedModule) -> int | None:
+        for module in self.modules:
+            cells = module.module.cells
+            for address in cells.of_type(R.DTPMOD64):
+                if self._offset_in(loaded, module, cells[address]) is not None:
+                    number = self.target.memory.read_u64(address + module.bias)
+                    if number:
+                        return number
         return None
 
     def _offset_in(self, loaded: LoadedModule, module: LoadedModule, cell: Cell) -> int | None:

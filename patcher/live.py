@@ -10,17 +10,19 @@ Decides where things are; whether they are the same as an object's is `match`'s 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
 from patcher.blocks import Block, Blocks, unit_of
-from patcher.elf import SymbolBinding, SymbolType
+from patcher.elf import ObjectFile, SymbolBinding, SymbolType
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import UnsafeChange
 from patcher.image import Image, LoadedModule
 from patcher.patch.journal import ArenaView, Placed, Redirect
 
+UNDEFINED = "(undefined)"  # the unit of the functions that stand for undefined ones
 _NUMBERED = re.compile(r"\.\d+$")
 
 
@@ -63,7 +65,7 @@ class LiveVariable:
 
 
 class LiveUnit:
-    """One unit in one module. Made by `find_unit`."""
+    """One unit in one module. Made by `find_unit`; `born`: the module was linked without it, a patch brings it."""
 
     def __init__(
         self,
@@ -73,11 +75,14 @@ class LiveUnit:
         file_symbol: str,
         group: int | None,
         others: Iterable[tuple[str, int | None]] = (),
+        *,
+        born: bool = False,
     ):
         """`others`: the files behind the first, and their groups, when the object was linked of several."""
         self.image = image
         self.view = view
         self.module = module
+        self.born = born
         files = ((file_symbol, group), *others)
         self.groups = tuple(dict.fromkeys(g for _, g in files if g is not None))
         self._keys = {name: f"{name}#{g}" if g is not None else name for name, g in files}
@@ -87,6 +92,7 @@ class LiveUnit:
         self._placed = {p.address: p for p in view.journal.placed}
         self._bodies = {body: self._slots[key] for key, body in view.bodies.items() if key in self._slots}
         self._names: dict[int, frozenset[tuple[str, Scope]]] = {}
+        self._pieces = self._live_pieces()
 
     # --- functions --------------------------------------------------------------------------------------------
 
@@ -98,16 +104,29 @@ class LiveUnit:
         local = all(s.local for s in block.symbols)
         for symbol in sorted(block.symbols, key=lambda s: (s.name != block.name, s.local)):
             redirect = self._redirect_named(symbol.name, local)
-            if redirect is not None:
+            # The island of an IFUNC that a patch brought leads to what it chose; the resolver itself was placed.
+            if redirect is not None and not (redirect.born and symbol.type == SymbolType.IFUNC):
                 return self._redirected(redirect)
+            piece = self._pieces.get(symbol.name)
+            if piece is not None:
+                code = self.image.target.memory.read(piece.address, piece.size)
+                return LiveFunction(piece.name, piece.address, piece.size, piece.address, code, None)
             found = self._static(symbol.name, local, functions=True)
             if found is not None:
                 return self._unpatched(found)
-            placed = self._placed_named(symbol.name, local, "code")
-            if placed is not None:
-                code = self.image.target.memory.read(placed.address, placed.size)
-                return LiveFunction(placed.name, placed.address, placed.size, placed.address, code, None)
         return None
+
+    def _live_pieces(self) -> dict[str, Placed]:
+        """Return what was split off the unit's functions (clones, cold parts) and came with bodies that run now.
+
+        Of several generations the newest: whoever uses an older one's piece is seen to use another.
+        """
+        found: dict[str, Placed] = {}
+        for record in self.view.journal.generations.values():
+            if any(self.view.bodies.get((arena, index)) == body for arena, index, body in record.bodies):
+                own = [p for p in record.placed if p.kind == "code" and p.module == self.module.path]
+                found |= {name: p for p in own if p.unit == self.key for name in p.names}
+        return found
 
     def _redirect_named(self, name: str, local: bool) -> Redirect | None:
         found = [r for r in self._redirects.values() if name in r.names and self._ours(r.local, r.unit, local)]
@@ -177,6 +196,8 @@ class LiveUnit:
     # --- names ------------------------------------------------------------------------------------------------
 
     def _static(self, name: str, local: bool, *, functions: bool) -> StaticSymbol | None:
+        if self.born:
+            return None  # whatever the module has of this name is another unit's
         if "@" in name:
             definition = self.image.exported(self.module, name)
             plain = name.partition("@")[0]
@@ -200,17 +221,6 @@ class LiveUnit:
                 )
         return None
 
-    def _placed_named(self, name: str, local: bool, kind: str) -> Placed | None:
-        found = [
-            p
-            for p in self.view.journal.placed
-            if name in p.names
-            and p.kind == kind
-            and p.module == self.module.path
-            and self._ours(p.local, p.unit, local)
-        ]
-        return found[-1] if found else None
-
     def variables(self, name: str, local: bool) -> list[LiveVariable]:
         """Return what a variable's name may stand for: one exact match, or every one that differs in number only."""
         exact = self._static(name, local, functions=False) if not numbered(name) else None
@@ -227,8 +237,10 @@ class LiveUnit:
             and (name in p.names or (numbered(name) and base_name(p.name) == wanted))
             and self._ours(p.local, p.unit, local)
         ]
-        if not numbered(name) or not self.groups:
+        if not numbered(name):
             return placed[-1:]
+        if not self.groups:
+            return placed if self.born else placed[-1:]
         members = [s for group in self.groups for s in self.module.module.symbols.members(group)]
         found = [s for s in members if numbered(s.name) and base_name(s.name) == wanted and not s.function]
         return [self._variable(s) for s in found] + placed
@@ -306,19 +318,9 @@ class LiveUnit:
 
     def _is_choice(self, address: int, name: str) -> bool:
         """Tell whether a far jump of ours leads to the process's choice for an IFUNC, which has no name of its own."""
-        from patcher.code.instructions import plt_cell
-
-        if address >> 47 or not self.view.contains(address):
-            return False
-        cell = plt_cell(self.image.target.memory.read(address, 8), address)
-        if cell is None or not self.view.contains(cell):
-            return False
-        definition = self.image.search(name, self.module)
-        return (
-            definition is not None
-            and definition.ifunc
-            and self.image.chosen(definition) == self.image.target.memory.read_u64(cell)
-        )
+        destination = self.beyond_jump(address)
+        definition = self.image.search(name, self.module) if destination is not None else None
+        return definition is not None and definition.ifunc and self.image.chosen(definition) == destination
 
     def names_at(self, address: int) -> frozenset[tuple[str, Scope]]:
         """Return the names that an address has, each with who knows it by that name."""
@@ -367,27 +369,62 @@ class LiveUnit:
             yield from ((s.name, scope) for s in module.symbols_at(cell.addend + module.bias))
 
     def _through_arena_stub(self, address: int) -> Iterable[tuple[str, Scope]]:
+        destination = self.beyond_jump(address)
+        if destination is not None and destination != address:
+            yield from self.names_at(destination)
+
+    def beyond_jump(self, address: int) -> int | None:
+        """Return where a jump of ours leads to (far, or on the way of a short branch), None for anything else."""
         from patcher.code.instructions import plt_cell
 
         if address >> 47 or not self.view.contains(address):
-            return
-        cell = plt_cell(self.image.target.memory.read(address, 8), address)
-        if cell is not None and self.view.contains(cell):
-            destination = self.image.target.memory.read_u64(cell)
-            if destination != address:
-                yield from self.names_at(destination)
+            return None
+        code = self.image.target.memory.read(address, 8)
+        if code[0] == 0xE9:  # jmp rel32
+            return address + 5 + int.from_bytes(code[1:5], "little", signed=True)
+        cell = plt_cell(code, address)
+        if cell is None or not self.view.contains(cell):
+            return None
+        return self.image.target.memory.read_u64(cell)
 
 
-def find_unit(image: Image, view: ArenaView, blocks: Blocks) -> LiveUnit | None:
+def born_unit(image: Image, view: ArenaView, blocks: Blocks, module: LoadedModule) -> LiveUnit:
+    """Return the unit of an object that no module was linked with: known, if at all, from earlier generations."""
+    known = _born_before(image, view, blocks.object)
+    return known or LiveUnit(image, view, module, born_key(blocks.object), None, born=True)
+
+
+def born_key(source: ObjectFile) -> str:
+    """Return the name that the local symbols of a born unit are kept under; members of archives have one each."""
+    archive, parenthesis, member = source.name.rpartition("(")
+    if not parenthesis or not member.endswith(")"):
+        return unit_of(source)
+    return f"{source.file_symbol or member[:-1]}#{Path(archive).name}({member}"
+
+
+def _born_before(image: Image, view: ArenaView, source: ObjectFile) -> LiveUnit | None:
+    key = born_key(source)
+    homes = {p.module for p in view.journal.placed if p.unit == key}
+    module = next((m for m in image.modules if m.path in homes), None)
+    return LiveUnit(image, view, module, key, None, born=True) if module is not None else None
+
+
+def find_unit(
+    image: Image, view: ArenaView, blocks: Blocks, modules: Sequence[LoadedModule] | None = None
+) -> LiveUnit | None:
     """Return where a unit's object stands in the process, or None when nothing of it is there.
 
-    The module is the one that has most of the unit's functions. Raises `UnsafeChange` when two groups
-    of local symbols, or two modules, fit equally well.
+    The module is the one of `modules` (default: all) that has most of the unit's functions. Raises `UnsafeChange`
+    when two groups of local symbols, or two modules, fit equally well.
     """
+    if "#" in born_key(blocks.object):
+        found = _born_before(image, view, blocks.object)
+        if found is not None:
+            return found
     file_symbol = unit_of(blocks.object)
     candidates: list[tuple[float, LoadedModule, int | None]] = []
     names = _Names.of(blocks)
-    for module in image.modules:
+    for module in image.modules if modules is None else modules:
         if len(module.module.symbols):
             score, group = _best_group(image, view, module, blocks, file_symbol, names)
             if score > 0:
@@ -397,8 +434,9 @@ def find_unit(image: Image, view: ArenaView, blocks: Blocks) -> LiveUnit | None:
         for module in image.modules:
             for path, _ in known:
                 if path == module.path:
-                    return LiveUnit(image, view, module, file_symbol, None)
-        return None
+                    born = (path, file_symbol) in known
+                    return LiveUnit(image, view, module, file_symbol, None, born=born)
+        return _now_defined(image, view, blocks, names)
     # Any library may have a function of one of these names; the unit itself left its file's name behind.
     named = [c for c in candidates if c[1].module.symbols.groups(file_symbol)] if file_symbol else []
     candidates = named or candidates
@@ -442,6 +480,16 @@ def _other_files(image: Image, view: ArenaView, module: LoadedModule, blocks: Bl
         (name, _best_group(image, view, module, blocks, name, _Names(frozenset(), frozenset(local[name])))[1])
         for name in source.files[1:]
     ]
+
+
+def _now_defined(image: Image, view: ArenaView, blocks: Blocks, names: _Names) -> LiveUnit | None:
+    """Return the unit of an object that defines what an earlier generation had to leave undefined."""
+    for redirect in view.journal.redirects:
+        if redirect.unit == UNDEFINED and names.exported.intersection(redirect.names):
+            module = next((m for m in image.modules if m.path == redirect.module), None)
+            if module is not None:
+                return born_unit(image, view, blocks, module)
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,10 @@ class Options:
     watched: tuple[Path, ...] = ()
     build: str = ""
     force: bool = False
+    every_function: bool = False  # replace functions that did not change as well
     dry_run: bool = False
     colour: bool = False
     allowed_layouts: tuple[str, ...] = ()  # types whose layout may change, on the user's responsibility
+    archives: tuple[Path, ...] = ()  # where to look for what is missing
+    libraries: tuple[str, ...] = ()  # likewise; loaded into the process when they have it
+    allow_undefined: bool = False  # calls of functions that are nowhere abort when they are reached

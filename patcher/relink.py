@@ -8,45 +8,58 @@ target (to resolve an IFUNC it may ask the target's own resolver), and writes no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
-from patcher.blocks import Block, Blocks, External, Kind
-from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, displaced_copy, plan_entry
+from patcher.blocks import Block, Blocks, External, Kind, Place
+from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
 from patcher.convention import Registers
-from patcher.elf import ObjectFile
+from patcher.elf import ObjectFile, SymbolType
 from patcher.elf.relocations import R
 from patcher.errors import LinkError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
 from patcher.link.place import Placement, Region, Space, place
 from patcher.link.plan import Bound, Plan, Unit, plan
-from patcher.live import LiveFunction, LiveVariable, base_name, numbered
-from patcher.match import Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
+from patcher.live import UNDEFINED, LiveFunction, LiveVariable, base_name, numbered
+from patcher.match import MODULE_BASE, Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
 from patcher.patch.arena import DOOR_SIZE, SLOT_COUNT, Arena, Usage
 from patcher.patch.journal import Allocation, Body, GenerationRecord, Placed, Redirect
-from patcher.patch.ledger import Commit, Ledger
+from patcher.patch.ledger import Choice, Commit, Ledger
 from patcher.statics import candidates, find_static
-
-_SAME = (Status.SAME, Status.LINE_ONLY)
+from patcher.undefined import Use, uses_of
 
 
 class Part:
     """One unit's share of a generation: its verdicts, and the object that new code is taken from.
 
     That object is the one that was matched, or the same unit compiled with indirect access to external data;
-    its blocks then go by the names of the matched one's.
+    its blocks then go by the names of the matched one's. A part that is `supplied` is there only for what others
+    miss: nothing of it that the process has is replaced.
+
+    `every`: functions that are the same are to be new as well, all but those that `keep` names.
     """
 
-    def __init__(self, delta: Delta, source: str, blocks: Blocks | None = None) -> None:
+    def __init__(
+        self, delta: Delta, source: str, blocks: Blocks | None = None, *, supplied: bool = False, every: bool = False
+    ) -> None:
         self.delta = delta
+        self.supplied = supplied
         self.source = source
         self.blocks = blocks or delta.blocks
+        self.every = every
+        self.kept: list[str] = []
+        self._left: set[Block] = set()
         self.unit = delta.unit
         self._verdicts = {f.block: f for f in delta.functions}
         self._named: dict[tuple[Kind, str], Block] = {}
         if self.blocks is not delta.blocks:
             matched = (*delta.blocks.functions, *delta.blocks.data_blocks())
             self._named = {(b.kind, b.name): b for b in matched}
+
+    def compiled_otherwise(self, blocks: Blocks) -> Part:
+        """Return the same part with the blocks of another object, made from the same source."""
+        return Part(self.delta, self.source, blocks, supplied=self.supplied, every=self.every)
 
     @property
     def module(self) -> LoadedModule:
@@ -76,14 +89,30 @@ class Part:
         verdict = self.verdict(block)
         return verdict.live if verdict is not None else None
 
+    def keep(self, block: Block) -> None:
+        """Leave a function that is the same as it is, though every one is to be new, and say so."""
+        self.leave(block)
+        self.kept.append(block.name)
+
+    def leave(self, block: Block) -> None:
+        """Leave a function that is the same to another unit, which replaces it."""
+        self._left.add(block)
+
+    def is_new(self, block: Block) -> bool:
+        """Tell whether new code takes the place of a function's code, or there is none yet."""
+        status = self.status(block)
+        if status is Status.SAME:
+            return self.every and block not in self._left
+        return status is not Status.LINE_ONLY
+
     def is_door(self, block: Block) -> bool:
-        return self.status(block) not in _SAME and not is_private_piece(block.name)
+        return self.is_new(block) and not is_private_piece(block.name)
 
     def wanted(self) -> tuple[Block, ...]:
         """Return the functions that have to be new. Private pieces follow from who uses them."""
-        return tuple(
-            b for b in self.blocks.functions if self.status(b) is Status.CHANGED and not is_private_piece(b.name)
-        )
+        if self.supplied:
+            return ()
+        return tuple(b for b in self.blocks.functions if self.is_door(b) and self.status(b) is not Status.ADDED)
 
     def added(self) -> tuple[Block, ...]:
         """Return the functions that are new to the process and can be called from other units."""
@@ -92,6 +121,13 @@ class Part:
             for b in self.blocks.functions
             if self.status(b) is Status.ADDED and b.exported and not is_private_piece(b.name)
         )
+
+    def defining(self, name: str) -> Block | None:
+        """Return the function or variable that the unit defines for others under a name."""
+        for block in (*self.blocks.functions, *self.blocks.data_blocks()):
+            if any(s.name == name and not s.local for s in block.symbols):
+                return block
+        return None
 
     def cold_pieces(self, block: Block) -> list[LiveFunction]:
         """Return the live pieces that were split off a function."""
@@ -107,6 +143,23 @@ class Replaced:
     extents: tuple[tuple[int, int], ...]
 
 
+class Supply(Protocol):
+    """Where a definition comes from that neither the generation's own units nor the process have."""
+
+    def find(
+        self, name: str, module: LoadedModule, uses: Callable[[], tuple[Use, ...]]
+    ) -> tuple[Part, Block] | Bound | None:
+        """Return the definition, or a far address that stands for one in a library that is still to be loaded.
+
+        None when there is none. `uses` tells who refers to it.
+        """
+        ...
+
+    def defining(self, name: str, module: LoadedModule) -> ObjectFile | None:
+        """Return the object that `find` would take the definition from."""
+        ...
+
+
 @dataclass(frozen=True)
 class Linked:
     """A generation that is linked; nothing of it is in the process yet."""
@@ -114,29 +167,42 @@ class Linked:
     commit: Commit
     replaced: tuple[Replaced, ...]
     new_variables: tuple[str, ...]
+    supplied: tuple[Part, ...] = ()  # the parts that came in because something was missing
+    kept: tuple[str, ...] = ()  # functions that could not be entered anew, and are as they were
+
+
+class _Kept(Exception):
+    """Functions that are the same turned out not to be replaceable: they keep their code, link again."""
 
 
 class NeedsArena(Exception):
     """An IFUNC has to be asked for its choice before anything else: map the arena, and link again."""
 
 
-def link_generation(image: Image, ledger: Ledger, parts: Sequence[Part], waiting: Sequence[Part] = ()) -> Linked:
+def link_generation(
+    image: Image, ledger: Ledger, parts: Sequence[Part], waiting: Sequence[Part] = (), supply: Supply | None = None
+) -> Linked:
     """Link every part's changed functions as one generation.
 
-    `waiting`: units whose new functions nobody called so far; they are placed when something now does.
+    `waiting`: units whose new functions nobody called so far; they are placed when something now does. `supply` is
+    asked for what is still missing then.
     Raises `LinkError` and its kin, `UnsafeChange`, and `NeedsArena`.
     """
-    linker = _Generation(image, ledger)
+    linker = _Generation(image, ledger, supply)
     modules = dict.fromkeys(p.module for p in parts)
     for module in modules:
         linker.link(module, [p for p in parts if p.module is module], [p for p in waiting if p.module is module])
-    return linker.finish([p.source for p in parts])
+    return linker.finish(parts)
 
 
 class _Generation:
-    def __init__(self, image: Image, ledger: Ledger) -> None:
+    def __init__(self, image: Image, ledger: Ledger, supply: Supply | None) -> None:
         self.image = image
         self.ledger = ledger
+        self.supply = supply
+        self.defined: dict[str, Bound] = {}  # by the modules that were linked before
+        self.choices: list[Choice] = []
+        self.supplied: list[Part] = []
         self.number = ledger.journal.next_number
         self.writes: list[tuple[int, bytes]] = []
         self.usage: list[tuple[int, Usage]] = []
@@ -150,12 +216,12 @@ class _Generation:
         self.new_variables: list[str] = []
         self.allocations: dict[str, Allocation] = {}
 
-    def finish(self, sources: Iterable[str]) -> Linked:
+    def finish(self, parts: Sequence[Part]) -> Linked:
         record = GenerationRecord(
             number=self.number,
             parent=self.ledger.generation,
             time=time.time(),
-            files=tuple(dict.fromkeys(sources)),
+            files=tuple(dict.fromkeys(p.source for p in parts)),
             bodies=tuple(self.bodies),
             statuses=tuple(self.statuses),
             placed=tuple(self.placed),
@@ -164,24 +230,39 @@ class _Generation:
             quiet_back=tuple(self.quiet_back),
             allocations=tuple(self.allocations.values()),
         )
-        commit = Commit(record, tuple(self.writes), tuple(self.usage))
-        return Linked(commit, tuple(self.replaced), tuple(self.new_variables))
+        commit = Commit(record, tuple(self.writes), tuple(self.usage), tuple(self.choices))
+        kept = tuple(name for part in parts for name in part.kept)
+        return Linked(commit, tuple(self.replaced), tuple(self.new_variables), tuple(self.supplied), kept)
 
     def link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
         low, high = module.text
         fixed = not module.module.position_independent
         arena = self.ledger.arena_near(low, high, below_2g=fixed)
-        linkage = _Linkage(self.image, self.ledger, (*parts, *waiting))
+        _keep_twins(parts)
+        while True:
+            try:
+                return self._link(arena, module, parts, waiting)
+            except _Kept:
+                continue
+
+    def _link(self, arena: Arena, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
+        linkage = _Linkage(self.image, self.ledger, (*parts, *waiting), _Beyond(module, self.supply, self.defined))
         units = [linkage.unit(part, part.wanted()) for part in parts]
         units += [linkage.unit(part, ()) for part in waiting]
         found = plan(units, linkage.resolve, linkage.provide)
+        for block in found.code:
+            if linkage.part_of(block).supplied:
+                _check_end(block)
         doors = self._doors(arena, found, linkage)
         space = self.ledger.space(arena)
-        copies, space = self._copies(doors, space)
+        entries = self._entries(doors, space.code.start)
+        copies, space = self._copies(entries, space, linkage)
         islands = {d.block: arena.island(d.index) for d in doors}
         originals = {d.block: d.live.address for d in doors if d.live is not None}
         placement = place(found, space, islands, originals)
         self._record(arena, found, placement, doors, copies, linkage)
+        placed = {block.object for block in found.placed}
+        self.supplied += [p for p in linkage.supplied if p.blocks.object in placed or p.unit.key == UNDEFINED]
 
     def _doors(self, arena: Arena, found: Plan, linkage: _Linkage) -> list[_Door]:
         following = self.ledger.usages[arena.base].slots
@@ -201,29 +282,52 @@ class _Generation:
             raise LinkError(f"the arena at {arena.base:#x} has no slot left", "restart the program", code="arena-full")
         return doors
 
-    def _copies(self, doors: list[_Door], space: Space) -> tuple[dict[Block, tuple[int, bytes]], Space]:
-        """Displace the entries of the functions that get their island now: block -> (copy, original bytes)."""
-        copies: dict[Block, tuple[int, bytes]] = {}
-        cursor = space.code.start
+    def _entries(self, doors: list[_Door], near: int) -> list[_Entry]:
+        """Plan the entries of the functions that get their island now, with copies to stand at `near` or behind it."""
+        entries = []
+        kept = False
         for door in doors:
             if not door.fresh or door.live is None:
                 continue
-            live, unit = door.live, door.part.unit
-            extent = max(unit.extent(live.address), live.size)
-            ahead = self.image.target.memory.read(live.address, min(extent, live.size + 16))
-            siblings = [(piece.body, piece.code) for piece in door.part.cold_pieces(door.block)]
-            following = _filled(ahead[live.size :], live.address + extent)
-            entry = plan_entry(live.name, ahead, live.address, live.size, following, siblings)
+            try:
+                entry = self._entry(door, door.live)
+                displaced_copy(entry.displaced, entry.ahead, door.live.address, near)
+                entries.append(entry)
+            except NotDetourable:
+                if door.part.status(door.block) is not Status.SAME:
+                    raise
+                door.part.keep(door.block)
+                kept = True
+        if kept:
+            raise _Kept
+        return entries
+
+    def _entry(self, door: _Door, live: LiveFunction) -> _Entry:
+        extent = max(door.part.unit.extent(live.address), live.size)
+        ahead = self.image.target.memory.read(live.address, min(extent, live.size + 16))
+        siblings = [(piece.body, piece.code) for piece in door.part.cold_pieces(door.block)]
+        following = _filled(ahead[live.size :], live.address + extent)
+        return _Entry(
+            door.block, live, ahead, plan_entry(live.name, ahead, live.address, live.size, following, siblings)
+        )
+
+    def _copies(
+        self, entries: list[_Entry], space: Space, linkage: _Linkage
+    ) -> tuple[dict[Block, tuple[int, bytes]], Space]:
+        """Displace the entries of functions: block -> (copy, original bytes)."""
+        copies: dict[Block, tuple[int, bytes]] = {}
+        cursor = space.code.start
+        for entry in entries:
             address = (cursor + 15) & -16
-            code = displaced_copy(entry, ahead, live.address, address)
+            code = displaced_copy(entry.displaced, entry.ahead, entry.live.address, address)
             if address + COPY_SIZE > space.code.end:
                 raise LinkError("the arena has no room for more code", "restart the program", code="arena-full")
             self.writes.append((address, code))
-            self._allocate(door.part, islands=address + len(code) - cursor)
+            self._allocate(linkage.part_of(entry.block), islands=address + len(code) - cursor)
             cursor = address + len(code)
-            copies[door.block] = address, ahead[: max(entry.length, DETOUR_SIZE)]
-            if entry.reentries:
-                self.quiet.append(_body(live))
+            copies[entry.block] = address, entry.ahead[: max(entry.displaced.length, DETOUR_SIZE)]
+            if entry.displaced.reentries:
+                self.quiet.append(_body(entry.live))
         return copies, Space(space.read_only, Region(cursor, space.code.end), space.data)
 
     def _record(
@@ -243,7 +347,9 @@ class _Generation:
             if block.symbols:
                 part = linkage.part_of(block)
                 self.placed.append(_placed(block, part, placement))
-                if block.kind is Kind.DATA:
+                if block.kind is not Kind.CODE:
+                    self._define(block, Bound(placement.addresses[block]))
+                if block.kind is Kind.DATA and not part.supplied:
                     self.new_variables.append(base_name(block.name))
         for source, account in placement.accounts.items():
             sizes = asdict(account)
@@ -257,11 +363,18 @@ class _Generation:
         known = self.allocations.get(part.name, Allocation(part.name))
         self.allocations[part.name] = known.plus(**sizes)
 
+    def _define(self, block: Block, bound: Bound) -> None:
+        for symbol in block.symbols:
+            if not symbol.local:
+                self.defined.setdefault(symbol.name, bound)
+
     def _keep_registers(self, doors: list[_Door], placement: Placement) -> None:
         """Note which changed functions must have no frame when their callees change under them."""
-        for part in dict.fromkeys(door.part for door in doors):
+        for part in dict.fromkeys(door.part for door in doors if not door.part.supplied):
             registers = Registers(part.blocks, part.live, part.is_door)
-            risk = registers.callers_at_risk(d.block for d in doors if d.part is part)
+            # A caller that is the same relies on nothing that its new callees were not compiled to keep.
+            new = [d.block for d in doors if d.part is part and part.status(d.block) is not Status.SAME]
+            risk = registers.callers_at_risk(new)
             for live in risk.old:
                 self.quiet.append(_body(live))
             for block in risk.new:
@@ -271,7 +384,8 @@ class _Generation:
     def _record_door(self, door: _Door, body: int, copy: tuple[int, bytes] | None) -> None:
         block, part, live = door.block, door.part, door.live
         self.bodies.append((door.arena.base, door.index, body))
-        self.statuses.append((block.name, part.module.path, "changed" if live is not None else "added"))
+        if part.unit.key != UNDEFINED:
+            self.statuses.append((block.name, part.module.path, _STATUSES[part.status(block)]))
         if live is not None:
             extents = [(live.body, live.body + live.size)]
             extents += [(piece.body, piece.body + piece.size) for piece in part.cold_pieces(block)]
@@ -280,6 +394,10 @@ class _Generation:
             return
         self._allocate(part, islands=DOOR_SIZE)
         island = door.arena.island(door.index)
+        if is_chosen(block):
+            self.choices.append(Choice(block.name, door.arena.base, door.index, body))
+        if live is None:
+            self._define(block, Bound(island))
         names = tuple(dict.fromkeys(s.name for s in block.symbols))
         self.redirects.append(
             Redirect(
@@ -308,6 +426,41 @@ class _Generation:
         )
 
 
+_ENDS = ("jmp", "ret", "call", "ud2", "hlt", "int3", "syscall")  # what is called there does not come back
+
+
+def _check_end(block: Block) -> None:
+    """Refuse a function, written in assembler, that goes on into the next one of its section: they are placed apart."""
+    from patcher.code.instructions import decode_lite
+
+    if block.start + block.size >= block.object.sections[block.section].size:
+        return
+    words = [mnemonic.split()[-1] for _, _, mnemonic, _ in decode_lite(block.data, 0)]
+    last = next((word for word in reversed(words) if word != "nop"), "nop")
+    if last not in _ENDS:
+        raise LinkError(
+            f"`{block.name}` of {block.object.name} ends with `{last}` and goes on in the function behind it",
+            "restart the program, linked with it",
+            code="falls-through",
+        )
+
+
+_STATUSES = {Status.CHANGED: "changed", Status.ADDED: "added", Status.SAME: "relinked"}
+
+
+def _keep_twins(parts: Sequence[Part]) -> None:
+    """Let one unit replace what several have the same (inline functions, code that the linker folded)."""
+    wanted = [
+        (part, block, live) for part in parts for block in part.wanted() if (live := part.live(block)) is not None
+    ]
+    claimed = {live.address for part, block, live in wanted if part.status(block) is not Status.SAME}
+    for part, block, live in wanted:
+        if part.status(block) is Status.SAME:
+            if live.address in claimed:
+                part.leave(block)
+            claimed.add(live.address)
+
+
 def _filled(following: bytes, end: int) -> bytes:
     """Return what follows a function; zeros up to the next aligned one are padding too (mold fills gaps so)."""
     gap = end % 16 == 0 and len(following) < 16 and not any(following)
@@ -324,6 +477,16 @@ class _Door:
     arena: Arena
     index: int
     fresh: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An entry that is to be displaced, and the live bytes from there."""
+
+    block: Block
+    live: LiveFunction
+    ahead: bytes
+    displaced: Displaced
 
 
 def _body(live: LiveFunction) -> Body:
@@ -350,34 +513,91 @@ def _takes_directly(part: Part, name: str) -> bool:
     return any(r.type == R.PC32 and isinstance(r.target, External) and r.target.name == name for r in references)
 
 
-def _without_fixed_place(name: str, module: LoadedModule) -> LinkError:
+def _labels_of_new_code(part: Part, block: Block) -> list[Block]:
+    """Return the functions that are to be new and that a table's addresses lead into the middle of (`&&label`)."""
+    found = (r.target for r in part.blocks.references(block))
+    inside = (t.block for t in found if isinstance(t, Place) and t.block.kind is Kind.CODE and t.offset)
+    return [b for b in dict.fromkeys(inside) if part.is_new(b)]
+
+
+def _check_labels(part: Part, block: Block) -> None:
+    """Refuse new code for a function whose labels stand in a live variable: these lead into the old code."""
+    functions = _labels_of_new_code(part, block)
+    if not functions:
+        return
+    if all(part.status(f) is Status.SAME for f in functions):
+        for function in functions:
+            part.keep(function)
+        raise _Kept
+    raise UnsafeChange(
+        f"`{base_name(block.name)}` of {part.source} is a variable and holds addresses of labels in "
+        f"{', '.join(f'`{f.name}`' for f in functions)}, where they lead into the old code",
+        "restart the program; a table of labels that is declared const changes with its function",
+        code="label-table",
+    )
+
+
+def _nowhere(name: str, module: LoadedModule) -> LinkError:
     return LinkError(
-        f"the thread-local `{name}` of {module.name} has no fixed place in each thread",
-        "it belongs to a library that was loaded late; restart the program",
+        f"where each thread has the thread-local `{name}` of {module.name} cannot be told",
+        "nothing in the process says so for this library: restart the program with the new code",
         code="thread-local",
     )
+
+
+def is_chosen(block: Block) -> bool:
+    """Tell whether a function is the resolver of an IFUNC: what its name denotes is what it chooses."""
+    return any(s.type == SymbolType.IFUNC for s in block.symbols)
+
+
+def _needs(blocks: Blocks, name: str) -> bool:
+    found = (s for s in blocks.object.symbols if s.name == name)
+    return any((s.undefined and not s.weak) or s.type == SymbolType.IFUNC for s in found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Beyond:
+    """What the units of one module may use beside each other and the process."""
+
+    module: LoadedModule
+    supply: Supply | None
+    defined: dict[str, Bound]
 
 
 class _Linkage:
     """What the blocks and names of one module's parts mean in the process."""
 
-    def __init__(self, image: Image, ledger: Ledger, parts: Sequence[Part]) -> None:
+    def __init__(self, image: Image, ledger: Ledger, parts: Sequence[Part], beyond: _Beyond) -> None:
         self.image = image
         self.ledger = ledger
+        self.supplied: list[Part] = []
+        self._awaited: dict[str, Bound] = {}  # in libraries that are still to be loaded
+        self._beyond = beyond
+        self._missing: dict[str, bool] = {}
         self._parts = {p.blocks: p for p in parts}
         self._objects = {p.blocks.object: p for p in parts}
         self._units: dict[Blocks, Unit] = {}
         self._brought: dict[str, tuple[Part, Block]] = {}
         for part in parts:
             for block in part.blocks.functions:
-                if block.exported and part.is_door(block):
+                if block.exported and part.is_door(block) and (part.live(block) is None or not is_chosen(block)):
                     for symbol in block.symbols:
-                        self._brought.setdefault(symbol.name, (part, block))
+                        if symbol.type != SymbolType.IFUNC:  # what stands there is its resolver
+                            self._brought.setdefault(symbol.name, (part, block))
             for block in part.blocks.data_blocks():
                 if block.exported and block.kind is Kind.DATA:
                     for symbol in block.symbols:
                         self._brought.setdefault(symbol.name, (part, block))
         self._redirects = {r.original: r for r in ledger.journal.redirects}
+        self._known: dict[tuple[LoadedModule, str, bool], Bound | None] = {}
+        self._stubs: dict[tuple[LoadedModule, str], int] = {}  # of IFUNCs, in position-independent modules
+        # What still stands for an undefined function defines nothing.
+        stubs = {p.address for p in ledger.journal.placed if p.unit == UNDEFINED}
+        self._born = [
+            r
+            for r in reversed(ledger.journal.redirects)
+            if r.born and not r.local and not (r.unit == UNDEFINED and ledger.slots[r.arena][r.index] in stubs)
+        ]
 
     def part_of(self, block: Block) -> Part:
         return self.part_with(block.object)
@@ -392,10 +612,38 @@ class _Linkage:
 
     def provide(self, name: str) -> tuple[Unit, Block] | None:
         found = self._brought.get(name)
+        if found is None and self._is_missing(name):
+            found = self._supply(name)
         if found is None:
             return None
         part, block = found
         return self._units[part.blocks], block
+
+    def _is_missing(self, name: str) -> bool:
+        """Tell whether nobody has a definition that somebody needs: a weak reference pulls nothing in."""
+        if self._beyond.supply is None:
+            return False
+        if name not in self._missing:
+            has = self._denoted(self._beyond.module, name) is not None
+            self._missing[name] = not has and any(_needs(p.blocks, name) for p in self._parts.values())
+        return self._missing[name]
+
+    def _supply(self, name: str) -> tuple[Part, Block] | None:
+        assert self._beyond.supply is not None
+        found = self._beyond.supply.find(name, self._beyond.module, lambda: uses_of(name, self._parts))
+        if found is None:
+            return None
+        if isinstance(found, Bound):
+            self._awaited[name] = found
+            return None
+        part, _ = found
+        if part.blocks not in self._parts:
+            self._parts[part.blocks] = self._objects[part.blocks.object] = part
+            self.unit(part, ())
+            self.supplied.append(part)
+        self._brought[name] = found
+        self._missing[name] = False
+        return found
 
     # --- blocks of the object ---------------------------------------------------------------------------------
 
@@ -406,14 +654,17 @@ class _Linkage:
             if block.kind is Kind.READ_ONLY:
                 matched = part.matched(block)
                 address = part.delta.bindings.get(matched) if matched is not None and matched.symbols else None
-                return Bound(address) if address is not None else None
-            return self._variable(part, block)
+                return Bound(address) if address is not None and not _labels_of_new_code(part, block) else None
+            found = self._variable(part, block)
+            if found is not None:
+                _check_labels(part, block)
+            return found
 
         return resident
 
     def _function(self, part: Part, block: Block) -> Bound | None:
-        if part.status(block) not in _SAME:
-            return None
+        if part.is_new(block):
+            return self._elsewhere(part, block) if part.supplied else None
         interposed = self._interposed(part, block)
         if interposed is not None and interposed.function:
             return self._entry(interposed.address)
@@ -421,6 +672,30 @@ class _Linkage:
         if live is None:
             return None
         return self._entry(live.address)
+
+    def _elsewhere(self, part: Part, block: Block) -> Bound | None:
+        """Return the process's own definition of what a supplied object defines too, None when it has none."""
+        live = part.live(block)
+        if live is not None and live.redirect is not None and live.redirect.unit == UNDEFINED:
+            return None  # found at last
+        if part.status(block) is Status.CHANGED and not is_private_piece(block.name):
+            raise UnsafeChange(
+                f"`{block.name}` of {part.source} is needed together with what is missing, and what process "
+                f"{self.image.target.pid} has of that name is another one",
+                f"it was linked from another build: give what it was linked from, or apply {part.source} itself",
+                code="mismatch",
+            )
+        for symbol in block.symbols if part.unit.born else ():
+            if not symbol.local and self._is_defined_in(part.module, symbol.name):
+                return self._denoted(part.module, symbol.name)
+        return None
+
+    def _is_defined_in(self, module: LoadedModule, name: str) -> bool:
+        """Tell whether a module, or an earlier generation, has a definition: another module's would be preempted."""
+        if self._from_earlier_generation(module, name) is not None:
+            return True
+        definition = self.image.search(name, module)
+        return definition is not None and definition.module is module
 
     def _entry(self, address: int) -> Bound:
         redirect = self._redirects.get(address)
@@ -439,12 +714,20 @@ class _Linkage:
         return None
 
     def _variable(self, part: Part, block: Block) -> Bound | None:
-        thread_local = block.kind is Kind.THREAD_LOCAL
+        if block.kind is Kind.THREAD_LOCAL:
+            interposed = self._interposed(part, block)
+            if interposed is not None and interposed.thread_local:
+                return self._thread_local(interposed)
         matched = part.matched(block)
         address = part.delta.bindings.get(matched) if matched is not None else None
+        if address is None and part.unit.born and block.exported and block.kind is not Kind.THREAD_LOCAL:
+            there = self._elsewhere(part, block)
+            if there is not None:
+                return there
         if address is None:
             found = self._find_variable(part, block)
             if found is None:
+                self._check_tentative(part, block)
                 return None
             if found.size and block.size and found.size != block.size:
                 raise UnsafeChange(
@@ -454,12 +737,23 @@ class _Linkage:
                     code="layout",
                 )
             address = found.address
-        if not thread_local:
+        if block.kind is not Kind.THREAD_LOCAL:
             return Bound(address)
-        base = self.image.thread_block(part.module)
-        if base is None:
-            raise _without_fixed_place(block.name, part.module)
-        return Bound(base + address, thread_local=True)
+        return self._in_thread_block(part.module, address, block.name)
+
+    def _check_tentative(self, part: Part, block: Block) -> None:
+        """Refuse a new common symbol that ld would merge with a definition elsewhere."""
+        supply = self._beyond.supply
+        for symbol in block.symbols if supply is not None else ():
+            if symbol.common and supply is not None:
+                other = supply.defining(symbol.name, part.module)
+                if other is not None and any(s.name == symbol.name and not s.common for s in other.symbols):
+                    raise UnsafeChange(
+                        f"`{symbol.name}` is new and without an initial value in {part.source}, and {other.name} "
+                        "defines it",
+                        "declare it `extern`, or compile with -fno-common",
+                        code="tentative",
+                    )
 
     def _find_variable(self, part: Part, block: Block) -> LiveVariable | None:
         interposed = self._interposed(part, block)
@@ -467,42 +761,62 @@ class _Linkage:
             return LiveVariable(interposed.name, interposed.address, interposed.size)
         if not numbered(block.name):
             return next(iter(candidates(part.unit, block)), None)
-        base = self.image.thread_block(part.module) if block.kind is Kind.THREAD_LOCAL else None
-        return find_static(part, block, base)
+        return find_static(part, block)
 
     # --- names the object does not define -----------------------------------------------------------------------
 
     def resolve(self, blocks: Blocks, external: External) -> Bound | None:
         part = self._parts[blocks]
-        earlier = self._from_earlier_generation(part, external.name)
+        found = self._denoted(part.module, external.name, weak=external.weak)
+        if found is None:
+            return self._awaited.get(external.name)
+        stub = self._stubs.get((part.module, external.name))
+        if stub is not None and _takes_directly(part, external.name):
+            return Bound(stub, found.call or found.address)
+        return found
+
+    def _denoted(self, module: LoadedModule, name: str, *, weak: bool = False) -> Bound | None:
+        """Return what a name denotes for a unit of a module, in the process or already in this generation."""
+        key = (module, name, weak)
+        if key not in self._known:
+            self._known[key] = self._look_up(module, name, weak)
+        return self._known[key]
+
+    def _look_up(self, module: LoadedModule, name: str, weak: bool) -> Bound | None:
+        earlier = self._from_earlier_generation(module, name)
         if earlier is not None:
             return earlier
-        definition = self.image.resolve(external.name, part.module, weak=external.weak)
+        if name == MODULE_BASE:
+            return self._module_base(module)
+        definition = self.image.resolve(name, module, weak=weak)
         if definition is None:
-            return None
+            return self._beyond.defined.get(name) or self._born_elsewhere(name)
         if definition.thread_local:
             return self._thread_local(definition)
         if definition.ifunc:
-            return self._chosen_function(part, definition)
+            return self._chosen_function(module, definition)
         if definition.function:
-            return self._external_function(part, definition)
+            return self._external_function(module, definition)
         return Bound(definition.address)
 
-    def _external_function(self, part: Part, definition: Definition) -> Bound:
+    def _external_function(self, module: LoadedModule, definition: Definition) -> Bound:
         entry = self._entry(definition.address)
-        canonical = self.image.canonical_plt(definition.name) if definition.module is not part.module else None
+        canonical = self.image.canonical_plt(definition.name) if definition.module is not module else None
         if canonical is None:
             return entry
         return Bound(canonical, entry.call or definition.address)
 
-    def _chosen_function(self, part: Part, definition: Definition) -> Bound:
+    def _chosen_function(self, module: LoadedModule, definition: Definition) -> Bound:
+        """Return an IFUNC's implementation, with the address that stands for it where code takes that."""
         chosen = self._entry(self._chosen(definition))
-        if definition.module is not part.module:
+        if definition.module is not module:
             stub = self.image.canonical_plt(definition.name)
-        elif part.module.module.position_independent and not _takes_directly(part, definition.name):
-            stub = None  # in tables and cells the linker of a position-independent module has the choice itself
         else:
             stub = self.image.chosen_stub(definition)
+            if stub is not None and module.module.position_independent:
+                # In tables and cells the linker of such a module puts the implementation itself.
+                self._stubs[module, definition.name] = stub
+                return chosen
         return chosen if stub is None else Bound(stub, chosen.call or chosen.address)
 
     def _chosen(self, definition: Definition) -> int:
@@ -511,14 +825,39 @@ class _Linkage:
         return self.image.choose(definition)
 
     def _thread_local(self, definition: Definition) -> Bound:
-        offset = self.image.thread_offset(definition)
-        if offset is None:
-            raise _without_fixed_place(definition.name, definition.module)
-        return Bound(offset, thread_local=True)
+        return self._in_thread_block(definition.module, definition.address, definition.name)
 
-    def _from_earlier_generation(self, part: Part, name: str) -> Bound | None:
-        for redirect in reversed(self.ledger.journal.redirects):
-            if redirect.born and not redirect.local and name in redirect.names and redirect.module == part.module.path:
+    def _in_thread_block(self, module: LoadedModule, offset: int, name: str) -> Bound:
+        """Return what is at an offset of a module's thread-local block, wherever each thread has that."""
+        base = self.image.thread_block(module)
+        if base is not None:
+            return Bound(base + offset, thread_local=True)
+        return Bound(offset, thread_local=True, module_id=self._module_number(module, name))
+
+    def _module_base(self, module: LoadedModule) -> Bound:
+        # Where the block is static, offsets from this base are made offsets from the thread pointer.
+        static = self.image.thread_block(module) is not None
+        return Bound(0, thread_local=True, module_id=0 if static else self._module_number(module, MODULE_BASE))
+
+    def _module_number(self, module: LoadedModule, name: str) -> int:
+        number = self.image.thread_module(module)
+        if number is None:
+            raise _nowhere(name, module)
+        return number
+
+    def _born_elsewhere(self, name: str) -> Bound | None:
+        """Return what only a patch of another module has brought: its functions and its constants."""
+        for redirect in self._born:
+            if name in redirect.names:
+                return Bound(redirect.original)
+        for placed in reversed(self.ledger.journal.placed):
+            if placed.kind == "read-only" and not placed.local and name in placed.names:
+                return Bound(placed.address)
+        return None
+
+    def _from_earlier_generation(self, module: LoadedModule, name: str) -> Bound | None:
+        for redirect in self._born:
+            if name in redirect.names and redirect.module == module.path:
                 return Bound(redirect.original)
         for placed in reversed(self.ledger.journal.placed):
             if placed.kind == "data" and not placed.local and name in placed.names:

@@ -17,19 +17,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from patcher.errors import UnsafeChange
+from patcher.errors import UnresolvedSymbol, UnsafeChange
 from patcher.options import Options
 from patcher.report import Applied, Event, Function, Note, Reporter, Timings, Unchanged
 from patcher.target import Target
 from patcher.texts import Texts
 
-# What follows takes a third of a second to import (drgn, lief, capstone), and `status` and `revert` need none of it.
+# What follows takes a third of a second to import (drgn, numpy, capstone), and `status` and `revert` need none of it.
 if TYPE_CHECKING:
     from patcher.image import Image
     from patcher.link.place import FarData
     from patcher.patch.ledger import Ledger
     from patcher.relink import Linked, Part
     from patcher.units import Changes, Source, Units
+
+
+_ROUNDS = 8  # of linking again: for an arena, for libraries, for objects compiled otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +46,16 @@ class Generation:
     line_only: tuple[str, ...] = ()
     new_variables: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()  # functions that are the same, and whose entry has no room for a jump
     dry_run: bool = False
+    supplied: tuple[str, ...] = ()  # objects and libraries that were brought in, being missing
+    undefined: tuple[str, ...] = ()  # functions that are nowhere: a call aborts
 
     def as_event(self, files: Sequence[Path]) -> Event:
         """Return the event that tells of it."""
         names = tuple(str(f) for f in files)
         if not self.functions:
-            return Unchanged(names, self.line_only, self.waiting)
+            return Unchanged(names, self.line_only, self.waiting, self.kept)
         return Applied(
             self.number,
             names,
@@ -59,6 +65,9 @@ class Generation:
             self.line_only,
             self.new_variables,
             self.dry_run,
+            self.supplied,
+            self.undefined,
+            self.kept,
         )
 
 
@@ -214,7 +223,10 @@ class Session:
                 return Generation(self.ledger.generation, line_only=changes.line_only, waiting=changes.uncalled)
             try:
                 linked = self._link(units, changes)
-                outcome = replace(self._commit(linked), line_only=changes.line_only)
+                supplied, undefined = units.supplies.outcome(linked)
+                outcome = replace(
+                    self._commit(linked), line_only=changes.line_only, supplied=supplied, undefined=undefined
+                )
                 for part in changes.parts:
                     self.texts.applied(Path(part.source))
                 return outcome
@@ -227,14 +239,36 @@ class Session:
 
         parts = list(changes.parts)
         waiting = [*changes.idle, *units.waiting(changes)]
-        for _ in range(2 * len(parts) + 2):
+        supplies = units.supplies
+        supplies.begin()
+        for _ in range(2 * len(parts) + _ROUNDS):
+            supplies.to_load.clear()
             try:
-                return link_generation(self.image, self.ledger, parts, waiting)
+                linked = link_generation(self.image, self.ledger, parts, waiting, supplies)
             except NeedsArena:
                 self._map_stub_area()
             except FarData as error:
+                own = any(part.blocks.object is error.object for part in (*parts, *waiting))
+                if not own and not units.supply_farther(error.object):
+                    raise
                 parts = [self._reaching(units, part, error) for part in parts]
+                waiting = [self._reaching(units, part, error) for part in waiting]
+            except UnresolvedSymbol as error:
+                raise UnresolvedSymbol(error.message, supplies.advice()) from None
+            else:
+                if self.options.dry_run or not self._load(tuple(supplies.to_load)):
+                    units.check_supplied(linked.supplied)
+                    return linked
         raise UnsafeChange("the change cannot be linked", "restart the program with the new code")
+
+    def _load(self, libraries: Sequence[Path]) -> bool:
+        """Load libraries into the process, and return whether there were any."""
+        from patcher.loader import Caller
+
+        for path in libraries:
+            Caller(self.image).load_library(str(path))
+            self.units.supplies.loaded.append(path)
+        return bool(libraries)
 
     def _reaching(self, units: Units, part: Part, error: FarData) -> Part:
         if part.blocks.object is not error.object:
@@ -258,7 +292,9 @@ class Session:
 
         record = linked.commit.record
         functions = tuple(Function(*status) for status in record.statuses)
-        outcome = Generation(record.number, functions, new_variables=linked.new_variables)
+        if not functions:
+            return Generation(self.ledger.generation, kept=linked.kept)
+        outcome = Generation(record.number, functions, new_variables=linked.new_variables, kept=linked.kept)
         if self.options.dry_run:
             return outcome
         self.ledger.realise()

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from patcher.blocks import Block
+from patcher.blocks import Block, Kind
+from patcher.elf.module import TLSDESC
+from patcher.elf.relocations import R
 from patcher.errors import UnsafeChange
 from patcher.live import LiveFunction, LiveUnit, LiveVariable, base_name, numbered
 
@@ -27,13 +29,12 @@ def candidates(unit: LiveUnit, block: Block) -> list[LiveVariable]:
     return list(found.values())
 
 
-def find_static(part: Part, block: Block, thread_block: int | None = None) -> LiveVariable | None:
+def find_static(part: Part, block: Block) -> LiveVariable | None:
     """Return the live variable that a numbered one is, or None when it is new.
 
-    `thread_block` is given for a thread-local: its module's offset from the thread pointer. Raises `UnsafeChange`
-    when two would do, or when it would do for two.
+    Raises `UnsafeChange` when two would do, or when it would do for two.
     """
-    statics = _Statics(part, block, thread_block)
+    statics = _Statics(part, block)
     options = statics.options()
     found = options[block]
     # Without any sign of use: new, unless the program has one that nobody else claims.
@@ -51,10 +52,10 @@ def find_static(part: Part, block: Block, thread_block: int | None = None) -> Li
 class _Statics:
     """The numbered variables of one unit that share a name and that matching did not bind."""
 
-    def __init__(self, part: Part, block: Block, thread_block: int | None) -> None:
+    def __init__(self, part: Part, block: Block) -> None:
         self.part = part
         self.blocks = [b for b in part.blocks.data_blocks() if self._rivals(b, block)]
-        self.thread_block = thread_block
+        self.thread_local = block.kind is Kind.THREAD_LOCAL
         self.taken = set(part.delta.bindings.values())
 
     def _rivals(self, block: Block, other: Block) -> bool:
@@ -78,7 +79,7 @@ class _Statics:
         """Return the program's own variables that a block might be and no other one is."""
         claimed = {v.address for found in options.values() for v in found}
         module = self.part.unit.module
-        own = [v for v in self._free(block) if self.thread_block is not None or module.contains(v.address)]
+        own = [v for v in self._free(block) if self.thread_local or module.contains(v.address)]
         return [v for v in own if v.address not in claimed]
 
     def _free(self, block: Block) -> list[LiveVariable]:
@@ -115,8 +116,8 @@ class _Statics:
     def _refers(self, pieces: Sequence[LiveFunction], variable: LiveVariable) -> bool:
         from patcher.code.instructions import references_into
 
-        if self.thread_block is not None:
-            return any(self._accesses(piece, self.thread_block + variable.address) for piece in pieces)
+        if self.thread_local:
+            return any(self._accesses(piece, variable.address) for piece in pieces)
         within = range(variable.address, variable.address + variable.size)
         if any(references_into(piece.code, piece.body, within.start, within.stop) for piece in pieces):
             return True
@@ -126,15 +127,50 @@ class _Statics:
         words = (piece.code[i : i + 4] for piece in pieces for i in range(len(piece.code) - 3))
         return any(int.from_bytes(word, "little") in within for word in words)
 
-    def _accesses(self, piece: LiveFunction, thread_offset: int) -> bool:
-        """Tell whether a body has a thread-local's offset, as a displacement or in a cell that it loads."""
-        from patcher.code.instructions import decode
+    def _accesses(self, piece: LiveFunction, offset: int) -> bool:
+        """Tell whether a body has a thread-local's offset in some form: as a displacement, or in a cell that it uses.
 
-        if thread_offset.to_bytes(4, "little", signed=True) in piece.code:
+        Offsets from the thread pointer are like no other numbers; those in the module's block are looked for only
+        where code that a linker filled in has them: in displacements that are wider than they have to be, and in
+        cells that the dynamic linker fills.
+        """
+        from patcher.code.instructions import decode, wide_displacements
+
+        image = self.part.unit.image
+        block = image.thread_block(self.part.unit.module)
+        if block is not None and (block + offset).to_bytes(4, "little", signed=True) in piece.code:
             return True
-        image, cell = self.part.unit.image, thread_offset.to_bytes(8, "little", signed=True)
-        references = {i.reference for i in decode(piece.code, piece.body) if i.reference is not None}
-        mappings = image.target.mappings()
+        if offset in wide_displacements(piece.code):
+            return True
         return any(
-            image.target.memory.read(r, 8) == cell for r in references if any(r in m and r + 7 in m for m in mappings)
+            i.reference is not None and self._cell_tells(i.reference, i.raw, block, offset)
+            for i in decode(piece.code, piece.body)
         )
+
+    def _cell_tells(self, cell: int, user: bytes, block: int | None, offset: int) -> bool:
+        """Tell whether the cell that an instruction uses leads to an offset in the module's block."""
+        unit, memory = self.part.unit, self.part.unit.image.target.memory
+        words = memory.read_available(cell, 16)
+        if block is not None and words[:8] == (block + offset).to_bytes(8, "little", signed=True):
+            return True
+        # The sequence for one variable starts with a prefix (psABI, section 11.1); that for the whole block does not.
+        for_one = user[:1] == b"\x66"
+        index = unit.image.thread_module(unit.module) or 0, offset
+        if unit.view.contains(cell):
+            argument = int.from_bytes(words[8:], "little")
+            return index == (_pair(words) if for_one else _pair(memory.read_available(argument, 16)))
+        known = unit.image.cell_at(cell)
+        if known is None or not unit.module.contains(cell):
+            return False
+        if known.type == TLSDESC:
+            return known.addend == offset
+        return (
+            known.type == R.DTPMOD64
+            and for_one
+            and (not known.name or _pair(words)[0] == index[0])
+            and (_pair(words)[1] == offset)
+        )
+
+
+def _pair(words: bytes) -> tuple[int, int]:
+    return int.from_bytes(words[:8], "little"), int.from_bytes(words[8:16], "little")

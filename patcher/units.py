@@ -34,13 +34,14 @@ from patcher.elf import ObjectFile, read_object, read_objects
 from patcher.errors import ObjectError, PatcherError, UnsafeChange
 from patcher.image import Image, LoadedModule
 from patcher.lines import LineNumbers, line_fields, moves_of_lines
-from patcher.live import LiveUnit, find_unit
+from patcher.live import UNDEFINED, LiveUnit, born_unit, find_unit
 from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, match, past_lines
 from patcher.options import Options
 from patcher.patch.ledger import Ledger
 from patcher.relink import Part
 from patcher.stamps import NONE as NO_STAMPS
 from patcher.stamps import Stamps, stamps_between
+from patcher.supply import Supplies
 from patcher.texts import Texts
 
 _DRIFT_MINIMUM = 4  # functions that must differ before a unit is thought not to be what runs
@@ -58,6 +59,11 @@ class Source:
     file: Path
     command: CompileCommand | None
     stamps: Stamps = NO_STAMPS
+
+    @property
+    def name(self) -> str:
+        """What it is known by from one save to the next: an archive has several."""
+        return self.object.name if self.command is None else str(self.file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +103,13 @@ class Units:
             programs=[m.file for m in known],
             program_names=[Path(m.path) for m in known],
         )
+        self.supplies = Supplies(image, ledger, options, self.commands, self.compiler)
         self.build_seconds = 0.0  # spent in compilers since it was last set to 0
         self._proven: set[tuple[Path, tuple[str, ...]]] = set()
         self._needed_reach: dict[tuple[Path, tuple[str, ...]], Variant] = {}
         self._reach: WeakKeyDictionary[Blocks, Variant] = WeakKeyDictionary()
         self._line_only: dict[tuple[Path, str], object] = {}
-        self._waiting: dict[Path, Source] = {}
+        self._waiting: dict[str, Source] = {}
         self._command_of: dict[ObjectFile, CompileCommand] = {}
         self._layouts: dict[str, dwarf.Layouts | None] = {}
         self._unchecked: set[str] = set()
@@ -172,7 +179,19 @@ class Units:
     def _compiled_to_reach(self, part: Part, command: CompileCommand, reach: Variant) -> Part:
         blocks = Blocks(self._compiled(command, variant=reach))
         self._reach[blocks] = reach
-        return Part(part.delta, part.source, blocks)
+        return part.compiled_otherwise(blocks)
+
+    def supply_farther(self, source: ObjectFile | None) -> bool:
+        """Compile a unit that was brought in and cannot reach something again; tell whether that was possible."""
+        part = self.supplies.part_of(source) if source is not None else None
+        command = self.supplies.build.command_of.get(part.delta.blocks.object) if part is not None else None
+        if part is None or command is None:
+            return False
+        self._command_of[part.delta.blocks.object] = command
+        made = self.with_farther_reach(part)
+        if made is not None:
+            self.supplies.replace(part, made)
+        return made is not None
 
     # --- verdicts ---------------------------------------------------------------------------------------------
 
@@ -184,20 +203,20 @@ class Units:
         parts: list[Part] = []
         absent: list[str] = []
         for source in sources:
-            self._waiting.pop(source.file, None)  # what an earlier text of it had is no more
+            self._waiting.pop(source.name, None)  # what an earlier text of it had is no more
         for source in sources:
             blocks = Blocks(source.object)
             unit = find_unit(self.image, view, blocks)
             if unit is None:
-                self._waiting[source.file] = source
+                self._waiting[source.name] = source
                 absent += [b.name for b in blocks.functions]
                 continue
             delta = self._match(source, blocks, unit)
             self._check_origin(source, delta)
             self._check_drift(source, delta)
-            parts.append(Part(delta, str(source.file)))
+            parts.append(Part(delta, str(source.file), every=self.options.every_function))
             if parts[-1].added():
-                self._waiting[source.file] = source
+                self._waiting[source.name] = source
         if absent and not parts:
             self._refuse_absent(sources, absent)
         changed = tuple(self._with_needed_reach(p) for p in parts if p.wanted())
@@ -206,18 +225,17 @@ class Units:
 
     def waiting(self, present: Changes) -> list[Part]:
         """Return the units seen earlier whose new functions nobody called so far."""
-        known = {p.source for p in (*present.parts, *present.idle)}
+        known = {p.delta.blocks.object for p in (*present.parts, *present.idle)}
         view = self.ledger.view()
         parts = []
-        for file, source in self._waiting.items():
-            if str(file) not in known:
+        for name, source in list(self._waiting.items()):
+            if source.object not in known:
                 blocks = Blocks(source.object)
-                module = self.image.executable
-                unit = find_unit(self.image, view, blocks) or LiveUnit(self.image, view, module, file.name, None)
-                parts.append(Part(match(blocks, unit), str(file)))
-        for part in parts:
-            if not part.added():
-                del self._waiting[Path(part.source)]  # all of it is in the process by now
+                unit = find_unit(self.image, view, blocks)
+                unit = unit or born_unit(self.image, view, blocks, self.image.executable)
+                parts.append(Part(match(blocks, unit), str(source.file)))
+                if not parts[-1].added():
+                    del self._waiting[name]  # all of it is in the process by now
         return parts
 
     def _refuse_absent(self, sources: Sequence[Source], absent: Sequence[str]) -> None:
@@ -263,7 +281,8 @@ class Units:
         Another program of the same tree has a `main` as well.
         """
         module = delta.unit.module
-        if self.options.force or delta.unit.groups or not module.module.symbols.has_files:
+        known = self.options.force or delta.unit.born or delta.unit.groups
+        if known or not module.module.symbols.has_files:
             return
         if delta.with_status(Status.SAME, Status.LINE_ONLY) or not delta.with_status(Status.CHANGED):
             return
@@ -287,7 +306,7 @@ class Units:
                 self._proven.add(proof)
             return
         texts = self.texts.of(source.file)
-        if proof is not None and source.command is not None and texts and self._fits(texts[0], source.command):
+        if texts and proof is not None and source.command is not None and self._fits(texts[0], source.command):
             self._proven.add(proof)
             return
         examples = "; ".join(f"{f.name}: {f.reason}" for f in changed[:3])
@@ -313,12 +332,18 @@ class Units:
 
     # --- layouts ----------------------------------------------------------------------------------------------
 
+    def check_supplied(self, parts: Sequence[Part]) -> None:
+        """Refuse objects that were brought in and see existing data in another layout."""
+        self._check_layouts([p for p in parts if p.unit.key != UNDEFINED and _has_types(p)])
+
     def _check_layouts(self, parts: Sequence[Part]) -> None:
         """Refuse new code that sees existing data in another layout."""
         for part in parts:
+            if all(part.status(b) is Status.SAME for b in part.wanted()):
+                continue  # what runs now sees it in the same way
             layouts = self.layouts_of(part.module)
             data = bytes(part.delta.blocks.object.contents)
-            if layouts is None or not dwarf.has_types(data):
+            if layouts is None or not _has_types(part):
                 self._say_unchecked(part, layouts is None)
                 continue
             found = dwarf.changed_types(layouts, data)
@@ -348,6 +373,10 @@ class Units:
             self._say(
                 f"{what} has no debug information (-g) that can be read: the layouts of its types are not checked"
             )
+
+
+def _has_types(part: Part) -> bool:
+    return dwarf.has_types(bytes(part.delta.blocks.object.contents))
 
 
 def _allowed(name: str, allowed: Sequence[str]) -> bool:

@@ -94,6 +94,13 @@ def running(program: Path, *arguments: str, environment: dict[str, str] | None =
             process.kill()
 
 
+def await_sleep(pid: int, tid: int = 0) -> None:
+    """Return once a thread (the first by default) sleeps in one system call and stays there."""
+    seen: list[str] = []
+    while len(seen) < 20 or len(set(seen[-20:])) > 1 or seen[-1].startswith("running"):
+        seen.append(Path(f"/proc/{pid}/task/{tid or pid}/syscall").read_text())
+
+
 def live_unit(target: Target, blocks: Blocks, image: Image | None = None) -> LiveUnit:
     found = find_unit(image or Image(target), ArenaView(Journal(), {}, {}), blocks)
     assert found is not None

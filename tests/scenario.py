@@ -132,6 +132,10 @@ class Scenario:
     final: tuple[Ask, ...]
     constant: tuple[str, ...] = ()
     library: tuple[str, ...] = ()
+    late: bool = False  # the program opens the library itself
+    beside: tuple[str, ...] = ()  # sources that are compiled, and not linked
+    libraries: tuple[str, ...] = ()
+    allow_undefined: bool = False
     loop: bool = True
     static: bool = False
     watch: bool = False
@@ -146,7 +150,7 @@ class Scenario:
     also: tuple[str, ...] = ()  # names of variants that are never left out
     flags_each: tuple[tuple[str, ...], ...] = ()
     xfail: tuple[tuple[str, str], ...] = ()  # (pattern of variant names, why)
-    libraries: tuple[Library, ...] = ()
+    modules: tuple[Library, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -181,7 +185,7 @@ def read_scenario(directory: Path) -> Scenario:
     )
     each = tuple(tuple(f) for f in read.pop("flags_each", ()))
     defects = tuple(read.pop("xfail", {}).items())
-    libraries = tuple(_library(b) for b in read.pop("libraries", ()))
+    modules = tuple(_library(b) for b in read.pop("modules", ()))
     environment = tuple(read.pop("environment", {}).items())
     fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in read.items()}
     if fields.get("library") or fields.get("static"):
@@ -194,7 +198,7 @@ def read_scenario(directory: Path) -> Scenario:
         steps=steps,
         flags_each=each,
         xfail=defects,
-        libraries=libraries,
+        modules=modules,
         environment=environment,
         **fields,
     )
@@ -235,6 +239,7 @@ class Built:
     database: Path
     commands: Mapping[str, tuple[str, ...]]  # source -> compile command without its -o
     rebuild: Callable[[], object]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of `patcher.attach`
 
 
 _loops: dict[tuple[str, ...], Path] = {}
@@ -247,14 +252,15 @@ def build(scenario: Scenario, variant: Variant, directory: Path, shared: Path) -
         shutil.copytree(scenario.directory, sources, ignore=shutil.ignore_patterns("scenario.toml"))
     flags = [variant.optimise, "-g", "-I", str(SCENARIOS), *scenario.flags, *variant.flags]
     flags += ["-ffunction-sections", "-fdata-sections"] * variant.sections
-    library = (scenario.library or scenario.sources) if variant.kind == "library" else ()
+    own = tuple(s for s in scenario.sources if s not in scenario.beside)
+    library = (scenario.library or own) if variant.kind == "library" else ()
     code = "-fPIE" if variant.pie else "-fno-pie"
     commands: dict[str, tuple[str, ...]] = {}
     for source in scenario.sources:
-        own = next((b for b in scenario.libraries if source in b.sources), None)
-        mode = "-fPIC" if source in library or own is not None else code
+        module = next((m for m in scenario.modules if source in m.sources), None)
+        mode = "-fPIC" if source in library or module is not None else code
         compiler = _driver(variant, (source,))
-        commands[source] = (compiler, mode, *flags, *(own.flags if own else ()), "-c", str(sources / source))
+        commands[source] = (compiler, mode, *flags, *(module.flags if module else ()), "-c", str(sources / source))
     entries = []
     for source, command in commands.items():
         output = _object_of(directory, source)
@@ -265,7 +271,8 @@ def build(scenario: Scenario, variant: Variant, directory: Path, shared: Path) -
     database.write_text(json.dumps(entries))
     program = directory / scenario.name
     _link(scenario, variant, directory, library, shared)
-    return Built(program, sources, database, commands, lambda: build(scenario, variant, directory, shared))
+    options = {"libraries": scenario.libraries, "allow_undefined": scenario.allow_undefined}
+    return Built(program, sources, database, commands, lambda: build(scenario, variant, directory, shared), options)
 
 
 def _object_of(directory: Path, source: str) -> Path:
@@ -281,14 +288,15 @@ def _driver(variant: Variant, sources: Sequence[str]) -> str:
 def _link(scenario: Scenario, variant: Variant, directory: Path, library: Sequence[str], shared: Path) -> None:
     compiler = _driver(variant, scenario.sources)
     driver = [compiler, *variant.flags, f"-fuse-ld={variant.linker}"]
-    driver += ["-Wl,--no-as-needed"] * bool(scenario.libraries)
-    elsewhere = {s for b in scenario.libraries for s in b.sources}.union(library)
+    driver += ["-Wl,--no-as-needed"] * bool(scenario.modules)
+    elsewhere = {s for b in scenario.modules for s in b.sources}.union(library, scenario.beside)
     objects = [str(_object_of(directory, s)) for s in scenario.sources if s not in elsewhere]
-    for made in scenario.libraries:
+    for made in scenario.modules:
         if not made.late:
             objects += _shared(driver, made, directory)
     if library:
-        objects += _shared(driver, Library(scenario.name, tuple(library), link=scenario.link), directory)
+        own = Library(scenario.name, tuple(library), link=scenario.link, needed=not scenario.late)
+        objects += _shared(driver, own, directory)
     if scenario.loop:
         objects.insert(0, str(_loop(variant, shared)))
     if scenario.static:
@@ -297,7 +305,7 @@ def _link(scenario: Scenario, variant: Variant, directory: Path, library: Sequen
         mode = ["-pie"] if variant.pie else ["-no-pie"]
     link = [w.replace("SOURCES", str(directory / "src")) for w in scenario.link]
     _run([*driver, *mode, "-o", str(directory / scenario.name), *objects, *link], directory)
-    for made in scenario.libraries:
+    for made in scenario.modules:
         if made.late:
             _shared(driver, made, directory)
 
@@ -462,7 +470,7 @@ class Api:
         self.session = self._attach(force=False)
 
     def _attach(self, *, force: bool) -> patcher.session.Session:
-        return patcher.attach(self.pid, compile_commands=self.built.database, force=force)
+        return patcher.attach(self.pid, compile_commands=self.built.database, force=force, **self.built.options)
 
     def apply(self, step: Step, files: Sequence[str]) -> Outcome:
         if step.attach_again or step.force:
@@ -568,7 +576,10 @@ def play(scenario: Scenario, variant: Variant, directory: Path, shared: Path, *,
             if player.generation:
                 controller.revert(0)
             player.check("in the end", scenario.final)
-            check_restored(before, snapshot(program.pid))
+            after = snapshot(program.pid)
+            if scenario.libraries:  # what was loaded stays
+                after = dataclasses.replace(after, text={k: v for k, v in after.text.items() if k in before.text})
+            check_restored(before, after)
 
 
 class _Player:

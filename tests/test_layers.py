@@ -32,7 +32,12 @@ ALLOWED: dict[str, set[str]] = {
     "blocks": READING | {"code"},
     # The linker is pure: blocks in, bytes out; the only code it makes is a far jump.
     "link": READING | {"blocks", "code"},
-    "image": READING | {"code", "target"},
+    "linkmap": {"errors", "target"},
+    "image": READING | {"code", "target", "linkmap"},
+    # Functions of the target are called where its frames show that nothing is locked.
+    "unwind": {"errors", "elf.tables", "image", "target"},
+    "safepoint": {"elf", "image", "target", "unwind"},
+    "loader": {"errors", "elf.tables", "image", "safepoint", "target"},
     # What earlier generations placed has names too: the journal's records say so. Units of one name are told
     # apart by matching each (the one edge that goes against the direction).
     "live": READING | {"blocks", "image", "code", "patch.journal", "match"},
@@ -46,12 +51,17 @@ ALLOWED: dict[str, set[str]] = {
     "convention": MATCHING | {"match"},
     "statics": MATCHING | {"match", "relink"},
     # Joins verdicts, linker and arena to a generation that is ready to be written.
-    "relink": MATCHING | {"match", "patch", "statics", "convention"},
+    "relink": MATCHING | {"match", "patch", "statics", "convention", "undefined"},
+    # An object that nobody compiled: it has the tables of one, and its unit has a name of its own.
+    "undefined": READING | {"blocks", "live"},
+    # Where a definition comes from that the process has never had: brought in as units that are matched like others.
+    "supply": MATCHING | {"match", "patch", "relink", "undefined", "options", "build"},
     "options": {"errors"},
     "texts": {"errors", "build"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
-    "units": MATCHING | {"match", "patch", "relink", "options", "texts", "stamps", "build", "dwarf"},
-    "session": MATCHING | {"match", "patch", "relink", "options", "texts", "units", "build", "watch", "report", "loop"},
+    "units": MATCHING | {"match", "patch", "relink", "supply", "options", "texts", "stamps", "build", "dwarf"},
+    "session": MATCHING
+    | {"match", "patch", "relink", "loader", "options", "texts", "units", "build", "watch", "report", "loop"},
     # The watch loop drives a session, which starts it.
     "loop": {"errors", "session", "build", "watch", "report"},
     "cli": {"errors", "options", "report", "session", "target", "build", ""},
@@ -59,7 +69,6 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 ONE_IMPORTER = {
-    "lief": "elf",
     "ptrace": "target",
     "capstone": "code",
     "drgn": "dwarf",

@@ -41,12 +41,13 @@ def variants(scenario: Scenario, number: int) -> list[Variant]:
     ways = [way for way in (BASE, *WAYS) if scenario.fits(way)]
     if not ways:
         ways = [_nearest(scenario)]
+    flagged = next((way for way in ways if way.compiler == BASE.compiler), ways[0])
     if os.environ.get("PATCHER_SCENARIO_VARIANTS") != "all":
         rest = ways[1:]
         start = number * WAYS_EACH
         ways = ways[:1] + [rest[(start + i) % len(rest)] for i in range(min(WAYS_EACH, len(rest)))]
     ways += [way for way in WAYS if way.name in scenario.also and way not in ways]
-    ways += [dataclasses.replace(ways[0], flags=flags) for flags in scenario.flags_each]
+    ways += [dataclasses.replace(flagged, flags=flags) for flags in scenario.flags_each]
     return ways
 
 

@@ -5,10 +5,12 @@ Nothing here looks at the target process; ELF files are read by path, for their 
 """
 
 from patcher.build.build_command import BuildCommand
-from patcher.build.command import LINE_SHIFT, CompileCommand, Unit, Variant, is_unit
+from patcher.build.command import LINE_SHIFT, CompileCommand, Unit, Variant, is_unit, object_of
 from patcher.build.commands import Commands
 from patcher.build.compiler import CompiledUnit, Compiler
+from patcher.build.linking import LinkLine, file_of_compiler, find_link_line, locate_library
 from patcher.build.running import BuildCancelled
+from patcher.build.toolchain import program_index
 
 PLAIN = Variant.PLAIN
 SHIFTED = Variant.SHIFTED
@@ -27,7 +29,13 @@ __all__ = [
     "CompileCommand",
     "CompiledUnit",
     "Compiler",
+    "LinkLine",
     "Unit",
     "Variant",
+    "file_of_compiler",
+    "find_link_line",
     "is_unit",
+    "locate_library",
+    "object_of",
+    "program_index",
 ]

@@ -115,6 +115,19 @@ def object_arguments(
     return (*program, *front, *kept[:end], *added, *kept[end:])
 
 
+def object_of(command: CompileCommand) -> Path | None:
+    """Return the object that a compile command makes, or None for a command that does not compile to one."""
+    words = command.arguments
+    if "-c" not in words:
+        return None
+    for word, following in zip(words, (*words[1:], ""), strict=True):
+        if word == "-o" and following:
+            return command.directory / following
+        if word.startswith("-o") and len(word) > 2:
+            return command.directory / word[2:]
+    return command.directory / f"{command.file.stem}.o"
+
+
 def input_argument(command: CompileCommand) -> str:
     """Return the argument that names the source file, as it is written.
 

@@ -61,6 +61,21 @@ class Commands:
         """Return the source files that the given database lists; none without one. Raises NoCompileCommand."""
         return self._given.files() if self._given is not None else ()
 
+    def known(self) -> tuple[CompileCommand, ...]:
+        """Return every command of the given database, else of the nearest; none where there is no readable one."""
+        places = self._near_all() if self._given is None else (self._given,)
+        for database in places:
+            try:
+                return database.all_commands()
+            except NoCompileCommand:
+                continue
+        return ()
+
+    def _near_all(self) -> Iterator[Database]:
+        for start in self._starts:
+            for path in find_databases(start):
+                yield self._databases.setdefault(path, Database(path))
+
     def units(self, saved: Sequence[Path]) -> tuple[Unit, ...]:
         """Return the units that saved files touch: for now each source file is its own, and headers touch none.
 

@@ -58,6 +58,12 @@ class Database:
         self._refresh()
         return tuple(dict.fromkeys(entry.path for entry in self._entries))
 
+    def all_commands(self) -> tuple[CompileCommand, ...]:
+        """Return every command, in the file's order; one that links is among them. Raises as `commands` does."""
+        self._refresh()
+        origin = str(self.path)
+        return tuple(CompileCommand(entry.directory, entry.arguments, entry.path, origin) for entry in self._entries)
+
     def __len__(self) -> int:
         self._refresh()
         return len(self._entries)

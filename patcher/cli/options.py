@@ -33,7 +33,11 @@ class Common:
     verbose: bool
     dry_run: bool
     force: bool
+    every_function: bool
     allow_layout_change: tuple[str, ...]
+    archive: tuple[Path, ...]
+    library: tuple[str, ...]
+    allow_undefined: bool
 
     def options(self) -> Options:
         return Options(
@@ -41,9 +45,13 @@ class Common:
             watched=self.watch,
             build=self.build,
             force=self.force,
+            every_function=self.every_function,
             dry_run=self.dry_run,
             colour=sys.stderr.isatty(),
             allowed_layouts=self.allow_layout_change,
+            archives=self.archive,
+            libraries=self.library,
+            allow_undefined=self.allow_undefined,
         )
 
     @contextlib.contextmanager
@@ -76,6 +84,23 @@ def common(watch: bool) -> Callable[[F], F]:
                 metavar="TYPE",
                 help="Take it that nothing live has TYPE's old layout. Repeatable.",
             ),
+            click.option(
+                "--allow-undefined", is_flag=True, help="Let calls of functions that are nowhere abort when reached."
+            ),
+            click.option(
+                "--library",
+                multiple=True,
+                metavar="NAME|PATH",
+                help="Load this shared library (m, libm.so.6, ./libx.so) when it has what is missing. Repeatable.",
+            ),
+            click.option(
+                "--archive",
+                type=_PATH,
+                multiple=True,
+                metavar="FILE",
+                help="Take what is missing from this archive. Repeatable.",
+            ),
+            click.option("--every-function", is_flag=True, help="Replace functions that did not change as well."),
             click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
             click.option("-v", "--verbose", is_flag=True, help="Say more."),
             click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
@@ -106,6 +131,9 @@ def gather(arguments: dict[str, Any]) -> Common:
     database = arguments["compile_commands"]
     if database is not None and not database.exists():
         raise click.UsageError(f"--compile-commands {database}: no such file or directory")
+    for archive in arguments["archive"]:
+        if not archive.is_file():
+            raise click.UsageError(f"--archive {archive}: no such file")
     return Common(
         watch=tuple(arguments.get("watch", ())),
         compile_commands=arguments["compile_commands"],
@@ -115,5 +143,9 @@ def gather(arguments: dict[str, Any]) -> Common:
         verbose=arguments["verbose"],
         dry_run=arguments["dry_run"],
         force=arguments["force"],
+        every_function=arguments["every_function"],
         allow_layout_change=tuple(arguments["allow_layout_change"]),
+        archive=tuple(arguments["archive"]),
+        library=tuple(arguments["library"]),
+        allow_undefined=arguments["allow_undefined"],
     )

@@ -347,6 +347,22 @@ def _candidates(code: bytes, address: int, low: int, high: int) -> Iterator[int]
             yield found.end()
 
 
+def wide_displacements(code: bytes) -> frozenset[int]:
+    """Return the displacements of four bytes that stand beside a base register (ModRM.mod = 2; RIP is none).
+
+    An assembler takes four bytes for a number that would do with one only where a linker is to fill it in.
+    Raises UndecodableCode.
+    """
+    found, decoded = set(), 0
+    for i in _decoder(True).disasm(code, 0):
+        decoded = i.address + i.size
+        if i.encoding.disp_size == 4 and i.modrm >> 6 == 2:
+            found.add(i.disp)
+    if decoded != len(code):
+        raise UndecodableCode(code, 0, decoded)
+    return frozenset(found)
+
+
 # --- stubs of the procedure linkage table ---
 
 _PLT_STUB = re.compile(

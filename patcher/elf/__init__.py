@@ -6,7 +6,7 @@ as the file has them. Where a module stands in a process is `patcher.image`'s bu
 Specification: System V ABI, chapters 4 and 5; its AMD64 supplement.
 """
 
-from patcher.elf.archive import is_archive, read_archive
+from patcher.elf.archive import Archive, is_archive, read_archive
 from patcher.elf.object import (
     ObjectFile,
     Relocation,
@@ -14,18 +14,23 @@ from patcher.elf.object import (
     Symbol,
     SymbolBinding,
     SymbolType,
+    defined_names,
+    parse_object,
     read_object,
     read_objects,
 )
 
 __all__ = [
+    "Archive",
     "ObjectFile",
     "Relocation",
     "Section",
     "Symbol",
     "SymbolBinding",
     "SymbolType",
+    "defined_names",
     "is_archive",
+    "parse_object",
     "read_archive",
     "read_object",
     "read_objects",

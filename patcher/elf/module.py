@@ -1,29 +1,35 @@
 """A module: an executable or shared library as the dynamic linker sees it, with its symbols.
 
-Dynamic symbols, versions, relocations and program headers come from lief; the static symbol table,
-which may have a million entries, is read as arrays (`symbols`). All addresses are link-time.
+What the dynamic linker reads comes from `dynamic`, the static symbol table from `symbols`. The file is read
+in parts, those that are needed: debug information is not. All addresses are link-time.
 
-Specification: System V ABI, chapter 5; AMD64 supplement, sections 5.1-5.2; LSB, symbol versioning.
+Specification: System V ABI, chapter 5; AMD64 supplement, sections 5.1-5.2.
 """
 
 from __future__ import annotations
 
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from patcher.elf import tables as t
-from patcher.elf.object import SymbolType
+from patcher.elf.dynamic import Cell, Cells, DynamicSymbol, Exports, read_dynamic
 from patcher.elf.relocations import R
 from patcher.elf.symbols import StaticSymbol, SymbolIndex
 from patcher.errors import ObjectError
 
-_HIDDEN_VERSION = 0x8000
+__all__ = ["Cell", "DynamicSymbol", "Module", "Segment", "ThreadStorage", "read_module"]
+
+TLSDESC = 36
+"""The dynamic relocation of a thread-local descriptor: two words, a function and its argument (psABI, table 4.10)."""
+
+THREAD_CELLS = (R.DTPMOD64, R.TPOFF64, TLSDESC)
+"""The dynamic relocations by which code finds thread-local variables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,35 +64,6 @@ class ThreadStorage:
     alignment: int
 
 
-@dataclass(frozen=True, slots=True)
-class DynamicSymbol:
-    """One .dynsym entry. `value` of an undefined function may be its canonical PLT address."""
-
-    name: str
-    value: int
-    size: int
-    type: int
-    binding: int
-    version: str
-    default: bool  # the version that a reference without a version binds to
-    defined: bool
-    absolute: bool = False  # `value` is the same wherever the module is loaded
-    protected: bool = False  # the module's own references to it stay within it
-
-    @property
-    def function(self) -> bool:
-        return self.type in (SymbolType.FUNC, SymbolType.IFUNC)
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """What the dynamic linker puts at one address: a relocation of type `type` against `name` (or "")."""
-
-    type: int
-    name: str
-    addend: int
-
-
 @dataclass(frozen=True, eq=False)
 class Module:
     """One ELF file that can be mapped. `symbols` is empty for a stripped file without debug file."""
@@ -101,11 +78,11 @@ class Module:
     soname: str
     needed: tuple[str, ...]
     interpreter: str
-    cells: dict[int, Cell]
+    cells: Cells
     offset_tables: tuple[tuple[int, int], ...]  # extents of the GOT's sections; empty without section headers
     stub_tables: tuple[tuple[int, int], ...]  # extents of the PLT's sections, likewise
     read_only_after_start: tuple[int, int]  # what the dynamic linker protects once it has relocated (PT_GNU_RELRO)
-    exports: dict[str, tuple[DynamicSymbol, ...]]
+    exports: Exports
     symbols: SymbolIndex
     demotes: bool  # linked by mold, which turns an executable's own globals into local symbols
     symbols_from: str  # where the static symbols came from, for messages; "" when there are none
@@ -146,33 +123,16 @@ class Module:
 
     def cells_named(self, name: str) -> list[int]:
         """Return the addresses of the cells that are relocated against a symbol."""
-        return self._cells_by_name.get(name, [])
-
-    @cached_property
-    def _cells_by_name(self) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for address, cell in self.cells.items():
-            if cell.name:
-                found.setdefault(cell.name, []).append(address)
-        return found
+        return self.cells.named(name)
 
     @cached_property
     def resolver_cells(self) -> tuple[int, ...]:
         """Addresses of the cells that an IFUNC's resolver fills without a symbol (R_X86_64_IRELATIVE)."""
-        return tuple(address for address, cell in self.cells.items() if cell.type == R.IRELATIVE)
+        return tuple(self.cells.of_type(R.IRELATIVE))
 
     def exported_at(self, address: int) -> list[str]:
         """Return the names of the exported symbols that start at a link-time address."""
-        return self._exports_by_address.get(address, [])
-
-    @cached_property
-    def _exports_by_address(self) -> dict[int, list[str]]:
-        found: dict[int, list[str]] = {}
-        for name, symbols in self.exports.items():
-            for symbol in symbols:
-                if symbol.defined or symbol.value:
-                    found.setdefault(symbol.value, []).append(name)
-        return found
+        return self.exports.names_at(address)
 
     @property
     def text(self) -> tuple[int, int]:
@@ -188,137 +148,60 @@ def read_module(name: str, path: Path, debug_files: Callable[[str, str], list[Pa
     with the same build-id and a symbol table is used when the module itself has been stripped.
     Raises `ObjectError` when it is not an x86-64 executable or shared library.
     """
+    with _opened(name, path) as raw:
+        return _read(raw, debug_files)
+
+
+@contextmanager
+def _opened(name: str, path: Path) -> Iterator[t.RawFile]:
     try:
-        data = path.read_bytes()
+        file = path.open("rb", buffering=0)
     except OSError as error:
         raise ObjectError(f"{name}: {(error.strerror or str(error)).lower()}", "check that it can be read") from None
-    raw = t.read_raw(name, data)
+    with file:
+        yield t.read_raw(name, t.OpenFile(name, file.fileno()))
+
+
+def _read(raw: t.RawFile, debug_files: Callable[[str, str], list[Path]] | None) -> Module:
     if raw.type not in (t.ET_EXEC, t.ET_DYN):
-        raise ObjectError(f"{name}: not an executable or shared library", "")
-    linkage = _linkage(name, data)
+        raise ObjectError(f"{raw.name}: not an executable or shared library", "")
     segments = tuple(
         Segment(int(p["address"]), int(p["memory_size"]), int(p["file_size"]), int(p["offset"]), int(p["flags"]))
         for p in raw.program_headers
         if int(p["type"]) == t.PT_LOAD and int(p["memory_size"])
     )
     if not any(s.executable for s in segments):
-        raise ObjectError(f"{name}: has no executable segment", "")
+        raise ObjectError(f"{raw.name}: has no executable segment", "")
     build_id = _build_id(raw)
+    dynamic = read_dynamic(raw, build_id)
     symbols, origin = _static_symbols(raw, build_id, debug_files)
-    dynamic = _dynamic_table(raw)
     return Module(
-        name=name,
+        name=raw.name,
         build_id=build_id,
         position_independent=raw.type == t.ET_DYN,
-        entry=int(np.frombuffer(raw.data, t.EHDR, 1)[0]["entry"]),
+        entry=int(np.frombuffer(raw.data[: t.EHDR.itemsize], t.EHDR)[0]["entry"]),
         segments=segments,
         thread_storage=_thread_storage(raw),
-        dynamic_section=dynamic,
-        soname=linkage.soname,
-        needed=linkage.needed if dynamic else (),
-        interpreter=linkage.interpreter,
-        cells=linkage.cells or _resolver_cells(raw),
+        dynamic_section=dynamic.address,
+        soname=dynamic.soname,
+        needed=dynamic.needed,
+        interpreter=_interpreter(raw),
+        cells=dynamic.cells,
         offset_tables=_extents(raw, ".got", ".got.plt"),
         stub_tables=_extents(raw, ".plt", ".plt.sec", ".plt.got", ".iplt"),
         read_only_after_start=_relro(raw),
-        exports=linkage.exports,
+        exports=dynamic.exports,
         symbols=symbols,
         demotes=_linked_by_mold(raw),
         symbols_from=origin,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Linkage:
-    """What the dynamic tables say."""
-
-    soname: str
-    needed: tuple[str, ...]
-    interpreter: str
-    cells: dict[int, Cell]
-    exports: dict[str, tuple[DynamicSymbol, ...]]
-
-
-def _linkage(name: str, data: bytes) -> _Linkage:
-    try:
-        binary = _parse(name, data)
-        interpreter = binary.interpreter if binary.has_interpreter else ""
-        return _Linkage(_soname(binary), tuple(binary.libraries), interpreter, _cells(binary), _exports(binary))
-    except (SystemError, TypeError, ValueError, RuntimeError, AttributeError) as error:  # lief, on impossible tables
-        raise ObjectError(f"{name}: its dynamic tables cannot be read ({error})", "the file is damaged") from None
-
-
-def _resolver_cells(raw: t.RawFile) -> dict[int, Cell]:
-    """Return the cells of a static executable: IFUNCs' only, which its own start-up code fills."""
-    found = {}
-    for index, header in enumerate(raw.section_headers):
-        if int(header["type"]) == t.SHT_RELA and int(header["flags"]) & t.SHF_ALLOC:
-            for offset, kind, _, addend in raw.table(index, t.RELA).tolist():
-                if kind == R.IRELATIVE:
-                    found[offset] = Cell(kind, "", addend)
-    return found
-
-
-def _parse(name: str, data: bytes) -> Any:
-    import lief
-
-    lief.logging.disable()
-    config = lief.ELF.ParserConfig()
-    config.parse_symtab_symbols = False
-    config.parse_overlay = False
-    binary = lief.ELF.parse(data, config)
-    if binary is None:
-        raise ObjectError(f"{name}: its dynamic tables cannot be read", "the file is damaged")
-    return binary
-
-
-def _soname(binary: Any) -> str:
-    import lief
-
-    entry = binary.get(lief.ELF.DynamicEntry.TAG.SONAME) if binary.has(lief.ELF.DynamicEntry.TAG.SONAME) else None
-    return str(entry.name) if entry is not None else ""
-
-
-def _cells(binary: Any) -> dict[int, Cell]:
-    mask = 0xFFFFFFFF
-    found = {}
-    for relocation in binary.dynamic_relocations:
-        found[relocation.address] = _cell(relocation, mask)
-    for relocation in binary.pltgot_relocations:
-        found[relocation.address] = _cell(relocation, mask)
-    return found
-
-
-def _cell(relocation: Any, mask: int) -> Cell:
-    name = relocation.symbol.name if relocation.has_symbol else ""
-    return Cell(int(relocation.type) & mask & 0xFF, str(name), relocation.addend)
-
-
-def _exports(binary: Any) -> dict[str, tuple[DynamicSymbol, ...]]:
-    found: dict[str, list[DynamicSymbol]] = {}
-    for symbol in binary.dynamic_symbols:
-        if not symbol.name:
-            continue
-        version, default = "", True
-        if symbol.has_version:
-            entry = symbol.symbol_version
-            default = not entry.value & _HIDDEN_VERSION
-            version = entry.symbol_version_auxiliary.name if entry.has_auxiliary_version else ""
-        found.setdefault(symbol.name, []).append(
-            DynamicSymbol(
-                symbol.name,
-                symbol.value,
-                symbol.size,
-                symbol.type.value,
-                symbol.binding.value,
-                version,
-                default,
-                symbol.shndx != t.SHN_UNDEF,
-                symbol.shndx == t.SHN_ABS,
-                symbol.visibility.value == t.STV_PROTECTED,
-            )
-        )
-    return {name: tuple(symbols) for name, symbols in found.items()}
+def _interpreter(raw: t.RawFile) -> str:
+    for p in raw.program_headers:
+        if int(p["type"]) == t.PT_INTERP:
+            return t.string_at(bytes(raw.data[int(p["offset"]) : int(p["offset"]) + int(p["file_size"])]), 0)
+    return ""
 
 
 def _thread_storage(raw: t.RawFile) -> ThreadStorage | None:
@@ -348,10 +231,6 @@ def _extents(raw: t.RawFile, *names: str) -> tuple[tuple[int, int], ...]:
     )
 
 
-def _dynamic_table(raw: t.RawFile) -> int:
-    return next((int(p["address"]) for p in raw.program_headers if int(p["type"]) == t.PT_DYNAMIC), 0)
-
-
 def _build_id(raw: t.RawFile) -> str:
     for p in raw.program_headers:
         if int(p["type"]) != t.PT_NOTE:
@@ -372,7 +251,7 @@ def _build_id(raw: t.RawFile) -> str:
 def _static_symbols(
     raw: t.RawFile, build_id: str, debug_files: Callable[[str, str], list[Path]] | None
 ) -> tuple[SymbolIndex, str]:
-    own = _symbol_table(raw)
+    own = _symbol_table(raw, build_id)
     if own is not None:
         return own, raw.name
     sections = {raw.section_name(i): i for i in range(len(raw.section_headers))}
@@ -381,16 +260,17 @@ def _static_symbols(
         link = t.string_at(bytes(raw.contents(sections[".gnu_debuglink"])), 0)
     for path in debug_files(build_id, link) if debug_files else ():
         try:
-            candidate = t.read_raw(str(path), path.read_bytes())
-        except (OSError, ObjectError):
+            with _opened(str(path), path) as candidate:
+                same = not build_id or _build_id_section(candidate) == build_id
+                table = _symbol_table(candidate, build_id) if same else None
+        except ObjectError:
             continue
-        table = _symbol_table(candidate) if not build_id or _build_id_section(candidate) == build_id else None
         if table is not None:
             return table, str(path)
     if ".gnu_debugdata" in sections:
         try:
             inner = lzma.decompress(bytes(raw.contents(sections[".gnu_debugdata"])))
-            table = _symbol_table(t.read_raw(f"{raw.name}:.gnu_debugdata", inner))
+            table = _symbol_table(t.read_raw(f"{raw.name}:.gnu_debugdata", inner), build_id)
         except (lzma.LZMAError, ObjectError):
             table = None
         if table is not None:
@@ -406,7 +286,7 @@ def _build_id_section(raw: t.RawFile) -> str:
     return _build_id(raw)
 
 
-def _symbol_table(raw: t.RawFile) -> SymbolIndex | None:
+def _symbol_table(raw: t.RawFile, build_id: str) -> SymbolIndex | None:
     kinds = raw.section_headers["type"].tolist() if len(raw.section_headers) else []
     if t.SHT_SYMTAB not in kinds:
         return None
@@ -414,4 +294,4 @@ def _symbol_table(raw: t.RawFile) -> SymbolIndex | None:
     link = int(raw.section_headers[index]["link"])
     if link >= len(kinds):
         raise ObjectError(f"{raw.name}: the symbol table has no string table", "the file is damaged")
-    return SymbolIndex(raw.table(index, t.SYM), bytes(raw.contents(link)))
+    return SymbolIndex(raw.table(index, t.SYM), t.as_bytes(raw.contents(link)), build_id)

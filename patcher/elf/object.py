@@ -161,7 +161,7 @@ class ObjectFile:
     @property
     def contents(self) -> memoryview:
         """The whole object, as it was read."""
-        return self._raw.data
+        return self._raw.data[:]
 
     @cached_property
     def file_symbol(self) -> str:
@@ -240,7 +240,8 @@ class ObjectFile:
 def _relocation_words(raw: t.RawFile, sections: list[int]) -> tuple[Column, Column, Column]:
     """Return where each table starts and ends in one array of (offset, info, addend) rows, and that array."""
     headers = raw.section_headers[sections]
-    room = np.uint64(len(raw.data))
+    data = raw.data[:]
+    room = np.uint64(len(data))
     if (headers["offset"] > room).any() or (headers["size"] > room - headers["offset"]).any():
         raise ObjectError(
             f"{raw.name}: a relocation table reaches beyond the end of the file",
@@ -248,15 +249,15 @@ def _relocation_words(raw: t.RawFile, sections: list[int]) -> tuple[Column, Colu
         )
     counts = (headers["size"] // _ROW).astype(np.int64)
     ends = np.cumsum(counts)
-    if len(ends) and int(ends[-1]) * _ROW > len(raw.data):
+    if len(ends) and int(ends[-1]) * _ROW > len(data):
         raise ObjectError(f"{raw.name}: relocation tables that overlap", "the object is damaged; compile it again")
     starts = ends - counts
     positions = headers["offset"].astype(np.int64)
     if (positions % 8).any():
-        tables = [np.frombuffer(raw.data, "<i8", 3 * int(n), int(p)) for p, n in zip(positions, counts, strict=True)]
+        tables = [np.frombuffer(data, "<i8", 3 * int(n), int(p)) for p, n in zip(positions, counts, strict=True)]
         return starts, ends, np.concatenate([np.empty(0, np.int64), *tables]).reshape(-1, 3)
     # Thousands of little tables, one for each function, are gathered in one go.
-    words = np.frombuffer(raw.data, "<i8", len(raw.data) // 8)
+    words = np.frombuffer(data, "<i8", len(data) // 8)
     row = np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int64)
     first = np.repeat(positions // 8 - 3 * starts, counts) + 3 * row
     return starts, ends, words[first[:, None] + np.arange(3)]
@@ -310,6 +311,27 @@ def parse_object(name: str, data: bytes) -> ObjectFile:
     if slim_lto or any(s.name == "__gnu_lto_slim" for s in symbols):
         raise ObjectError(f"{name}: LTO bytecode without machine code", "compile it with -fno-lto or -ffat-lto-objects")
     return ObjectFile(name, sections, symbols, raw)
+
+
+def defined_names(path: Path) -> dict[str, bool]:
+    """Return the names that an object defines for others, each with whether its definition is weak.
+
+    Empty for what is no object. Only the symbol table is looked at.
+    """
+    try:
+        raw = t.read_raw(str(path), _file_bytes(path))
+        kinds = raw.section_headers["type"].tolist() if raw.type == t.ET_REL else []
+        if t.SHT_SYMTAB not in kinds:
+            return {}
+        index = kinds.index(t.SHT_SYMTAB)
+        table = raw.table(index, t.SYM)
+        strings = bytes(raw.contents(int(raw.section_headers[index]["link"])))
+    except (ObjectError, IndexError):
+        return {}
+    bindings = table["info"] >> 4
+    chosen = np.flatnonzero((table["section"] != t.SHN_UNDEF) & (bindings != SymbolBinding.LOCAL))
+    names = (t.string_at(strings, int(offset)) for offset in table["name"][chosen])
+    return dict(zip(names, (bindings[chosen] == SymbolBinding.WEAK).tolist(), strict=True))
 
 
 _WIDEST_CHARACTER = 16

@@ -1,5 +1,7 @@
 """The static symbol table of a module, as arrays: address to symbols, name to symbols, local groups.
 
+A symbol becomes an object when it is asked for; which one is looked up in the table's `orders`.
+
 Local symbols are told apart by the STT_FILE symbol they stand under (its ordinal in the table): the
 file's name alone is a base name, and several units share one. Symbols that a linker turned local are no
 statics: GNU ld puts hidden ones under a nameless STT_FILE, gold under the last file, lld under the
@@ -15,6 +17,7 @@ import numpy as np
 
 from patcher.elf import tables as t
 from patcher.elf.object import SymbolBinding, SymbolType
+from patcher.elf.orders import Orders, orders
 
 _ADDRESSABLE = (SymbolType.NOTYPE, SymbolType.OBJECT, SymbolType.FUNC, SymbolType.IFUNC)
 
@@ -41,15 +44,20 @@ class StaticSymbol(NamedTuple):
 
 
 class SymbolIndex:
-    """Look-ups over one symbol table. Read-only after construction; indexes are made when first wanted."""
+    """Look-ups over one symbol table. Read-only after construction; orders are made when first wanted.
 
-    def __init__(self, table: t.Table, strings: bytes) -> None:
+    With the build-id of its module, the orders of a large table are kept on disk.
+    """
+
+    def __init__(self, table: t.Table, strings: bytes, build_id: str = "") -> None:
         self._table = table
         self._strings = strings
+        self._build_id = build_id
         self._types = table["info"] & 15
         self._files = np.flatnonzero(self._types == SymbolType.FILE)
         # What was asked for once is asked for again at every save.
         self._made: dict[int, StaticSymbol] = {}
+        self._called: dict[str, tuple[StaticSymbol, ...]] = {}
         self._starting: dict[int, tuple[StaticSymbol, ...]] = {}
         self._members: dict[int, tuple[StaticSymbol, ...]] = {}
 
@@ -78,70 +86,61 @@ class SymbolIndex:
         return found
 
     @cached_property
-    def _names(self) -> dict[str, list[int]]:
-        names: dict[str, list[int]] = {}
-        sections = self._table["section"]
-        wanted = (sections != t.SHN_UNDEF) & (self._types != SymbolType.FILE) & (self._types != SymbolType.SECTION)
-        offsets = self._table["name"]
-        find = self._strings.find
-        for index in np.flatnonzero(wanted).tolist():
-            start = int(offsets[index])
-            name = self._strings[start : find(b"\0", start)].decode("utf-8", "replace")
-            names.setdefault(name.partition("@")[0], []).append(index)
-        return names
+    def _orders(self) -> Orders:
+        return orders(self._table, self._strings, self._chosen, self._build_id, "symbols")
 
-    @cached_property
-    def _by_address(self) -> tuple[t.Table, t.Table]:
-        mask = np.isin(self._types, _ADDRESSABLE) & (self._table["section"] != t.SHN_UNDEF)
-        mask &= self._table["section"] != t.SHN_ABS
-        indexes = np.flatnonzero(mask)
-        order = np.argsort(self._table["value"][indexes], kind="stable")
-        indexes = indexes[order]
-        return self._table["value"][indexes], indexes
+    def _chosen(self) -> tuple[t.Table, t.Table]:
+        sections = self._table["section"]
+        defined = sections != t.SHN_UNDEF
+        named = (defined & (self._types != SymbolType.SECTION)) | (self._types == SymbolType.FILE)
+        return named, defined & (sections != t.SHN_ABS) & np.isin(self._types, _ADDRESSABLE)
+
+    def _entries(self, name: str, *, files: bool) -> list[int]:
+        # Bytes that are no UTF-8 became this character, so that hashes say nothing: all symbols are candidates.
+        odd = "\ufffd" in name
+        candidates = np.flatnonzero(self._chosen()[0]).tolist() if odd else self._orders.candidates(name)
+        found = [i for i in candidates if self._name(i) == name]
+        return [i for i in found if (int(self._types[i]) == SymbolType.FILE) == files]
 
     def named(self, name: str) -> list[StaticSymbol]:
         """Return every defined symbol of that name."""
-        return [self._symbol(i) for i in self._names.get(name, ())]
+        found = self._called.get(name)
+        if found is None:
+            found = self._called[name] = tuple(self._symbol(i) for i in self._entries(name, files=False))
+        return list(found)
+
+    def functions(self) -> tuple[StaticSymbol, ...]:
+        """Return the functions that have an extent."""
+        wanted = np.isin(self._types, (SymbolType.FUNC, SymbolType.IFUNC)) & (self._table["size"] > 0)
+        return tuple(self._symbol(i) for i in np.flatnonzero(wanted & (self._table["section"] != t.SHN_UNDEF)).tolist())
 
     def at(self, address: int) -> tuple[StaticSymbol, ...]:
         """Return the symbols whose value is exactly this link-time address."""
         found = self._starting.get(address)
         if found is None:
-            values, indexes = self._by_address
-            if 0 <= address < 1 << 64:
-                low, high = (int(np.searchsorted(values, np.uint64(address), side)) for side in ("left", "right"))
-                found = tuple(self._symbol(i) for i in indexes[low:high].tolist())
-            else:
-                found = ()
+            found = tuple(self._symbol(i) for i in self._orders.starting(address))
             if found:
                 self._starting[address] = found
         return found
 
     def covering(self, address: int) -> StaticSymbol | None:
         """Return a function or object whose extent holds this link-time address, the nearest below it."""
-        values, indexes = self._by_address
-        position = int(np.searchsorted(values, address, "right"))
-        for i in indexes[max(0, position - 16) : position][::-1]:
-            symbol = self._symbol(int(i))
+        position = self._orders.position(address, "right")
+        for i in self._orders.addresses[max(0, position - 16) : position][::-1].tolist():
+            symbol = self._symbol(i)
             if symbol.value <= address < symbol.value + max(symbol.size, 1):
                 return symbol
         return None
 
     def next_address(self, address: int) -> int | None:
         """Return the lowest symbol value above this link-time address."""
-        values, _ = self._by_address
-        position = int(np.searchsorted(values, address, "right"))
+        position = self._orders.position(address, "right")
+        values = self._orders.values
         return int(values[position]) if position < len(values) else None
 
     def groups(self, file_name: str) -> list[int]:
         """Return the ordinals of the STT_FILE symbols of that name; "" gives the nameless ones."""
-        return self._groups.get(file_name, [])
-
-    @cached_property
-    def _groups(self) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for group, index in enumerate(self._files.tolist()):
-            found.setdefault(self._name(index), []).append(group)
+        found: list[int] = np.searchsorted(self._files, self._entries(file_name, files=True)).tolist()
         return found
 
     @cached_property

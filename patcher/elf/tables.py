@@ -7,8 +7,9 @@ million symbols, and a unit's debug relocations are never looked at.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -90,12 +91,48 @@ Table = npt.NDArray[Any]
 _MACHINES = {3: "x86", 40: "arm", 183: "aarch64", 243: "riscv", 21: "powerpc64", 8: "mips", 22: "s390"}
 
 
+class Contents(Protocol):
+    """The bytes of a file, a part at a time."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> memoryview: ...
+
+
+class OpenFile:
+    """The bytes of an open file, each part read when it is asked for.
+
+    Not mapped: when somebody truncates a mapped file, reading it ends us (SIGBUS).
+    """
+
+    def __init__(self, name: str, descriptor: int) -> None:
+        self._name = name
+        self._descriptor = descriptor
+        self._size = os.fstat(descriptor).st_size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice, /) -> memoryview:
+        start, end, _ = part.indices(self._size)
+        try:
+            data = os.pread(self._descriptor, max(0, end - start), start)
+            while data and start + len(data) < end:  # the kernel reads at most 2 GiB at a time
+                more = os.pread(self._descriptor, end - start - len(data), start + len(data))
+                data = data + more if more else b""
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise ObjectError(f"{self._name}: {reason}", "check that it can be read") from None
+        if len(data) < end - start:
+            raise ObjectError(f"{self._name}: became shorter while it was read", "wait until it is written")
+        return memoryview(data)
+
+
 @dataclass(frozen=True, slots=True)
 class RawFile:
     """An ELF file's header and its section and program header tables."""
 
     name: str
-    data: memoryview
+    data: Contents
     type: int
     section_headers: Table
     program_headers: Table
@@ -124,6 +161,12 @@ class RawFile:
         return string_at(self.section_names, int(self.section_headers[section]["name"]))
 
 
+def as_bytes(view: memoryview) -> bytes:
+    """Return the bytes of a view; those of a part of an `OpenFile` are not copied."""
+    whole = view.obj
+    return whole if isinstance(whole, bytes) and len(whole) == view.nbytes else bytes(view)
+
+
 def string_at(strings: bytes, offset: int) -> str:
     """Return the NUL-terminated string at `offset` of a string table ("" when it lies outside)."""
     if offset >= len(strings):
@@ -132,11 +175,11 @@ def string_at(strings: bytes, offset: int) -> str:
     return strings[offset : end if end >= 0 else len(strings)].decode("utf-8", "replace")
 
 
-def read_raw(name: str, data: bytes | memoryview) -> RawFile:
+def read_raw(name: str, data: bytes | memoryview | OpenFile) -> RawFile:
     """Read the tables of an ELF64 x86-64 file. Raises `ObjectError` naming what it is instead."""
-    view = memoryview(data)
+    view = data if isinstance(data, OpenFile) else memoryview(data)
     _check_identity(name, view)
-    header = np.frombuffer(view, EHDR, 1)[0]
+    header = np.frombuffer(view[: EHDR.itemsize], EHDR)[0]
     machine = int(header["machine"])
     if machine != EM_X86_64:
         known = _MACHINES.get(machine, f"machine {machine}")
@@ -162,7 +205,7 @@ def read_raw(name: str, data: bytes | memoryview) -> RawFile:
     return RawFile(name, view, raw.type, sections, programs, bytes(raw.contents(shstrndx)))
 
 
-def _check_identity(name: str, view: memoryview) -> None:
+def _check_identity(name: str, view: Contents) -> None:
     if len(view) == 0:
         raise ObjectError(f"{name}: the file is empty", "compile it again")
     start = bytes(view[:16])
@@ -178,11 +221,11 @@ def _check_identity(name: str, view: memoryview) -> None:
         raise ObjectError(f"{name}: not a 64-bit little-endian ELF file", "compile it for x86-64")
 
 
-def _array(name: str, view: memoryview, offset: int, count: int, dtype: np.dtype[Any], what: str) -> Table:
+def _array(name: str, view: Contents, offset: int, count: int, dtype: np.dtype[Any], what: str) -> Table:
     if count == 0:
         return np.empty(0, dtype)
     if offset + count * dtype.itemsize > len(view):
         raise ObjectError(
             f"{name}: the {what} reaches beyond the end of the file", "the file is truncated; compile it again"
         )
-    return np.frombuffer(view, dtype, count, offset)
+    return np.frombuffer(view[offset : offset + count * dtype.itemsize], dtype)

@@ -16,6 +16,7 @@ Decides same or changed, and why. What to do about it is `link`'s and `session`'
 """
 
 from patcher.match.matcher import match, past_lines
+from patcher.match.threads import MODULE_BASE
 from patcher.match.verdict import (
     Cause,
     Delta,
@@ -28,6 +29,7 @@ from patcher.match.verdict import (
 )
 
 __all__ = [
+    "MODULE_BASE",
     "Cause",
     "Delta",
     "FunctionMatch",

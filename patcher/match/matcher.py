@@ -10,7 +10,7 @@ from patcher.elf import Relocation
 from patcher.errors import PatcherError, UnsafeChange
 from patcher.lines import NONE as NO_LINES
 from patcher.lines import LineNumbers
-from patcher.link.relocations import DYNAMIC_THREAD_LOCAL, RULES, R, type_name
+from patcher.link.relocations import RULES, R, type_name
 from patcher.live import LiveFunction, LiveUnit, Scope, base_name
 from patcher.match.rewritten import (
     DIRECT,
@@ -24,6 +24,7 @@ from patcher.match.rewritten import (
     thread_immediate,
     width_of,
 )
+from patcher.match.threads import ThreadReferences
 from patcher.match.verdict import (
     Cause,
     Delta,
@@ -122,6 +123,7 @@ class Matcher:
         self._needed: list[tuple[Block, int]] | None = None  # what these bind
         self._windows: dict[int, bytes] = {}
         self._current: Block | None = None
+        self.threads = ThreadReferences(self)
 
     def delta(self) -> Delta:
         results: dict[Block, FunctionMatch] = {}
@@ -143,6 +145,7 @@ class Matcher:
         if self.unit.overridden(block):
             return FunctionMatch(block, Status.SAME, live)  # what the unit has of it is not what anybody calls
         self._current, self._trial = block, {}
+        self.threads.start()
         pending = len(self.pending)
         try:
             self.maps[block] = self._compare(block, live)
@@ -164,7 +167,8 @@ class Matcher:
             live = self.live.get(p.target)
             known = p.target in self.maps and live is not None
             offset = self._live_offset(p.target, p.offset) if known else None
-            if live is None or offset is None or live.body + offset != p.address:
+            places = (p.address, self.unit.beyond_jump(p.address)) if not p.offset else (p.address,)
+            if live is None or offset is None or live.body + offset not in places:
                 old = results[p.owner]
                 if old.status is Status.SAME:
                     reason = f"refers to {p.target.name}+{p.offset:#x}, which stands elsewhere"
@@ -280,21 +284,18 @@ class Matcher:
     def check(self, r: Reference, raw: bytes, place: int) -> None:
         """Check a field that holds the relocation as it stands; raises `Mismatch`."""
         rule = RULES.get(r.type)
-        if rule is None or r.type in DYNAMIC_THREAD_LOCAL:
-            self._check_dynamic_tls(r, raw, place)
+        if rule is None:
+            raise Mismatch(Cause.CODE, f"uses {type_name(r.type)}, which is not matched")
+        if rule.need.thread_local:
+            self.threads.check(r, raw, place)
             return
         value = int.from_bytes(raw, "little", signed=True)
-        if r.type in (R.TPOFF32, R.TPOFF64):
-            self._check_thread_offset(r.target, value - r.addend)
-        elif r.type in (R.A64, R.A32, R.A32S, R.A16, R.A8):
+        if r.type in (R.A64, R.A32, R.A32S, R.A16, R.A8):
             if r.type == R.A32:
                 value &= 0xFFFFFFFF
             self.check_target(r.target, value - r.addend & MASK)
         elif r.type in (R.GOTPCREL, R.GOTPCRELX, R.REX_GOTPCRELX):
             self._check_cell(r.target, value + place - r.addend & MASK)
-        elif r.type == R.GOTTPOFF:
-            offset = self._read_table(value + place - r.addend & MASK)
-            self._check_thread_offset(r.target, offset - (1 << 64) if offset >> 63 else offset)
         else:
             self.check_target(r.target, value + place - r.addend & MASK)
 
@@ -310,7 +311,9 @@ class Matcher:
         elif r.type == R.GOTTPOFF:
             if not thread_immediate(ours, theirs):
                 raise Mismatch(Cause.CODE, f"other instruction at +{r.offset:#x}")
-            self._check_thread_offset(r.target, value)
+            self.threads.check_offset(r.target, value)
+        elif r.type == R.GOTPC32_TLSDESC:
+            self.threads.check_descriptor_load(r, ours, theirs, value, place)
         elif made_direct(ours, theirs):
             self.check_target(r.target, value + place + 4 & MASK)
         elif ours[-2:] == b"\xff\x25" and ours[:-2] == theirs[:-2] and jump_and_nop(code, field_offset - 2):
@@ -328,9 +331,9 @@ class Matcher:
 
     def _check_cell(self, target: Target, cell: int) -> None:
         module = self.unit.module
-        value = self._read_table(cell)
+        value = self.read_table(cell)
         known = self.unit.image.cell_at(cell)
-        if known is not None and known.name and known.type in _NAMED_CELLS and self._cell_names(target, known.name):
+        if known is not None and known.name and known.type in _NAMED_CELLS and self.cell_names(target, known.name):
             return
         if known is not None and known.type == R.IRELATIVE:
             self.check_target(target, known.addend + module.bias)
@@ -339,12 +342,14 @@ class Matcher:
             raise Mismatch(Cause.REFERENCE, f"uses the cell of `{known.name}`")
         self.check_target(target, value)
 
-    def _cell_names(self, target: Target, name: str) -> bool:
+    def cell_names(self, target: Target, name: str) -> bool:
+        """Tell whether a cell that is relocated against `name` is the one for `target`."""
         if isinstance(target, External):
             return self.unit.module.module.asks_for(name, target.name)
         return isinstance(target, Place) and any(s.name == name and not s.local for s in target.block.symbols)
 
-    def _read_table(self, cell: int) -> int:
+    def read_table(self, cell: int) -> int:
+        """Return what a cell of the offset table holds, one of ours included; raises `Mismatch` for anything else."""
         if cell & 7 or not (self.unit.module.in_offset_table(cell) or self.unit.view.contains(cell)):
             raise Mismatch(Cause.REFERENCE, f"reads {cell:#x}, which is no cell of the offset table")
         return self._read_cell(cell)
@@ -367,7 +372,7 @@ class Matcher:
             raise Mismatch(Cause.CONSTANT, f"{address:#x} instead of {target.value:#x}")
 
     def _check_external(self, target: External, address: int) -> None:
-        weakly_absent = target.weak and address in (0, self.unit.module.bias)
+        weakly_absent = target.weak and (address in (0, self.unit.module.bias) or self.unit.beyond_jump(address) == 0)
         if weakly_absent or self.unit.denotes_external(address, target.name) or self._chosen(target.name) == address:
             self._named.add((target, address))
             return
@@ -392,7 +397,8 @@ class Matcher:
 
     def _check_function(self, target: Place, address: int) -> None:
         block = target.block
-        if target.offset or is_cold_piece(block.name):
+        if target.offset or is_private_piece(block.name):
+            # Two generations may have pieces of one name: the piece that was compared must be the one that is used.
             self.pending.append(_Pending(self._block(), block, target.offset, address))
             return
         names = tuple(s.name for s in block.symbols)
@@ -428,11 +434,11 @@ class Matcher:
                     Cause.REFERENCE, f"`{base_name(symbol.name)}` has {block.size} bytes instead of {sizes[0]}"
                 )
             if sizes or (not symbol.local and self.unit.denotes(address, (symbol.name,), local=False)):
-                self._record(block, address)
+                self.record(block, address)
                 return
         raise Mismatch(Cause.REFERENCE, f"refers to `{block.name}` instead of {self._describe(address)}")
 
-    def _record(self, block: Block, address: int) -> None:
+    def record(self, block: Block, address: int) -> None:
         """Bind a variable, unless that contradicts what is bound: one address each, and one variable an address."""
         if self._needed is not None:
             self._needed.append((block, address))
@@ -470,7 +476,7 @@ class Matcher:
             what = f"the string {_excerpt(block.data[offset:])}" if block.string else f"`{block.name}`"
             raise Mismatch(Cause.CONSTANT, f"the contents of {what} differ")
         if block.symbols:
-            self._record(block, address - offset)
+            self.record(block, address - offset)
 
     def _same_contents(self, block: Block, offset: int, address: int) -> bool:
         key = (block, offset, address)
@@ -496,7 +502,7 @@ class Matcher:
                     self._assumed.clear()
         # What a table refers to binds whoever uses the table.
         for variable, bound in known.bindings:
-            self._record(variable, bound)
+            self.record(variable, bound)
         self.pending += (_Pending(self._block(), p.target, p.offset, p.address) for p in known.pending)
         return known.same
 
@@ -555,51 +561,6 @@ class Matcher:
         if self.blocks.object.sections[block.section].writable:
             return self.unit.module.contains(address)
         return self.unit.module.constant(address, size)
-
-    # --- thread-local variables -------------------------------------------------------------------------------
-
-    def _check_thread_offset(self, target: Target, offset: int) -> None:
-        image, module = self.unit.image, self.unit.module
-        if isinstance(target, External):
-            definition = image.search(target.name, module)
-            expected = image.thread_offset(definition) if definition is not None else None
-            if expected != offset:
-                raise Mismatch(Cause.REFERENCE, f"uses another thread-local than `{target.name}`")
-            return
-        if not isinstance(target, Place):
-            raise Mismatch(Cause.REFERENCE, "uses a nameless thread-local")
-        block_start = image.thread_block(module)
-        if block_start is None:
-            raise Mismatch(Cause.REFERENCE, f"`{target.block.name}` has no fixed place in each thread")
-        self._check_block_offset(target, offset - block_start)
-
-    def _check_dynamic_tls(self, r: Reference, raw: bytes, place: int) -> None:
-        value = int.from_bytes(raw, "little", signed=True)
-        if r.type in (R.TLSGD, R.TLSLD):
-            cell = value + place - r.addend & MASK
-            known = self.unit.image.cell_at(cell)
-            if known is None or known.type != R.DTPMOD64 or not self.unit.module.contains(cell):
-                raise Mismatch(Cause.REFERENCE, "uses another module's thread-locals")
-            if r.type == R.TLSGD and not (known.name and self._cell_names(r.target, known.name)):
-                self._check_block_offset(r.target, self._read_cell(cell + 8))
-            elif r.type == R.TLSLD and known.name:
-                raise Mismatch(Cause.REFERENCE, f"uses the thread-locals of `{known.name}`'s module")
-        elif r.type == R.DTPOFF32:
-            self._check_block_offset(r.target, value - r.addend)
-        else:
-            raise Mismatch(Cause.CODE, f"uses {type_name(r.type)}, which is not matched")
-
-    def _check_block_offset(self, target: Target, offset: int) -> None:
-        """Check an offset in the module's thread-local block."""
-        if isinstance(target, Place):
-            block = target.block
-            for symbol in block.symbols:
-                for variable in self.unit.variables(symbol.name, symbol.local):
-                    if variable.address == offset - target.offset and variable.size in (0, block.size):
-                        self._record(block, variable.address)
-                        return
-            raise Mismatch(Cause.REFERENCE, f"uses another thread-local than `{block.name}`")
-        raise Mismatch(Cause.REFERENCE, "uses another thread-local")
 
     def _describe(self, address: int) -> str:
         names = sorted(n for n, _ in self.unit.names_at(address))

@@ -1,7 +1,7 @@
 """Fields and the instructions that a linker or an assembler may have written otherwise.
 
 A GOT load made direct, a thread-local access made an offset, a branch in its short form. Pure: bytes in, answers out.
-Specification: AMD64 supplement, appendix B; ELF Handling For Thread-Local Storage, section 5.
+Specification: AMD64 supplement, section 11.1 and appendix B; ELF Handling For Thread-Local Storage, section 5.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from patcher.elf.relocations import R
 from patcher.link.relocations import RULES
 
 MASK = (1 << 64) - 1
-REWRITTEN = frozenset((R.GOTPCRELX, R.REX_GOTPCRELX, R.GOTTPOFF, R.GOTPCREL))
+REWRITTEN = frozenset((R.GOTPCRELX, R.REX_GOTPCRELX, R.GOTTPOFF, R.GOTPCREL, R.GOTPC32_TLSDESC))
 DIRECT = frozenset((R.PC32, R.PLT32))
+ASKING = frozenset((R.TLSGD, R.TLSLD))
+"""What starts a sequence of instructions, up to a call, that a linker may replace as a whole."""
 
+NOP = rb"[\x66\x2e]*(?:\x90|\x0f\x1f(?:\x00|\x40\x00|\x44\x00\x00|\x80\x00{4}|\x84\x00{5}))"
+"""A no-op as assemblers and linkers write it: other operand bytes would be somebody else's."""
 
-_WIDTHS = {kind: rule.width for kind, rule in RULES.items()} | {R.DTPOFF64: 8, R.DTPMOD64: 8}
+_WIDTHS = {kind: rule.width for kind, rule in RULES.items()} | {R.DTPMOD64: 8, R.TLSDESC_CALL: 2}
 
 
 def width_of(r: Reference) -> int:
@@ -33,7 +37,7 @@ def opcode_bytes(kind: int) -> int:
     """Return how many bytes before the field belong to the instruction for certain, where a linker may rewrite it."""
     if kind not in REWRITTEN:
         return 0
-    return 3 if kind in (R.REX_GOTPCRELX, R.GOTTPOFF) else 2
+    return 2 if kind in (R.GOTPCRELX, R.GOTPCREL) else 3
 
 
 def made_direct(ours: bytes, theirs: bytes) -> bool:
@@ -86,6 +90,40 @@ def thread_immediate(ours: bytes, theirs: bytes) -> bool:
             bytes((lea_rex, 0x8D, 0x80 | register << 3 | register)),
         )
     return False
+
+
+_LOAD_POINTER = rb"\x64\x48\x8b\x04\x25\x00{4}"  # mov %fs:0, %rax
+_GENERAL = re.compile(
+    _LOAD_POINTER + rb"\x48(?:\x8d\x80|\x81\xc0|(\x03\x05))(?s:....)"  # lea x(%rax), add $x, add cell(%rip)
+    rb"(?:" + NOP + rb")*"
+)
+_FIELD_AFTER = 12
+_LOCAL = re.compile(
+    rb"(?:" + NOP + rb")*\x66{0,4}" + _LOAD_POINTER + rb"(?:" + NOP + rb")*"
+    rb"|\x31\xc0\x64\x48\x8b\x00\x48\x2d((?s:....))(?:" + NOP + rb")*"  # xor; mov %fs:(%rax), %rax; sub $x, %rax
+)
+
+
+def general_rewritten(live: bytes) -> tuple[bool, int] | None:
+    """Tell what a general-dynamic sequence became: (whether it adds a cell's contents, where its field is)."""
+    found = _GENERAL.fullmatch(live)
+    return None if found is None else (found[1] is not None, _FIELD_AFTER)
+
+
+def local_rewritten(live: bytes) -> int | None:
+    """Tell how far below the thread pointer the base is that a local-dynamic sequence became."""
+    found = _LOCAL.fullmatch(live)
+    return None if found is None else int.from_bytes(found[1] or b"", "little", signed=True)
+
+
+def descriptor_load(ours: bytes, theirs: bytes) -> bool:
+    """Tell whether `lea x@tlsdesc(%rip), %r` became `mov x@gottpoff(%rip), %r`."""
+    return len(ours) == 3 and theirs == bytes((ours[0], 0x8B, ours[2]))
+
+
+def descriptor_immediate(ours: bytes, theirs: bytes) -> bool:
+    """Tell whether `lea x@tlsdesc(%rip), %r` became `mov $offset, %r`."""
+    return len(ours) == 3 and theirs == bytes((ours[0] & ~5 | (ours[0] >> 2 & 1), 0xC7, 0xC0 | ours[2] >> 3 & 7))
 
 
 Branch = tuple[bytes, str, int]

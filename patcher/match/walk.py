@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING
 from patcher.blocks import Block, Reference
 from patcher.errors import PatcherError
 from patcher.link.relocations import R, type_name
-from patcher.match.rewritten import MASK, REWRITTEN, Branch, field_of, relative_branch, width_of
+from patcher.match.rewritten import ASKING, MASK, NOP, REWRITTEN, Branch, field_of, relative_branch, width_of
 from patcher.match.verdict import Cause, Mismatch
 
 if TYPE_CHECKING:
     from patcher.match.matcher import Matcher
 
 _Lite = tuple[int, int, str, str]
-_NOP = re.compile(  # as assemblers and linkers write them: other operand bytes would be somebody else's
-    rb"[\x66\x2e]*(?:\x90|\x0f\x1f(?:\x00|\x40\x00|\x44\x00\x00|\x80\x00{4}|\x84\x00{5}))"
-)
+_NOP = re.compile(NOP)
 
 
 class Walk:
@@ -51,13 +49,16 @@ class Walk:
                 self.map[ours[i][0]] = theirs[j][0] if j < len(theirs) else len(self.code)
                 self._skip_references(ours[i])
                 i += 1
-            while j < len(theirs) and self._nop(self.code, theirs[j]):
+            while j < len(theirs) and self._nop(self.code, theirs[j]) and not self._marked(i):
                 j += 1
             if i >= len(ours) or j >= len(theirs):
                 break
             self.map[ours[i][0]] = theirs[j][0]
-            self._pair(ours[i], theirs[j])
-            i, j = i + 1, j + 1
+            behind = self._asking(i, j)
+            if behind is None:
+                self._pair(ours[i], theirs[j])
+                behind = i + 1, j + 1
+            i, j = behind
         if i < len(ours) or j < len(theirs):
             raise Mismatch(Cause.CODE, "is longer" if i < len(ours) else "is shorter")
         self.map[self.block.size] = len(self.code)
@@ -69,6 +70,40 @@ class Walk:
     def _nop(self, data: bytes, instruction: _Lite) -> bool:
         offset, size, _, _ = instruction
         return _NOP.fullmatch(data, offset, offset + size) is not None
+
+    def _reference(self, i: int) -> Reference | None:
+        """Return the first reference in one of our instructions."""
+        if i >= len(self.ours) or self._next >= len(self.references):
+            return None
+        r, end = self.references[self._next], self.ours[i][0] + self.ours[i][1]
+        return r if r.offset < end else None
+
+    def _marked(self, i: int) -> bool:
+        """Tell whether an instruction is a call through a descriptor, which a linker may have made a no-op."""
+        r = self._reference(i)
+        return r is not None and r.type == R.TLSDESC_CALL
+
+    def _asking(self, i: int, j: int) -> tuple[int, int] | None:
+        """Pair code that asks for a thread-local with what a linker made of it; return what follows both.
+
+        None where no such code starts, or where it stands as compiled.
+        """
+        r, start, live = self._reference(i), self.ours[i][0], self.theirs[j][0]
+        if r is None or r.type not in ASKING:
+            return None
+        if self.code[live : live + r.offset - start] == self.block.data[start : r.offset]:
+            return None
+        last = next((k for k in range(i, min(i + 4, len(self.ours))) if self.ours[k][2] == "call"), None)
+        if last is None:
+            return None
+        size = sum(self.ours[last][:2]) - start
+        self.matcher.threads.check_sequence(r, self.code[live : live + size], self.body + live)
+        while j < len(self.theirs) and self.theirs[j][0] < live + size:
+            j += 1
+        if (self.theirs[j][0] if j < len(self.theirs) else len(self.code)) != live + size:
+            raise Mismatch(Cause.CODE, f"other code to find a thread-local at +{start:#x}")
+        self._skip_references(self.ours[last])
+        return last + 1, j
 
     def _skip_references(self, instruction: _Lite) -> None:
         while self._next < len(self.references) and self.references[self._next].offset < sum(instruction[:2]):

@@ -25,7 +25,17 @@ from patcher.patch.arena import (
 )
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
 from patcher.patch.transaction import Flip, FlipResult, TextWrite, flip
-from patcher.target import Target, read_stat
+from patcher.target import FunctionCall, Target, read_stat
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A new IFUNC: its island's slot gets what its resolver, called in the target once it is written, chooses."""
+
+    name: str
+    arena: int
+    index: int
+    resolver: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +45,7 @@ class Commit:
     record: GenerationRecord
     writes: tuple[tuple[int, bytes], ...]
     usage: tuple[tuple[int, Usage], ...]  # arena base -> how far it will be in use
+    choices: tuple[Choice, ...] = ()
 
 
 class Ledger:
@@ -194,14 +205,7 @@ class Ledger:
         before = {base: self.arenas[base].usage() for base in self.arenas}
         primary = self.primary
         assert primary is not None
-        encoded = records.encode(change.record)
         start = before[primary.base].journal
-        if start + len(encoded) > JOURNAL_SIZE:
-            raise UnsafeChange(
-                "the journal in the process is full",
-                "restart the program with the new code",
-                code="journal-full",
-            )
         try:
             for base, usage in change.usage:
                 journal = before[base].journal
@@ -209,6 +213,16 @@ class Ledger:
             for address, data in change.writes:
                 self.target.memory.write(address, data)
             self._write_islands(change)
+            if change.choices:
+                change = self._chosen(change)
+                self._write_islands(change)
+            encoded = records.encode(change.record)
+            if start + len(encoded) > JOURNAL_SIZE:
+                raise UnsafeChange(
+                    "the journal in the process is full",
+                    "restart the program with the new code",
+                    code="journal-full",
+                )
             self.target.memory.write(primary.journal + start, encoded)
             usage = primary.usage()
             primary.set_usage(replace(usage, journal=start + len(encoded)))
@@ -222,6 +236,25 @@ class Ledger:
         finally:
             if self.target.alive():
                 self.refresh()
+
+    def _chosen(self, change: Commit) -> Commit:
+        """Ask the resolvers of new IFUNCs, whose code is in place by now, and return the change with their choices."""
+        primary = self.primary
+        assert primary is not None
+        asked = [FunctionCall(choice.resolver, (0, 0)) for choice in change.choices]
+        found = [self.target.inject([call], code=primary.stub)[-1] for call in asked]
+        executable = [m for m in self.target.mappings() if m.executable]
+        bodies = {(arena, index): body for arena, index, body in change.record.bodies}
+        for choice, address in zip(change.choices, found, strict=True):
+            if not any(address in m for m in executable):
+                raise UnsafeChange(
+                    f"the resolver of `{choice.name}` gave {address:#x}, which is not code",
+                    "link the program with what defines it, and restart it",
+                    code="ifunc",
+                )
+            bodies[choice.arena, choice.index] = address
+        record = replace(change.record, bodies=tuple((*key, body) for key, body in bodies.items()))
+        return replace(change, record=record)
 
     def _write_islands(self, change: Commit) -> None:
         for redirect in change.record.redirects:

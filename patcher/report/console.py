@@ -68,12 +68,18 @@ class ConsoleReport:
         verb = "would be" if event.dry_run else "is"
         names = ", ".join(Path(f).name for f in event.files)
         lines = [f"{_escape(names)}: generation {event.generation} {verb} [green]live[/]"]
-        for status in ("changed", "added"):
+        for status in ("changed", "added", "relinked"):
             found = [f.name for f in event.functions if f.status == status]
             if found:
                 lines.append(f"  {status}: {_escape(_listed(found))}")
         if event.new_variables:
             lines.append(f"  new variables: {_escape(_listed(event.new_variables))}")
+        if event.supplied:
+            lines.append(f"  brought in, being missing: {_escape(_listed([_short(s) for s in event.supplied]))}")
+        if event.undefined:
+            lines.append(f"  [yellow]undefined, a call aborts[/]: {_escape(_listed(event.undefined))}")
+        if event.kept:
+            lines.append(f"  kept, no room for a jump at their entry: {_escape(self._some(event.kept))}")
         if event.line_only:
             lines.append(f"  only line numbers differ, left as they are: {_escape(self._some(event.line_only))}")
         if event.active:
@@ -91,6 +97,8 @@ class ConsoleReport:
         text = f"{names}: nothing to do, the process has this code"
         if event.line_only:
             text += f"\n  only line numbers differ, left as they are: {_escape(self._some(event.line_only))}"
+        if event.kept:
+            text += f"\n  kept, no room for a jump at their entry: {_escape(self._some(event.kept))}"
         if event.waiting:
             text += f"\n  new, but nothing calls it yet: {_escape(_listed(event.waiting))}"
         self._say(text)
@@ -128,6 +136,12 @@ class ConsoleReport:
 def _listed(names: list[str] | tuple[str, ...]) -> str:
     shown = ", ".join(names[:_LISTED])
     return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"
+
+
+def _short(source: str) -> str:
+    """Return a file's name; of an archive's member, the archive's name and the member's."""
+    file, parenthesis, member = source.partition("(")
+    return Path(file).name + parenthesis + member
 
 
 def _escape(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TextIO
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function that a generation changed or added."""
+    """A function that a generation changed, added, or linked again though it is the same (`relinked`)."""
 
     name: str
     module: str
@@ -95,6 +95,7 @@ class Unchanged(Event):
     files: tuple[str, ...]
     line_only: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     def fields(self) -> dict[str, Any]:
         return {"files": list(self.files)}
@@ -110,12 +111,18 @@ class Applied(Event):
     line_only: tuple[str, ...] = ()
     new_variables: tuple[str, ...] = ()
     dry_run: bool = False
+    supplied: tuple[str, ...] = ()  # objects and libraries that were brought in because something was missing
+    undefined: tuple[str, ...] = ()  # functions that are nowhere
+    kept: tuple[str, ...] = ()  # wanted to be relinked, and left as they are
 
     def fields(self) -> dict[str, Any]:
         t = self.timings
         return {
             "generation": self.generation,
             "functions": [{"name": f.name, "module": f.module, "status": f.status} for f in self.functions],
+            "supplied": list(self.supplied),
+            "undefined": list(self.undefined),
+            "kept": list(self.kept),
             "active": list(dict.fromkeys(function for _, function in self.active)),
             "timings": {name: round(getattr(t, name), 3) for name in ("detect", "build", "link", "stop", "total")},
         }

@@ -13,12 +13,16 @@ Signals are blocked for the thread meanwhile and stay pending: a handler that ra
 "interrupted by a handler" into "restarted" for the call the thread was in. A function that creates threads
 therefore hands them a blocked mask.
 
+A function that does not come back is abandoned: the thread gets its registers back and goes on where it was.
+What the function held by then (a lock, a half-changed list) it holds for ever; that is for the caller to know.
+
 Specification: ptrace(2), sigreturn(2), rseq(2).
 """
 
 from __future__ import annotations
 
 import ctypes
+import random
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,20 +34,43 @@ from patcher.target.frame import FRAME_SIZE, floating_frame, signal_frame
 from patcher.target.maps import Mapping
 from patcher.target.memory import Memory
 from patcher.target.process import read_status
-from patcher.target.steps import RT_SIGRETURN, SYSTEM_CALL_REGISTERS, Step, SystemCall, assemble, check_steps
-from patcher.target.stop import Lingering, StoppedThread, is_restarting, list_threads, stopped_thread
+from patcher.target.steps import (
+    RT_SIGRETURN,
+    SPARE_WORDS,
+    SYSTEM_CALL_REGISTERS,
+    Step,
+    SystemCall,
+    assemble,
+    check_steps,
+)
+from patcher.target.stop import (
+    Lingering,
+    StoppedThread,
+    conceal_interruption,
+    described_thread,
+    is_restarting,
+    list_threads,
+    stopped_thread,
+)
 from patcher.target.tracing import Halt, Registers, Tracee
 
 CODE_SIZE = 1024
 
 _ALL_BITS = (1 << 64) - 1
 _CALL_TIMEOUT = "call-timeout"
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.005
+_TRIES_IN_A_ROW = 100
+_RUN_SECONDS = 0.00005
 _RED_ZONE = 128
 _ROOM_TO_CALL = 64 * 1024
 _SCANNED_STACK = 64 * 1024
 _STOP_SECONDS = 0.5
+_RESTART_SYSCALL = 219
+_RESTARTED_BY_BLOCK = frozenset({7, 35, 202, 230})  # poll, nanosleep, futex, clock_nanosleep
 _DEFAULT_MXCSR = 0x1F80
 _FAULTS = frozenset({4, 5, 7, 8, 11, 31})  # SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV, SIGSYS
+_ABORT = 6
+_SI_TKILL = -6
 _BLOCKED = _ALL_BITS & ~sum(1 << (number - 1) for number in _FAULTS)
 # Trap flag, direction flag, alignment check: none of them belongs into code that is not the thread's own.
 _FOREIGN_FLAGS = 0x100 | 0x400 | 0x40000
@@ -60,6 +87,26 @@ _WHOLE_STUB = b"\x0f\x05\xb8\x0f\x00\x00\x00\x0f\x05\xeb\xf7"
 
 class Unsuitable(Exception):
     """Why a thread cannot be borrowed just now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms a thread is borrowed; see Target.inject and Target.call.
+
+    `wait` is how long to look for a thread, `timeout` how long the steps may take, both in seconds. `stack` is
+    memory for the steps instead of the thread's own stack, `errno_location` the function that tells where errno is.
+    """
+
+    code: int | None
+    wait: float
+    timeout: float
+    objection: Callable[[StoppedThread], str] | None = None
+    stack: tuple[int, int] | None = None
+    errno_location: int = 0
+
+    def uses_stack(self, sp: int) -> bool:
+        """Whether a stack pointer is inside the memory for the steps."""
+        return self.stack is not None and self.stack[0] <= sp < self.stack[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,59 +137,54 @@ class Borrowing:
         self._lingering = lingering
         self._unused_code: set[int] = set()
 
-    def run(
-        self,
-        steps: tuple[Step, ...],
-        mappings: Sequence[Mapping],
-        code: int | None,
-        timeout: float,
-        accept: Callable[[StoppedThread], bool] | None,
-    ) -> tuple[int, ...]:
+    def run(self, steps: tuple[Step, ...], mappings: Sequence[Mapping], terms: Terms) -> tuple[int, ...]:
         """Do `steps` on some thread; see Target.inject."""
         check_steps(steps)
         if not steps:
             return ()
-        if code is None and (len(steps) != 1 or not isinstance(steps[0], SystemCall)):
+        if terms.code is None and (len(steps) != 1 or not isinstance(steps[0], SystemCall)):
             raise ValueError("without memory for a stub, only one system call can be done")
         self._refuse_confined()
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + terms.wait
+        pause, tries = _FIRST_PAUSE, 1
         while True:
             reasons = []
             for tid in self._candidates():
                 try:
-                    if code is not None and code not in self._unused_code:
-                        self._check_code_unused(code, mappings)
-                    return self._run_on(tid, steps, mappings, code, timeout, accept)
+                    if terms.code is not None and terms.code not in self._unused_code:
+                        self._check_code_unused(terms, mappings)
+                    return self._run_on(tid, steps, mappings, terms, tries)
                 except Unsuitable as error:
                     reasons.append(f"thread {tid} {error}")
             if not reasons:
                 raise TargetGone(f"process {self._pid} has ended")
             if time.monotonic() > deadline:
                 raise _none_to_borrow(self._pid, reasons)
-            time.sleep(0.005)
+            # Never in step with what the program does.
+            time.sleep(pause * (0.5 + random.random()))
+            pause, tries = min(1.5 * pause, _LONGEST_PAUSE), _TRIES_IN_A_ROW
 
     def _candidates(self) -> list[int]:
         return sorted(list_threads(self._pid), key=lambda tid: tid != self._pid)
 
     def _run_on(
-        self,
-        tid: int,
-        steps: tuple[Step, ...],
-        mappings: Sequence[Mapping],
-        code: int | None,
-        timeout: float,
-        accept: Callable[[StoppedThread], bool] | None,
+        self, tid: int, steps: tuple[Step, ...], mappings: Sequence[Mapping], terms: Terms, tries: int
     ) -> tuple[int, ...]:
-        way = self._find_way(mappings) if code is None else None
+        way = self._find_way(mappings) if terms.code is None else None
         with self._standing(tid) as tracee:
             self._bring_to_event_stop(tracee)
-            self._check_suitable(tracee, mappings, code, accept)
-            if code is not None:
-                return _Loan(self._pid, self._memory, tracee, steps).run_stub(mappings, code, timeout)
+            self._await_suitable(tracee, mappings, terms, tries)
+            loan = _Loan(self._pid, self._memory, tracee, steps, terms)
+            if terms.code is not None:
+                try:
+                    return loan.run_stub(mappings, terms.code)
+                finally:
+                    if loan.away:
+                        self._unused_code.discard(terms.code)
             if way is not None:
-                return _Loan(self._pid, self._memory, tracee, steps).run_call(mappings, way, timeout)
+                return loan.run_call(mappings, way)
             with self._written_stub(mappings) as start:
-                return _Loan(self._pid, self._memory, tracee, steps).run_call(mappings, _Way(start, ()), timeout)
+                return loan.run_call(mappings, _Way(start, ()))
 
     @contextmanager
     def _standing(self, tid: int) -> Iterator[Tracee]:
@@ -164,26 +206,54 @@ class Borrowing:
             tracee.resume()
             if tracee.wait(deadline) in (Halt.GONE, Halt.ZOMBIE):
                 raise Unsuitable("has ended")
-            tracee.read_registers()
+            conceal_interruption(tracee)
         if not tracee.standing:
             raise Unsuitable("does not stop")
 
-    def _check_suitable(
-        self,
-        tracee: Tracee,
-        mappings: Sequence[Mapping],
-        code: int | None,
-        accept: Callable[[StoppedThread], bool] | None,
-    ) -> None:
+    def _await_suitable(self, tracee: Tracee, mappings: Sequence[Mapping], terms: Terms, tries: int) -> None:
+        # A thread that is busy in the allocator leaves it every other microsecond: far too quick to be met between
+        # two calls by one stop every few milliseconds.
+        while True:
+            try:
+                self._check_suitable(tracee, mappings, terms)
+                return
+            except Unsuitable:
+                tries -= 1
+                if not tries or terms.objection is None or tracee.grouped or is_restarting(tracee.registers):
+                    raise
+            self._let_run(tracee)
+
+    def _let_run(self, tracee: Tracee) -> None:
+        until = time.perf_counter() + random.random() * _RUN_SECONDS
+        tracee.resume()
+        while time.perf_counter() < until:
+            pass
+        tracee.interrupt()
+        if tracee.wait(time.monotonic_ns() + int(_STOP_SECONDS * 1e9)) in (Halt.GONE, Halt.ZOMBIE):
+            raise Unsuitable("has ended")
+        conceal_interruption(tracee)
+        self._bring_to_event_stop(tracee)
+
+    def _check_suitable(self, tracee: Tracee, mappings: Sequence[Mapping], terms: Terms) -> None:
         registers = tracee.registers
         if registers.cs != 0x33:
             raise Unsuitable("runs 32-bit code just now")
         if self._in_restartable_sequence(tracee):
             raise Unsuitable("is inside a restartable sequence")
-        if code is not None and self._uses_code(registers.rip, registers.rsp, code, mappings):
+        if self._is_lent(registers.rip, registers.rsp, terms, mappings):
             raise Unsuitable("still runs the stub of an earlier call")
-        if accept is not None and not accept(StoppedThread(tracee.tid, registers.rip, registers.rsp)):
-            raise Unsuitable("is not at a safe point")
+        if terms.errno_location and not self._has_control_block(registers.fs_base):
+            raise Unsuitable("has no thread-local storage")
+        objection = terms.objection(described_thread(tracee)) if terms.objection is not None else ""
+        if objection:
+            raise Unsuitable(objection)
+
+    def _has_control_block(self, base: int) -> bool:
+        # The ABI's word at %fs:0 points to itself; a thread made by a raw clone may have none.
+        return self._memory.read_available(base, 8) == struct.pack("<Q", base)
+
+    def _is_lent(self, pc: int, sp: int, terms: Terms, mappings: Sequence[Mapping]) -> bool:
+        return terms.uses_stack(sp) or (terms.code is not None and self._uses_code(pc, sp, terms.code, mappings))
 
     def _in_restartable_sequence(self, tracee: Tracee) -> bool:
         area = tracee.restartable_sequence()
@@ -205,19 +275,20 @@ class Borrowing:
         data = self._memory.read(begin, min(stack.end - begin, _SCANNED_STACK) & ~7)
         return any(code < word < code + CODE_SIZE for (word,) in struct.iter_unpack("<Q", data))
 
-    def _check_code_unused(self, code: int, mappings: Sequence[Mapping]) -> None:
+    def _check_code_unused(self, terms: Terms, mappings: Sequence[Mapping]) -> None:
         # A stub of a controller that died may still be running on some thread; later ones are only ours.
         for tid in list_threads(self._pid):
             try:
                 with stopped_thread(self._pid, tid, self._lingering, _STOP_SECONDS) as tracee:
-                    used = self._uses_code(tracee.registers.rip, tracee.registers.rsp, code, mappings)
+                    used = self._is_lent(tracee.registers.rip, tracee.registers.rsp, terms, mappings)
             except TargetGone:
                 continue
             except TargetBusy as error:
                 raise Unsuitable(f"cannot be stopped ({error.message})") from error
             if used:
                 raise Unsuitable(f"must wait: thread {tid} still runs a call that an earlier patcher left to it")
-        self._unused_code.add(code)
+        assert terms.code is not None
+        self._unused_code.add(terms.code)
 
     def _refuse_confined(self) -> None:
         status = read_status(self._pid)
@@ -268,19 +339,22 @@ class Borrowing:
 
 
 class _Loan:
-    """One thread, standing at an event stop, lent for `steps`."""
+    """One thread, standing at an event stop, lent for `steps`. `away` is true while it is not in its own code."""
 
-    def __init__(self, pid: int, memory: Memory, tracee: Tracee, steps: tuple[Step, ...]) -> None:
+    def __init__(self, pid: int, memory: Memory, tracee: Tracee, steps: tuple[Step, ...], terms: Terms) -> None:
         self.pid = pid
         self.memory = memory
         self.tracee = tracee
         self.steps = steps
+        self.terms = terms
+        self.away = False
+        self.results = 0
         self.own = _copied(tracee.registers)
-        self.alone = _as_left_alone(tracee.registers)
+        self.alone = _as_left_alone(tracee.registers, memory)
         self.mask = tracee.read_signal_mask()
         self.vector_state = tracee.read_vector_state()
 
-    def run_call(self, mappings: Sequence[Mapping], way: _Way, timeout: float) -> tuple[int, ...]:
+    def run_call(self, mappings: Sequence[Mapping], way: _Way) -> tuple[int, ...]:
         step = self.steps[0]
         assert isinstance(step, SystemCall)
         layout = self._lay_out(mappings, way.chain, 0)
@@ -292,12 +366,12 @@ class _Loan:
             setattr(away, register, value & _ALL_BITS)
         away.rax = step.number
         self.memory.write(layout.bottom, layout.image)
-        last = self._travel(away, layout.frame, layout.bottom, timeout)
+        last = self._travel(away, layout.frame, layout.bottom)
         return (_signed(last),)
 
-    def run_stub(self, mappings: Sequence[Mapping], code: int, timeout: float) -> tuple[int, ...]:
+    def run_stub(self, mappings: Sequence[Mapping], code: int) -> tuple[int, ...]:
         layout = self._lay_out(mappings, (), _ROOM_TO_CALL)
-        stub = assemble(self.steps, layout.results, layout.frame, layout.blobs)
+        stub = assemble(self.steps, layout.results, layout.frame, layout.blobs, self.terms.errno_location)
         if len(stub) > CODE_SIZE:
             raise ValueError(f"the stub for {len(self.steps)} steps takes {len(stub)} bytes, there are {CODE_SIZE}")
         self.memory.write(layout.bottom, layout.image)
@@ -307,7 +381,8 @@ class _Loan:
         def collect() -> None:
             values.extend(struct.unpack(f"<{len(self.steps)}Q", self.memory.read(layout.results, 8 * len(self.steps))))
 
-        self._travel(self._departing(code, layout.frame), layout.frame, 0, timeout, collect)
+        self.results = layout.results
+        self._travel(self._departing(code, layout.frame), layout.frame, 0, collect)
         return _interpreted(self.steps, values)
 
     def _departing(self, pc: int, sp: int) -> Registers:
@@ -318,18 +393,22 @@ class _Loan:
         return away
 
     def _lay_out(self, mappings: Sequence[Mapping], chain: tuple[int, ...], room: int) -> _Layout:
-        top = self.own.rsp - _RED_ZONE
+        stack = self.terms.stack
+        top = self.own.rsp - _RED_ZONE if stack is None else stack[1]
         blobs = [arg for step in self.steps for arg in step.args if isinstance(arg, bytes)]
         addresses, position = [], top
         for blob in blobs:
             position = (position - len(blob)) & ~15
             addresses.append(position)
-        results = (position - 8 * (len(self.steps) + 1)) & ~15
+        results = (position - 8 * (len(self.steps) + SPARE_WORDS)) & ~15
         floating = floating_frame(self.vector_state)
         vectors = (results - len(floating)) & ~63
         frame = (vectors - FRAME_SIZE) & ~15
         bottom = frame - 8 * len(chain)
-        _check_stack(self.own.rsp, bottom - room, mappings)
+        if stack is None:
+            _check_stack(self.own.rsp, bottom - room, mappings)
+        elif bottom - room < stack[0]:
+            raise ValueError(f"a stack of {stack[1] - stack[0]} bytes is too small, {top - bottom + room} are needed")
         image = bytearray(top - bottom)
         for address, blob in zip(addresses, blobs, strict=True):
             image[address - bottom : address - bottom + len(blob)] = blob
@@ -339,13 +418,12 @@ class _Loan:
         struct.pack_into(f"<{len(chain)}Q", image, 0, *chain)
         return _Layout(bottom, frame, results, tuple(addresses), bytes(image))
 
-    def _travel(
-        self, away: Registers, frame: int, call_sp: int, timeout: float, collect: Callable[[], None] | None = None
-    ) -> int:
+    def _travel(self, away: Registers, frame: int, call_sp: int, collect: Callable[[], None] | None = None) -> int:
         """Send the thread away and bring it back; return rax of the last system call seen at `call_sp`."""
         tracee = self.tracee
-        deadline = time.monotonic_ns() + int(timeout * 1e9)
+        deadline = time.monotonic_ns() + int(self.terms.timeout * 1e9)
         # Registers first: should we die before the mask, the stub runs under the thread's own mask.
+        self.away = True
         self._still_there(tracee.write_registers(away))
         self._still_there(tracee.write_signal_mask(_BLOCKED))
         last = 0
@@ -360,10 +438,10 @@ class _Loan:
                 if registers.rsp == call_sp:
                     last = registers.rax
             elif halt is Halt.SIGNAL:
-                if tracee.signal in _FAULTS and tracee.signal_code() > 0:
+                if self._is_deadly():
                     self._abandon_crashed()
             elif halt is Halt.LATE:
-                self._abandon_late(timeout)
+                self._abandon_late()
             elif halt in (Halt.GONE, Halt.ZOMBIE):
                 raise TargetGone(f"process {self.pid} ended during a borrowed call")
         self._call_off_sigreturn()
@@ -371,6 +449,12 @@ class _Loan:
             collect()
         self._restore(self.own)
         return last
+
+    def _is_deadly(self) -> bool:
+        code = self.tracee.signal_code()
+        if self.tracee.signal == _ABORT:  # abort() unblocks it before it raises it; another's stays blocked
+            return code == _SI_TKILL
+        return self.tracee.signal in _FAULTS and code > 0
 
     def _call_off_sigreturn(self) -> None:
         # In one SETREGS, so that the thread would simply make the system call again if we died here.
@@ -408,16 +492,24 @@ class _Loan:
         self._still_there(tracee.write_signal_mask(self.mask))
         self._still_there(tracee.write_registers(registers))
         self._still_there(tracee.read_registers())
+        self.away = False
         if bytes(tracee.registers) != bytes(registers):
             raise PatcherError(f"the registers of thread {tracee.tid} of process {self.pid} are not what was put back")
 
-    def _abandon_late(self, timeout: float) -> None:
+    def _abandon(self) -> None:
         self._come_to_event_stop()
+        if self.terms.errno_location:
+            place, value = struct.unpack("<QQ", self.memory.read(self.results + 8 * len(self.steps) + 8, 16))
+            if place:
+                self.memory.write(place, struct.pack("<I", value))
         # The call may have used up the kernel's memory of what to restart: start the thread's own call anew.
         self._restore(self.alone)
+
+    def _abandon_late(self) -> None:
+        self._abandon()
         raise TargetBusy(
-            f"a call on thread {self.tracee.tid} of process {self.pid} did not come back within {timeout:g} s; "
-            "the thread is where it was before",
+            f"a call on thread {self.tracee.tid} of process {self.pid} did not come back within "
+            f"{self.terms.timeout:g} s; the thread is where it was before",
             "the call may have waited for a lock; try again when the program is idle",
             code=_CALL_TIMEOUT,
         )
@@ -425,11 +517,11 @@ class _Loan:
     def _abandon_crashed(self) -> None:
         number, pc = self.tracee.signal, self._fault_address()
         self.tracee.signal = 0
-        self._come_to_event_stop()
-        self._restore(self.alone)
+        self._abandon()
         raise PatcherError(
             f"a function called on thread {self.tracee.tid} of process {self.pid} faulted with signal {number} at "
             f"{pc:#x}; the thread is where it was before",
+            "what the function had locked stays locked: restart the program before it has to be called again",
             code="call-crashed",
         )
 
@@ -482,15 +574,24 @@ def _check_stack(sp: int, bottom: int, mappings: Sequence[Mapping]) -> None:
     raise Unsuitable(f"runs on a stack that is not known for one (sp {sp:#x})")
 
 
-def _as_left_alone(registers: Registers) -> Registers:
+def _as_left_alone(registers: Registers, memory: Memory) -> Registers:
     """The registers with which a thread goes on by itself, a restartable system call being made anew."""
     alone = _copied(registers)
     # The table of EINTR calls has been applied at the stop: they show ERESTARTNOHAND by now.
     if is_restarting(registers):
         alone.rip -= 2
         alone.rax = registers.orig_rax
+        if alone.rax == _RESTART_SYSCALL:
+            alone.rax = _restarted_call(memory.read_available(alone.rip - 5, 5))
     alone.orig_rax = _ALL_BITS
     return alone
+
+
+def _restarted_call(before: bytes) -> int:
+    # An earlier stop made the kernel go on with a call of its own, restart_syscall, and rt_sigreturn makes it forget
+    # what that was to restart: it would report EINTR. The program's own instruction says it: mov $number, %eax.
+    number = int.from_bytes(before[1:], "little")
+    return number if before[:1] == b"\xb8" and number in _RESTARTED_BY_BLOCK else _RESTART_SYSCALL
 
 
 def _copied(registers: Registers) -> Registers:

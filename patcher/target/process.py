@@ -24,11 +24,15 @@ _MACHINES = {3: "32-bit x86", 40: "32-bit ARM", 183: "64-bit ARM", 243: "RISC-V"
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """Some fields of /proc/<pid>/stat: state letter, kernel flags, start time in clock ticks since boot."""
+    """Some fields of /proc/<pid>/stat: state letter, kernel flags, start time in clock ticks since boot.
+
+    `start_stack` is where the kernel put argc at the start; 0 or 1 when it does not tell.
+    """
 
     state: str
     flags: int
     start_time: int
+    start_stack: int = 0
 
 
 def read_stat(pid: int) -> Stat:
@@ -39,7 +43,7 @@ def read_stat(pid: int) -> Stat:
             fields = file.read().rpartition(b")")[2].split()
     except (FileNotFoundError, ProcessLookupError) as error:
         raise TargetGone(f"there is no process {pid}") from error
-    return Stat(chr(fields[0][0]), int(fields[6]), int(fields[19]))
+    return Stat(chr(fields[0][0]), int(fields[6]), int(fields[19]), int(fields[25]))
 
 
 def read_status(pid: int, tid: int | None = None) -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 RT_SIGRETURN = 15
+SPARE_WORDS = 3  # behind the results: the default of mxcsr, where errno is, and what it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +79,19 @@ def check_steps(steps: Sequence[Step]) -> None:
                 raise ValueError(f"step {position} uses the result of step {value.index}, which is not done yet")
 
 
-def assemble(steps: Sequence[Step], results: int, frame: int, blobs: Sequence[int]) -> bytes:
+def assemble(steps: Sequence[Step], results: int, frame: int, blobs: Sequence[int], errno_location: int = 0) -> bytes:
     """Return the code that does `steps` and then restores the thread from the signal frame at `frame`.
 
-    `results` is the address of 8 bytes a step followed by the word 0x1f80 (mxcsr's default); `blobs` holds the
-    addresses of the `bytes` arguments in their order. The code is position-independent.
+    `results` is the address of 8 bytes a step followed by SPARE_WORDS words, the first of which is 0x1f80 (mxcsr's
+    default); `blobs` holds the addresses of the `bytes` arguments in their order. With the address of the function
+    that tells where errno is, errno is what it was afterwards. The code is position-independent.
     """
     addresses = iter(blobs)
     code = bytearray()
     code += b"\x48\xbb" + _u64(results)  # movabs $results, %rbx
     code += b"\xfc"  # cld
+    if errno_location:
+        code += _save_errno(errno_location, len(steps))
     failures: list[int] = []
     for position, step in enumerate(steps):
         registers = SYSTEM_CALL_REGISTERS if isinstance(step, SystemCall) else _FUNCTION_REGISTERS
@@ -103,11 +107,27 @@ def assemble(steps: Sequence[Step], results: int, frame: int, blobs: Sequence[in
     end = len(code)
     for after in failures:
         struct.pack_into("<i", code, after - 4, end - after)
+    if errno_location:
+        code += _RESTORE_ERRNO
     code += b"\x48\xbc" + _u64(frame)  # movabs $frame, %rsp
     code += b"\xb8\x0f\x00\x00\x00"  # mov $15, %eax
     code += b"\x0f\x05"  # syscall (rt_sigreturn)
     code += b"\xeb\xf7"  # jmp to the mov: only reached when a controller called the system call off
     return bytes(code)
+
+
+# The return address must not stay behind: it would look as if the stub were still in use.
+_FORGET_RETURN = b"\x48\xc7\x44\x24\xf8\x00\x00\x00\x00"  # movq $0, -8(%rsp)
+_RESTORE_ERRNO = b"\x45\x89\x2c\x24"  # mov %r13d, (%r12)
+
+
+def _save_errno(location: int, count: int) -> bytes:
+    code = _load("r11", location) + b"\x41\xff\xd3"  # call *%r11
+    code += b"\x49\x89\xc4"  # mov %rax, %r12
+    code += b"\x44\x8b\x28"  # mov (%rax), %r13d
+    code += b"\x4c\x89\xab" + struct.pack("<i", 8 * count + 16)  # mov %r13, 8*count+16(%rbx)
+    code += b"\x4c\x89\xa3" + struct.pack("<i", 8 * count + 8)  # mov %r12, 8*count+8(%rbx)
+    return code + _FORGET_RETURN
 
 
 def _system_call(step: SystemCall) -> bytes:
@@ -119,9 +139,7 @@ def _function_call(step: FunctionCall, count: int) -> bytes:
     clean += b"\x0f\xae\x93" + struct.pack("<i", 8 * count)  # ldmxcsr 8*count(%rbx)
     call = b"\x31\xc0"  # xor %eax, %eax: no vector arguments
     call += b"\x41\xff\xd3"  # call *%r11
-    # The return address must not stay behind: it would look as if the stub were still in use.
-    forget = b"\x48\xc7\x44\x24\xf8\x00\x00\x00\x00"  # movq $0, -8(%rsp)
-    return clean + _load("r11", step.address) + call + forget
+    return clean + _load("r11", step.address) + call + _FORGET_RETURN
 
 
 def _load(register: str, value: int | Result) -> bytes:

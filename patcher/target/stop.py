@@ -49,11 +49,18 @@ _TRAP = 5
 
 @dataclass(frozen=True, slots=True)
 class StoppedThread:
-    """A thread that stands still: its number, program counter and stack pointer."""
+    """A thread that stands still: its number, program counter and stack pointer.
+
+    `general` holds its general registers in DWARF's order (psABI figure 3.36: rax, rdx, rcx, rbx, rsi, rdi, rbp,
+    rsp, r8 ... r15, rip), where they were asked for; `waiting` tells whether it is inside a system call that the
+    kernel makes anew by itself.
+    """
 
     tid: int
     pc: int
     sp: int
+    general: tuple[int, ...] = ()
+    waiting: bool = False
 
 
 class Stopped:
@@ -328,6 +335,14 @@ def _await_step(tracee: Tracee, seconds: float) -> bool:
 def is_signal_pending(pid: int, tid: int, number: int) -> bool:
     """Whether a signal waits for this very thread (not for the process as a whole)."""
     return bool(int(read_status(pid, tid).get("SigPnd", "0"), 16) >> (number - 1) & 1)
+
+
+def described_thread(tracee: Tracee) -> StoppedThread:
+    """Return a stopped thread with its general registers."""
+    r = tracee.registers
+    low = (r.rax, r.rdx, r.rcx, r.rbx, r.rsi, r.rdi, r.rbp, r.rsp)
+    general = (*low, r.r8, r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, r.rip)
+    return StoppedThread(tracee.tid, r.rip, r.rsp, general, is_restarting(r))
 
 
 def _thread(tracee: Tracee) -> StoppedThread:

@@ -16,13 +16,21 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from patcher.errors import PatcherError, TargetBusy, TargetGone
-from patcher.target.borrow import Borrowing
+from patcher.target.borrow import Borrowing, Terms
 from patcher.target.image import find_image
 from patcher.target.maps import Mapping, read_mappings
 from patcher.target.memory import Memory
 from patcher.target.process import await_program, check_attachable, command_name, permission_denied, read_stat
-from patcher.target.steps import Step
-from patcher.target.stop import Lingering, Stopped, StoppedThread, list_threads, stopped_process, stopped_thread
+from patcher.target.steps import FunctionCall, Step
+from patcher.target.stop import (
+    Lingering,
+    Stopped,
+    StoppedThread,
+    described_thread,
+    list_threads,
+    stopped_process,
+    stopped_thread,
+)
 from patcher.target.tracing import Tracee, forget_exit, noted_exit, thread_state
 
 _BITE = 512  # bytes poked while one thread stands still: some 0.1 ms
@@ -139,7 +147,7 @@ class Target:
         """Stop one thread for the length of the block, the others running on; raises as `stopped` does."""
         self.check_alive()
         with stopped_thread(self.pid, tid, self._lingering) as tracee:
-            yield StoppedThread(tid, tracee.registers.rip, tracee.registers.rsp)
+            yield described_thread(tracee)
 
     def thread_registers(self, tid: int) -> tuple[int, int]:
         """Return the program counter and stack pointer of a thread, stopping it for a moment."""
@@ -167,7 +175,39 @@ class Target:
         PatcherError "call-crashed" when a function faulted.
         """
         self.check_alive()
-        return self._borrowing.run(tuple(steps), self.mappings(), code, timeout, accept)
+        objection = None if accept is None else lambda thread: "" if accept(thread) else "is not at a safe point"
+        return self._borrowing.run(tuple(steps), self.mappings(), Terms(code, timeout, timeout, objection))
+
+    def call(
+        self,
+        calls: Sequence[FunctionCall],
+        *,
+        code: int,
+        objection: Callable[[StoppedThread], str],
+        stack: tuple[int, int] | None = None,
+        errno_location: int = 0,
+        wait: float = 5.0,
+        timeout: float = 10.0,
+    ) -> tuple[int, ...]:
+        """Call functions of the target, one after another, on a thread at a safe point; return rax of each.
+
+        The other threads run on. `objection` is asked, while a thread stands still, why it is at no safe point ("is
+        in malloc"; "" when it is at one); threads are looked at again and again for `wait` seconds. `code` is as for
+        `inject`; `stack` is writable memory of ours, (low, high), to run on instead of the thread's own stack. With
+        `errno_location`, the address of the target's `__errno_location`, the thread's errno is kept.
+
+        All but faults is blocked meanwhile for the thread, and delivered afterwards; a thread that a function
+        creates inherits that mask. Should we be killed, the functions are called to their end and the thread goes
+        back to its own work by itself.
+
+        Raises TargetBusy "target-busy" when no thread came to a safe point, TargetBusy "call-timeout" when the
+        functions take longer than `timeout`, PatcherError "call-crashed" when one faults or aborts: the thread is
+        then where it was before, but whatever the function had locked or begun stays so for ever. Further TargetGone,
+        AttachDenied, and ValueError for calls that do not fit the stub or the stack.
+        """
+        self.check_alive()
+        terms = Terms(code, wait, timeout, objection, stack, errno_location)
+        return self._borrowing.run(tuple(calls), self.mappings(), terms)
 
     def _poke(self, address: int, data: bytes) -> bool:
         """Write through a thread that stands still: one of the open block's, or one that is stopped for it."""

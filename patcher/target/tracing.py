@@ -55,10 +55,11 @@ class Tracee:
     """One thread of the target while we trace it.
 
     `signal` is the signal that a signal-delivery-stop took from the thread and that must go back to it;
-    `exit_status` its raw wait status if it ended under our hands.
+    `grouped` tells that it stands still because its job is stopped; `exit_status` is its raw wait status if it
+    ended under our hands.
     """
 
-    __slots__ = ("exit_status", "pid", "registers", "registers_address", "signal", "standing", "tid")
+    __slots__ = ("exit_status", "grouped", "pid", "registers", "registers_address", "signal", "standing", "tid")
 
     def __init__(self, pid: int, tid: int) -> None:
         self.pid = pid
@@ -67,6 +68,7 @@ class Tracee:
         self.registers_address = ctypes.addressof(self.registers)
         self.signal = 0
         self.standing = False
+        self.grouped = False
         self.exit_status: int | None = None
 
     def seize(self) -> int:
@@ -179,7 +181,8 @@ class Tracee:
         self.standing = True
         number = os.WSTOPSIG(status)
         if status >> 16 == _EVENT_STOP:
-            return Halt.GROUP if number in _JOB_STOPS else Halt.EVENT
+            self.grouped = number in _JOB_STOPS
+            return Halt.GROUP if self.grouped else Halt.EVENT
         if number == signal.SIGTRAP | 0x80:
             return Halt.SYSCALL
         self.signal = number

@@ -1,0 +1,201 @@
+"""How the running program was linked: its link line, and where the libraries that it names lie.
+
+Decides where to look for a link line (an entry of a compilation database, CMake's link.txt, a build.ninja) and which
+files `-l` stands for. It runs no build and no linker, and opens no ELF file.
+
+Specification: ld(1) (-l, -L, `-l:`, linker scripts with GROUP and INPUT); the Ninja manual, "Build statements".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+_ABOVE = 4  # directories above the program in which a build may have its root
+_SCRIPT = re.compile(r"/\*.*?\*/|\b(?:AS_NEEDED|GROUP|INPUT)\b|[()]", re.S)
+_COMMAND = re.compile(r"\b(?:GROUP|INPUT)\s*\(([^()]*(?:\([^()]*\)[^()]*)*)\)")
+_SHARED = re.compile(r".*\.so(\.[\w.]+)?$")
+_WITH_VALUE = frozenset({"-o", "-L", "-l", "-T", "-u", "-e", "-z", "-x", "-Xlinker", "-MF", "-MT", "-MQ"})
+_SCRIPT_BYTES = 64 << 10  # a linker script is short; anything longer is a library itself
+
+
+@dataclass(frozen=True, slots=True)
+class LinkLine:
+    """What a program was linked from. `archives` and `libraries` in their order; `objects` by their paths."""
+
+    origin: str
+    objects: tuple[Path, ...]
+    archives: tuple[Path, ...]
+    libraries: tuple[Path, ...]
+
+
+def find_link_line(program: Path, commands: Iterable[tuple[Path, tuple[str, ...]]], compiler: str) -> LinkLine | None:
+    """Return how a program was linked, or None when nothing says so.
+
+    `commands` are known command lines, each with its directory; `compiler` is asked for the libraries' places.
+    """
+    for origin, directory, arguments in _candidates(program, commands):
+        return _read_line(origin, directory, arguments, compiler)
+    return None
+
+
+def _candidates(
+    program: Path, commands: Iterable[tuple[Path, tuple[str, ...]]]
+) -> Iterator[tuple[str, Path, tuple[str, ...]]]:
+    for directory, arguments in commands:
+        if "-c" not in arguments and _output(directory, arguments) == program:
+            yield "the compile commands", directory, arguments
+    for root in (program.parent, *program.parent.parents[: _ABOVE - 1]):
+        for file in sorted(root.glob("CMakeFiles/*/link.txt")):
+            for line in _lines(file):
+                arguments = _split(line)
+                if _output(root, arguments) == program:
+                    yield str(file), root, arguments
+        ninja = root / "build.ninja"
+        if ninja.is_file():
+            for arguments in _ninja_edges(ninja, program):
+                yield str(ninja), root, arguments
+
+
+def _output(directory: Path, arguments: Sequence[str]) -> Path | None:
+    for word, following in zip(arguments, (*arguments[1:], ""), strict=True):
+        if word == "-o" and following:
+            return Path(os.path.realpath(directory / following))
+    return None
+
+
+def _lines(file: Path) -> Iterator[str]:
+    try:
+        yield from file.read_text(errors="replace").splitlines()
+    except OSError:
+        return
+
+
+def _split(line: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(line))
+    except ValueError:
+        return ()
+
+
+def _ninja_edges(file: Path, program: Path) -> Iterator[tuple[str, ...]]:
+    """Yield the inputs of the build statement that makes the program, with the words of its variables."""
+    unfolded = file.read_text(errors="replace").replace("$\n", "").splitlines()
+    for number, line in enumerate(unfolded):
+        if not line.startswith("build "):
+            continue
+        outputs, separator, inputs = line.removeprefix("build ").partition(":")
+        made = {os.path.realpath(file.parent / _ninja_word(word)) for word in outputs.split()}
+        if not separator or str(program) not in made:
+            continue
+        words = [_ninja_word(word) for word in inputs.split()[1:] if word not in ("|", "||")]
+        for variable in unfolded[number + 1 :]:
+            if not variable.startswith(" "):
+                break
+            words += _split(variable.partition("=")[2].strip())
+        yield tuple(words)
+
+
+def _ninja_word(word: str) -> str:
+    return word.replace("$ ", " ").replace("$:", ":").replace("$$", "$")
+
+
+def _read_line(origin: str, directory: Path, arguments: tuple[str, ...], compiler: str) -> LinkLine:
+    words = list(_linker_words(arguments))
+    places = [directory / word[2:] for word in words if word.startswith("-L") and len(word) > 2]
+    static = "-static" in words or "-static-pie" in words
+    objects: list[Path] = []
+    found: list[Path] = []
+    for word in words:
+        path = directory / word
+        if word.startswith("-l"):
+            found += locate_library(word[2:], places, compiler, static=static)
+        elif not word.startswith("-") and path.suffix in (".o", ".lo", ".obj"):
+            objects.append(path)
+        elif not word.startswith("-") and (path.suffix == ".a" or _SHARED.match(path.name)) and path.is_file():
+            found += _resolved(path, places, compiler, static)
+    archives = tuple(dict.fromkeys(p for p in found if p.suffix == ".a"))
+    return LinkLine(origin, tuple(objects), archives, tuple(dict.fromkeys(p for p in found if _SHARED.match(p.name))))
+
+
+def _linker_words(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the arguments one by one, -l and -L joined with their values, what goes to the linker taken apart."""
+    rest = iter(arguments)
+    for word in rest:
+        if word.startswith("-Wl,"):
+            yield from _linker_words(word.split(",")[1:])
+        elif word in ("-l", "-L", "-Xlinker"):
+            yield ("" if word == "-Xlinker" else word) + next(rest, "")
+        elif word in _WITH_VALUE:
+            next(rest, None)
+        else:
+            yield word
+
+
+def locate_library(name: str, places: Sequence[Path], compiler: str, *, static: bool = False) -> tuple[Path, ...]:
+    """Return the files that a library's name stands for: more than one where it is a linker script, or none.
+
+    `name` is what -l has (`m`, `:libm.so.6`), or a file's name (`libm.so.6`). `places` come before the compiler's own.
+    """
+    if name.startswith(":"):
+        files = [name[1:]]
+    elif name.startswith("lib") and (name.endswith(".a") or _SHARED.match(name)):
+        files = [name]
+    else:
+        files = [f"lib{name}.a"] if static else [f"lib{name}.so", f"lib{name}.a"]
+    for place in places:
+        for file in files:
+            if (place / file).is_file():
+                return _resolved(place / file, places, compiler, static)
+    for file in files:
+        own = file_of_compiler(compiler, file)
+        if own is not None:
+            return _resolved(own, places, compiler, static)
+    return ()
+
+
+def _resolved(path: Path, places: Sequence[Path], compiler: str, static: bool) -> tuple[Path, ...]:
+    """Return the files that a library stands for: itself, or those that its linker script names."""
+    with path.open("rb") as file:
+        start = file.read(_SCRIPT_BYTES + 1)
+    if start[:4] == b"\x7fELF" or start[:7] in (b"!<arch>", b"!<thin>") or len(start) > _SCRIPT_BYTES:
+        return (path,)
+    found: list[Path] = []
+    for listed in _COMMAND.findall(_SCRIPT_COMMENT.sub(" ", start.decode("utf-8", "replace"))):
+        for word in _SCRIPT.sub(" ", listed).split():
+            named = path.parent / word
+            if word.startswith("-l"):
+                found += locate_library(word[2:], places, compiler, static=static)
+            elif named.is_file():
+                found.append(named)
+            else:
+                found += locate_library(word, places, compiler, static=static)
+    return tuple(found)
+
+
+_SCRIPT_COMMENT = re.compile(r"/\*.*?\*/", re.S)
+
+
+@lru_cache(maxsize=256)
+def file_of_compiler(compiler: str, name: str) -> Path | None:
+    """Return where a compiler finds one of its own files or libraries, or None."""
+    try:
+        done = subprocess.run(
+            [compiler, f"-print-file-name={name}"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    said = done.stdout.decode("utf-8", "replace").strip()
+    path = Path(os.path.realpath(said)) if "/" in said else None
+    return path if path is not None and path.is_file() else None

@@ -1,0 +1,114 @@
+"""LINK MAP: what the target's dynamic linker itself keeps about the thread-local storage of its modules.
+
+The list of loaded modules is public (`r_debug`, `struct link_map`). What says where a module's thread-local block
+is lies in glibc's private part of each entry; where in it, glibc describes for debuggers, in objects that its
+thread library exports (`_thread_db_link_map_l_tls_modid` and its like: bits, count, offset).
+
+Decides what these numbers are at this moment. What to do where they are missing (another C library, a static
+program) is `image`'s business. Never writes to the process.
+
+Specification: gdb's "Rendezvous structure" (link.h); glibc, nptl_db/structs.def and elf/dl-tls.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from patcher.errors import PatcherError, TargetGone
+from patcher.target.memory import Memory
+
+MODULE_NUMBER = "_thread_db_link_map_l_tls_modid"
+"""The exported object that describes where a link map has its module's number."""
+
+BLOCK_OFFSET = "_thread_db_link_map_l_tls_offset"
+"""The exported object that describes where a link map has its block's distance below the thread pointer."""
+
+_DT_DEBUG = 21
+_MANY = 1 << 14  # more modules, or dynamic entries, than any process has: a list that does not end
+_GREATEST = 1 << 31
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadBlock:
+    """Where a module's thread-local block is. `offset` counts from the thread pointer (negative).
+
+    `offset` is None for a block that each thread gets when it first asks the dynamic linker for it, or may get so.
+    """
+
+    module_id: int
+    offset: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where glibc's link map has the two numbers: offsets within it, as the exported objects describe them."""
+
+    module_number: int
+    block_offset: int
+
+    @classmethod
+    def read(cls, memory: Memory, module_number: int, block_offset: int) -> Layout | None:
+        """Read the two descriptions at these addresses; None when they are of another form than known."""
+        found = (_described(memory, module_number), _described(memory, block_offset))
+        return None if found[0] is None or found[1] is None else cls(found[0], found[1])
+
+
+def _described(memory: Memory, address: int) -> int | None:
+    words = memory.read(address, 12)
+    bits, count, offset = (int.from_bytes(words[i : i + 4], "little") for i in (0, 4, 8))
+    return offset if (bits, count) == (64, 1) and 40 <= offset < 1 << 16 and not offset & 7 else None
+
+
+def rendezvous(memory: Memory, dynamic: int) -> int:
+    """Return the address of the process's `r_debug`, from an executable's live dynamic section; 0 for none."""
+    for i in range(_MANY):
+        entry = memory.read(dynamic + 16 * i, 16)
+        tag = int.from_bytes(entry[:8], "little")
+        if tag == _DT_DEBUG:
+            return int.from_bytes(entry[8:], "little")
+        if tag == 0:
+            return 0
+    return 0
+
+
+def thread_blocks(memory: Memory, debug: int, layout: Layout) -> dict[int, ThreadBlock]:
+    """Return the thread-local blocks of the modules in the link map, by the address of their dynamic section.
+
+    `debug` is the process's `r_debug`. The process may be changing the list just now: what cannot be read is left out.
+    """
+    found = {}
+    try:
+        for entry in _entries(memory, debug):
+            block = _block(memory, entry, layout)
+            if block is not None:
+                found[memory.read_u64(entry + 16)] = block  # l_ld
+    except TargetGone:
+        raise
+    except PatcherError:
+        pass
+    return found
+
+
+def _entries(memory: Memory, debug: int) -> Iterator[int]:
+    """Yield every link map: those of the program's namespace, then those of others (dlmopen)."""
+    for _ in range(_MANY):
+        if not debug:
+            return
+        version = int.from_bytes(memory.read(debug, 4), "little")
+        entry = memory.read_u64(debug + 8)  # r_map
+        for _ in range(_MANY):
+            if not entry:
+                break
+            yield entry
+            entry = memory.read_u64(entry + 24)  # l_next
+        debug = memory.read_u64(debug + 40) if version >= 2 else 0  # r_next
+
+
+def _block(memory: Memory, entry: int, layout: Layout) -> ThreadBlock | None:
+    number = memory.read_u64(entry + layout.module_number)
+    distance = memory.read_u64(entry + layout.block_offset)
+    if not 0 < number < _GREATEST:
+        return None
+    # 0: not decided yet; -1: decided that it is never static (FORCED_DYNAMIC_TLS_OFFSET).
+    return ThreadBlock(number, -distance if 0 < distance < _GREATEST else None)

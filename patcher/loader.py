@@ -1,0 +1,209 @@
+"""LOADER: shared libraries brought into the live process, by its own dynamic loader.
+
+Decides which functions of the target do that and with what arguments, and on what memory they run: a stack of our
+own, so that a thread with a small one can be borrowed, and a page for the stub, both mapped for the length of a call.
+Does not decide where a function may be called (`safepoint`), nor on which thread (`target`).
+
+The C library must be glibc: a static program has no loader unless `dlopen` was linked into it, and musl's is not known
+well enough to say which of its functions hold locks.
+
+Specification: dlopen(3); System V ABI, chapter 5, "Initialization and Termination Functions"; glibc passes (argc,
+argv, envp) to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from patcher.elf.tables import read_raw
+from patcher.errors import ObjectError, PatcherError, TargetBusy, TargetGone, UnsafeChange
+from patcher.image import Image
+from patcher.safepoint import SafePoints
+from patcher.target import FunctionCall, SystemCall, Target, read_stat
+
+RTLD_NOW, RTLD_GLOBAL = 0x2, 0x100
+
+_RTLD_INTERNAL = 0x80000000  # __libc_dlopen_mode wants it, glibc's __RTLD_DLOPEN
+_MMAP, _MPROTECT, _MUNMAP = 9, 10, 11
+_PT_GNU_STACK = 0x6474E551
+_ABANDONED = ("call-timeout", "call-crashed")
+_PAGE = 4096
+_STACK_SIZE = 1 << 20
+_WORKSPACE_SIZE = _PAGE + _STACK_SIZE + _PAGE
+_NONE, _READ_WRITE, _READ_EXECUTE = 0, 3, 5
+_PRIVATE_ANONYMOUS = 0x4022  # with MAP_NORESERVE
+_NO_FD = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Memory of ours in the target for calls: executable memory for the stub, and a stack."""
+
+    code: int
+    stack: tuple[int, int]
+
+
+@contextmanager
+def workspace(target: Target) -> Iterator[Workspace]:
+    """Map a workspace in the target for the length of the block.
+
+    It stays when a call was abandoned: the thread's own data, such as the loader's list of who catches its errors,
+    may point into the stack on which the function ran.
+    """
+    (base,) = target.inject([SystemCall(_MMAP, (0, _WORKSPACE_SIZE, _NONE, _PRIVATE_ANONYMOUS, _NO_FD, 0))])
+    if -4095 <= base < 0:
+        raise PatcherError(f"process {target.pid} cannot map memory for a call: error {-base}", code="no-memory")
+    stack, code = base + _PAGE, base + _PAGE + _STACK_SIZE  # behind a page that catches an overflow
+    abandoned = False
+    try:
+        _protect(target, stack, _STACK_SIZE, _READ_WRITE)
+        _protect(target, code, _PAGE, _READ_EXECUTE)
+        yield Workspace(code, (stack, code))
+    except PatcherError as error:
+        abandoned = error.code in _ABANDONED
+        raise
+    finally:
+        if not abandoned:
+            with suppress(TargetBusy, TargetGone):
+                target.inject([SystemCall(_MUNMAP, (base, _WORKSPACE_SIZE))])
+
+
+def _protect(target: Target, start: int, size: int, protection: int) -> None:
+    (result,) = target.inject([SystemCall(_MPROTECT, (start, size, protection))])
+    if result:
+        raise PatcherError(
+            f"process {target.pid} may not have memory of protection {protection}: error {-result}", code="no-memory"
+        )
+
+
+class Caller:
+    """Calls functions of one target at safe points.
+
+    `wait` is how long to look for a thread at one, `timeout` how long the functions may take, in seconds.
+    """
+
+    def __init__(self, image: Image, *, wait: float = 5.0, timeout: float = 10.0) -> None:
+        self.image = image
+        self.target = image.target
+        self.wait = wait
+        self.timeout = timeout
+        self._safe_points = SafePoints(image)
+
+    def call(self, calls: Sequence[FunctionCall], memory: Workspace | None = None) -> tuple[int, ...]:
+        """Call functions one after another on one thread and return rax of each; raises as `Target.call` does."""
+        if memory is None:
+            with workspace(self.target) as memory:
+                return self.call(calls, memory)
+        self.image.refresh()
+        return self.target.call(
+            calls,
+            code=memory.code,
+            objection=self._safe_points.objection,
+            stack=memory.stack,
+            errno_location=self._address("__errno_location") or 0,
+            wait=self.wait,
+            timeout=self.timeout,
+        )
+
+    def load_library(self, path: str, flags: int = RTLD_NOW | RTLD_GLOBAL, memory: Workspace | None = None) -> int:
+        """Load a shared library, as the target's own `dlopen` does, and return its handle; refreshes the image.
+
+        `path` is absolute, as the target sees it. Its constructors run on the borrowed thread. Raises UnsafeChange
+        "no-loader" in a program without one, "executable-stack" for a library that wants such, "dlopen" with the
+        loader's message when it refuses, and as `Target.call` does.
+        """
+        if not path.startswith("/"):
+            raise ValueError(f"{path} is not an absolute path")
+        name = _as_text(path)
+        self._refuse_executable_stack(path)
+        opening, told = self._opening(flags)
+        calls = [FunctionCall(opening[0], (name, opening[1]))]
+        if told is not None:
+            calls.append(FunctionCall(told))
+        handle, *message = self.call(calls, memory)
+        self.image.refresh()
+        if not handle:
+            # The text belongs to the thread that was borrowed and lives until its next call of the loader.
+            reason = self._text(message[0]) if message and message[0] else "the loader does not say why"
+            raise UnsafeChange(
+                f"process {self.target.pid} cannot load {path}: {reason}",
+                "the path must be one that the process can open, and its dependencies must be found",
+                code="dlopen",
+            )
+        return handle
+
+    def run_constructors(self, addresses: Sequence[int], memory: Workspace | None = None) -> None:
+        """Call functions as entries of .init_array are called: with the program's argc, argv and environment."""
+        arguments = self._start_arguments()
+        if addresses:
+            self.call([FunctionCall(address, arguments) for address in addresses], memory)
+
+    def _opening(self, flags: int) -> tuple[tuple[int, int], int | None]:
+        """Return (function, flags) for `dlopen`, and the address of `dlerror`."""
+        self._refuse_other_libraries()
+        opening = self._address("dlopen")
+        if opening is not None:
+            return (opening, flags), self._address("dlerror")
+        opening = self._address("__libc_dlopen_mode")
+        if opening is not None:
+            return (opening, flags | _RTLD_INTERNAL), None
+        static = not self.image.executable.module.interpreter
+        raise UnsafeChange(
+            f"process {self.target.pid} ({Path(self.target.program).name}) has no `dlopen`"
+            + (": it is linked statically" if static else ""),
+            "link the program dynamically, or do without the library",
+            code="no-loader",
+        )
+
+    def _refuse_other_libraries(self) -> None:
+        if self.image.executable.module.interpreter and self._address("gnu_get_libc_version") is None:
+            raise UnsafeChange(
+                f"process {self.target.pid} runs with another C library than glibc (its loader is "
+                f"{self.image.executable.module.interpreter}), in which no safe point for `dlopen` is known",
+                "do without the library",
+                code="no-loader",
+            )
+
+    def _refuse_executable_stack(self, path: str) -> None:
+        # The loader would make the stacks of all threads executable for such a library, for ever.
+        try:
+            data = Path(f"/proc/{self.target.pid}/root{path}").read_bytes()
+            headers = read_raw(path, data).program_headers
+        except (OSError, ObjectError):
+            return  # the loader will say what is wrong with it
+        flags = [int(header["flags"]) for header in headers if int(header["type"]) == _PT_GNU_STACK]
+        if (flags and not flags[0] & 1) or any(m.path == "[stack]" and m.executable for m in self.target.mappings()):
+            return
+        raise UnsafeChange(
+            f"{path} wants executable stacks, which would change the protection of all of process {self.target.pid}'s",
+            "link the library with -z noexecstack",
+            code="executable-stack",
+        )
+
+    def _start_arguments(self) -> tuple[int, int, int]:
+        # proc_pid_stat(5), startstack: the kernel puts argc there, argv and the first environment follow.
+        start = read_stat(self.target.pid).start_stack
+        if start <= 1:
+            raise PatcherError(f"the kernel does not tell where the arguments of process {self.target.pid} are")
+        count = self.target.memory.read_u64(start)
+        environment = self._address("environ")
+        if environment is None:
+            return count, start + 8, start + 8 * (count + 2)
+        return count, start + 8, self.target.memory.read_u64(environment)
+
+    def _address(self, name: str) -> int | None:
+        found = self.image.resolve(name, self.image.executable)
+        return None if found is None else found.address
+
+    def _text(self, address: int) -> str:
+        return self.target.memory.read_available(address, 1024).partition(b"\0")[0].decode("utf-8", "replace")
+
+
+def _as_text(path: str) -> bytes:
+    name = path.encode("utf-8", "surrogateescape")
+    if b"\0" in name:
+        raise ValueError(f"{path!r} contains a zero byte")
+    return name + b"\0"

@@ -1,0 +1,71 @@
+/* A long computation that looks at errno all the time, and functions to be called meanwhile.
+   With ARGV[1] the computing thread has a stack of 16 KiB cut from an array. */
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+static volatile long rounds, faults, handled;
+static long calls;
+static char small_stack[16384] __attribute__((aligned(16)));
+static ucontext_t before, inside;
+
+long sum(long a, long b, long c, long d, long e, long f) { errno = 5; calls++; return a + 2 * b + 3 * c + 4 * d + 5 * e + 6 * f; }
+long length(const char *text) { errno = 6; return strlen(text); }
+long deep(long size) { volatile char room[size]; memset((char *)room, 1, size); return room[size - 1] * size; }
+long where(void) { return (long)__builtin_frame_address(0); }
+long wait_for(int fd) { char byte; errno = 7; return read(fd, &byte, 1); }
+long give_up(void) { errno = 8; abort(); }
+long fault(void) { errno = 9; *(volatile int *)8 = 1; return 0; }
+long count_calls(void) { return calls; }
+
+static void on_signal(int number) { (void)number; handled++; }
+
+static void compute(void)
+{
+    char line[64];
+    for (;;) {
+        struct pollfd in = {0, POLLIN, 0};
+        errno = 1234;
+        for (volatile int i = 0; i < 20000; i++)
+            faults += errno != 1234;
+        rounds++;
+        if (poll(&in, 1, 0) != 1)
+            continue;
+        ssize_t got = read(0, line, sizeof line - 1);
+        if (got <= 0)
+            _exit(faults != 0);
+        printf("%ld %ld %ld\n", faults, handled, rounds);
+        fflush(stdout);
+    }
+}
+
+int main(int count, char **arguments)
+{
+    (void)arguments;
+    int ends[2];
+    if (pipe(ends))
+        return 1;
+    signal(SIGUSR1, on_signal);
+    char *code = mmap(0, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    char *stack = mmap(0, 256 << 10, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    printf("%p %p %p %p %p %p %p %p %p %x %x %p %p %p\n", (void *)__errno_location, (void *)sum, (void *)length, (void *)deep,
+           (void *)where, (void *)wait_for, (void *)give_up, (void *)fault, (void *)count_calls, ends[0], ends[1], (void *)code,
+           (void *)stack, (void *)_exit);
+    fflush(stdout);
+    if (count > 1) {
+        getcontext(&inside);
+        inside.uc_stack.ss_sp = small_stack;
+        inside.uc_stack.ss_size = sizeof small_stack;
+        inside.uc_link = &before;
+        makecontext(&inside, compute, 0);
+        swapcontext(&before, &inside);
+    }
+    compute();
+}
