@@ -101,11 +101,13 @@ def test_how_a_library_was_opened_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_static_program_has_itself(tmp_path: Path) -> None:
-    (tmp_path / "main.c").write_text("int main(void) { return getchar(); }")
+    (tmp_path / "main.c").write_text('int main(void) { puts("ready"); fflush(stdout); return getchar(); }')
     command = ["gcc", "-w", "-include", "stdio.h", "-static-pie", "-o", tmp_path / "program", tmp_path / "main.c"]
     subprocess.run(command, check=True)
-    with subprocess.Popen([tmp_path / "program"], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen([tmp_path / "program"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
             with Target.attach(process.pid) as target:
                 first = min(m.start for m in target.mappings() if m.path.endswith("/program"))
                 dynamic = first + read_module("program", tmp_path / "program").dynamic_section
