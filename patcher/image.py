@@ -31,7 +31,8 @@ from patcher.elf.relocations import R
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import ObjectError, PatcherError, TargetGone, UnsafeChange
 from patcher.linkmap import BLOCK_OFFSET, MODULE_NUMBER, Layout, ThreadBlock, rendezvous, thread_blocks
-from patcher.target import Mapping, Scopes, Target, read_scopes
+from patcher.scopes import Scopes, read_scopes
+from patcher.target import Mapping, Target
 
 _PAGE = 0xFFF
 # Every module has its own of these, and some export theirs.

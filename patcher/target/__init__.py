@@ -4,7 +4,6 @@ from patcher.target.jobcontrol import JobControl, exit_code, wait_exit
 from patcher.target.maps import Mapping
 from patcher.target.memory import Memory, WriteRefused
 from patcher.target.process import read_stat
-from patcher.target.scopes import Scopes, read_scopes
 from patcher.target.spawn import NoSuchProgram, SpawnedProcess, spawn
 from patcher.target.steps import FunctionCall, Result, Step, SystemCall
 from patcher.target.stop import Stopped, StoppedThread
@@ -17,7 +16,6 @@ __all__ = [
     "Memory",
     "NoSuchProgram",
     "Result",
-    "Scopes",
     "SpawnedProcess",
     "Step",
     "Stopped",
@@ -26,7 +24,6 @@ __all__ = [
     "Target",
     "WriteRefused",
     "exit_code",
-    "read_scopes",
     "read_stat",
     "spawn",
     "wait_exit",

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from patcher.elf.module import read_module
-from patcher.target import Target, read_scopes
+from patcher.scopes import read_scopes
+from patcher.target import Target
 
 MAIN = r"""
 #define _GNU_SOURCE

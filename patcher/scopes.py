@@ -16,13 +16,12 @@ import time
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
-from patcher.errors import PatcherError, TargetBusy
+from patcher.errors import PatcherError, TargetBusy, TargetGone
+from patcher.linkmap import namespaces, rendezvous, section_of
 from patcher.target.memory import Memory
 
-_DT_NULL, _DT_DEBUG = 0, 21
-_LINK_MAP = struct.Struct("<QQQQQ")  # l_addr, l_name, l_ld, l_next, l_prev
-_PRIVATE_SIZE = 2048  # of `struct link_map`, at most: 1,160 bytes in glibc 2.36
-_MOST_MODULES = 1 << 14
+_PUBLIC_SIZE = 40  # of `struct link_map`
+_SIZE = 2048  # at most: 1,160 bytes in glibc 2.36
 _MOST_LISTS = 64
 _TRIES = 500  # a second
 
@@ -42,44 +41,48 @@ def read_scopes(memory: Memory, dynamic: int, required: Container[int]) -> Scope
     Raises `TargetBusy` when the program does nothing but load and unload libraries.
     """
     debug = _debug(memory, dynamic)
-    if not debug or not memory.read_u64(debug + 8):
-        return None
-    for _ in range(_TRIES):
+    for _ in range(_TRIES if debug else 0):
         if _consistent(memory, debug):
-            try:
-                found = _read(memory, debug, required)
-            except PatcherError:
-                found = None  # a list that changed under our hands
+            found = _read_if_sound(memory, debug, required)
             if _consistent(memory, debug):
                 return found
         time.sleep(0.002)
-    raise TargetBusy("the program is loading or unloading libraries all the time", "try again")
+    if debug:
+        raise TargetBusy("the program is loading or unloading libraries all the time", "try again")
+    return None
 
 
 def _debug(memory: Memory, dynamic: int) -> int:
-    table = memory.read_available(dynamic, 4096)
-    for tag, value in struct.iter_unpack("<QQ", table[: len(table) & -16]):
-        if tag == _DT_DEBUG:
-            return int(value)
-        if tag == _DT_NULL:
-            break
-    return 0
+    """Return the address of the process's `r_debug`; 0 where there is none, or nothing in it yet."""
+    try:
+        debug = rendezvous(memory, dynamic)
+        return debug if debug and memory.read_u64(debug + 8) else 0
+    except TargetGone:
+        raise
+    except PatcherError:
+        return 0
 
 
 def _consistent(memory: Memory, debug: int) -> bool:
     return memory.read(debug + 24, 4) == b"\0\0\0\0"  # r_state == RT_CONSISTENT
 
 
+def _read_if_sound(memory: Memory, debug: int, required: Container[int]) -> Scopes | None:
+    try:
+        return _read(memory, debug, required)
+    except TargetGone:
+        raise
+    except PatcherError:
+        return None
+
+
 def _read(memory: Memory, debug: int, required: Container[int]) -> Scopes | None:
     sections: dict[int, int] = {}  # link map -> dynamic section
     namespace: dict[int, int] = {}
-    for number, first in enumerate(_namespaces(memory, debug)):
-        at = first
-        while at and at not in sections and len(sections) < _MOST_MODULES:
-            _, _, section, following, _ = _LINK_MAP.unpack(memory.read(at, _LINK_MAP.size))
-            sections[at] = section
-            namespace.setdefault(section, number)  # the dynamic linker itself is in all of them
-            at = following
+    for number, entries in enumerate(namespaces(memory, debug)):
+        for entry in entries:
+            sections[entry] = section_of(memory, entry)
+            namespace.setdefault(sections[entry], number)  # the dynamic linker itself is in all of them
     lists = _Lists(memory, sections, required)
     offset = lists.offset()
     if offset is None:
@@ -90,16 +93,6 @@ def _read(memory: Memory, debug: int, required: Container[int]) -> Scopes | None
         if scope is not None:
             order.setdefault(section, scope)
     return Scopes(order, namespace)
-
-
-def _namespaces(memory: Memory, debug: int) -> list[int]:
-    """Return the first link map of each namespace (`r_next` is there from version 2 of the structure on)."""
-    found: list[int] = []
-    extended = int.from_bytes(memory.read(debug, 4), "little") >= 2
-    while debug and len(found) < _MOST_LISTS:
-        found.append(memory.read_u64(debug + 8))
-        debug = memory.read_u64(debug + 40) if extended else 0
-    return found
 
 
 class _Lists:
@@ -118,7 +111,7 @@ class _Lists:
         """Return where in a link map the scope is, or None when that cannot be told."""
         executable, *others = self._sections
         found = []
-        for at in range(_LINK_MAP.size, _PRIVATE_SIZE, 8):
+        for at in range(_PUBLIC_SIZE, _SIZE, 8):
             scope = self.scope(executable, at)
             if scope is None or scope[0] != self._sections[executable]:
                 continue
