@@ -103,9 +103,13 @@ def changed_types(old: Layouts, data: bytes) -> tuple[TypeChange, ...]:
 
 
 def has_types(data: bytes) -> bool:
-    """Tell whether an object has debug information at all."""
+    """Tell whether an object has debug information, and in a form that can be read here."""
     raw = t.read_raw("object", data)
-    return any(raw.section_name(i) == ".debug_info" for i in range(len(raw.section_headers)))
+    debug = [i for i in range(len(raw.section_headers)) if raw.section_name(i).startswith(".debug_")]
+    if not any(raw.section_name(i) == ".debug_info" for i in debug):
+        return False
+    packed = [i for i in debug if int(raw.section_headers[i]["flags"]) & t.SHF_COMPRESSED]
+    return all(_inflate(bytes(raw.contents(i))) is not None for i in packed)
 
 
 def _load(path: str) -> Any:
@@ -144,7 +148,7 @@ def _drop_tls(raw: t.RawFile, index: int, patched: bytearray) -> None:
 
 
 def _append_inflated(raw: t.RawFile, index: int, patched: bytearray) -> None:
-    contents = _inflate(bytes(raw.contents(index)))
+    contents = _inflate(bytes(raw.contents(index))) or b""
     headers = int.from_bytes(raw.data[40:48], "little")  # e_shoff
     place = headers + index * t.SHDR.itemsize
     flags = int(raw.section_headers[index]["flags"]) & ~t.SHF_COMPRESSED
@@ -160,18 +164,22 @@ def _debug_strings(raw: t.RawFile) -> bytes:
         if raw.section_name(index) in (".debug_str", ".debug_line_str"):
             contents = bytes(raw.contents(index))
             if int(raw.section_headers[index]["flags"]) & t.SHF_COMPRESSED:
-                contents = _inflate(contents)
+                contents = _inflate(contents) or b""
             found += b"\0" + contents
     return found
 
 
-def _inflate(contents: bytes) -> bytes:
+def _inflate(contents: bytes) -> bytes | None:
+    """Return what a compressed section holds, or None when it is not zlib's format (zstd), or damaged."""
     import zlib
 
     # Elf64_Chdr: type, reserved, size, alignment (System V ABI, "Section compression"); 1 is zlib
     if len(contents) < 24 or int.from_bytes(contents[:4], "little") != 1:
-        return b""
-    return zlib.decompress(contents[24:])
+        return None
+    try:
+        return zlib.decompress(contents[24:])
+    except zlib.error:
+        return None
 
 
 def _candidates(strings: bytes) -> Iterator[str]:

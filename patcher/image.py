@@ -1,8 +1,9 @@
 """IMAGE: the modules of the live process, where they stand, and what their names and addresses mean.
 
 The one room that adds load biases: everything it takes and gives is an address in the process now.
-Names are resolved as the dynamic linker resolves them: the executable, preloaded libraries, then the
-libraries in breadth-first order of DT_NEEDED; after these the module's own dependencies.
+Names are resolved as the dynamic linker resolves them, in the order of its own lists. Where these cannot be
+read: the executable, preloaded libraries, then the libraries in breadth-first order of DT_NEEDED; after these
+the module's own dependencies.
 
 Decides what a name denotes and what an address is; never writes to the process.
 
@@ -12,11 +13,12 @@ Storage, section 3 (module numbers) and 3.4.6 (offsets from the thread pointer, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from patcher.elf import SymbolType
+from patcher.elf import SymbolBinding, SymbolType
 from patcher.elf.dynamic import THREAD_CELLS, TLSDESC
 from patcher.elf.module import (
     Cell,
@@ -28,9 +30,15 @@ from patcher.elf.relocations import R
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import ObjectError, PatcherError, TargetGone, UnsafeChange
 from patcher.linkmap import BLOCK_OFFSET, MODULE_NUMBER, RENDEZVOUS, Layout, ThreadBlock, rendezvous, thread_blocks
+from patcher.scopes import Scopes, read_scopes
 from patcher.target import Mapping, Target
 
 _PAGE = 0xFFF
+# Every module has its own of these, and some export theirs.
+_LINKER_DEFINED = re.compile(
+    r"_(end|edata|etext)$|__bss_start$|__(executable|ehdr)_start$|_DYNAMIC$|_GLOBAL_OFFSET_TABLE_$|__dso_handle$"
+    r"|_(init|fini)$|__((pre)?init|fini)_array_(start|end)$|__rela_iplt_(start|end)$|__(start|stop)_\w+$"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +104,8 @@ class Definition:
     size: int
     type: int
     module: LoadedModule
+    unique: bool = False  # one for all modules of a namespace, whatever their scopes
+    weak: bool = False
 
     @property
     def thread_local(self) -> bool:
@@ -118,7 +128,9 @@ class Image:
         self._known: dict[tuple[str, int, str], Module] = {}
         self._mappings: tuple[Mapping, ...] = ()
         self.modules: tuple[LoadedModule, ...] = ()
-        self._scope: tuple[LoadedModule, ...] | None = None
+        self._scopes: dict[LoadedModule, tuple[LoadedModule, ...]] = {}
+        self._lists: Scopes | None = None
+        self._by_dynamic: dict[int, LoadedModule] = {}
         self._imports: dict[int, Cell | None] = {}
         self._ifuncs: dict[int, int] = {}
         self._blocks: dict[int, ThreadBlock] | None = None
@@ -129,8 +141,21 @@ class Image:
         """Read the memory map again; modules that are still there are kept."""
         self._blocks = None  # a block that was nowhere yet may have got its place
         mappings = tuple(m for m in self.target.mappings() if m.inode and m.path.startswith("/") and not _ours(m))
-        if mappings == self._mappings:
-            return
+        if mappings != self._mappings:
+            self._read_modules(mappings)
+        self._read_scopes()
+
+    def _read_scopes(self) -> None:
+        self._scopes.clear()
+        self._by_dynamic = {_dynamic(m): m for m in self.modules if m.module.dynamic_section}
+        start = _dynamic(self.executable)
+        linker = Path(self.executable.module.interpreter).name
+        required = {_dynamic(m) for m in self.modules[1:] if linker not in (m.name, m.module.soname)}
+        self._lists = None
+        if start in self._by_dynamic:
+            self._lists = read_scopes(self.target.memory, start, required)
+
+    def _read_modules(self, mappings: tuple[Mapping, ...]) -> None:
         self._mappings = mappings
         groups: dict[tuple[str, int, str], list[Mapping]] = {}
         for mapping in mappings:
@@ -138,9 +163,7 @@ class Image:
         loaded = []
         for key, group in groups.items():
             if any(m.executable for m in group):
-                found = self._load(key, group)
-                if found is not None:
-                    loaded.append(found)
+                loaded += self._load(key, group)
         entry = self.target.auxv().get(9, 0)  # AT_ENTRY
         loaded.sort(key=lambda m: not m.contains(entry))
         if not loaded or not loaded[0].contains(entry):
@@ -149,11 +172,10 @@ class Image:
                 "keep the program's file in place, or reinstall the very same build",
             )
         self.modules = tuple(loaded)
-        self._scope = None
         self._imports.clear()
         self._ifuncs.clear()
 
-    def _load(self, key: tuple[str, int, str], group: list[Mapping]) -> LoadedModule | None:
+    def _load(self, key: tuple[str, int, str], group: list[Mapping]) -> list[LoadedModule]:
         path = group[0].path
         try:
             file = self.target.open_image(group[0])
@@ -162,9 +184,8 @@ class Image:
                 module = read_module(path, file, lambda build_id, link: _debug_files(path, build_id, link))
                 self._known[key] = module
         except PatcherError:
-            return None  # something executable that is no module, such as a JIT's file
-        bias = _load_bias(module, group)
-        return None if bias is None else LoadedModule(module, bias, path, file)
+            return []  # something executable that is no module, such as a JIT's file
+        return [LoadedModule(module, bias, path, file) for bias in _load_biases(module, group)]
 
     @property
     def executable(self) -> LoadedModule:
@@ -175,15 +196,30 @@ class Image:
 
     # --- names ------------------------------------------------------------------------------------------------
 
-    def scope(self) -> tuple[LoadedModule, ...]:
-        """Return the global scope, in the dynamic linker's search order."""
-        if self._scope is None:
-            preloaded = self.target.environ().get("LD_PRELOAD", "").replace(":", " ").split()
-            wanted = {Path(p).name for p in preloaded}
-            first = [self.executable]
-            first += [m for m in self.modules[1:] if wanted & {m.name, m.module.soname}]
-            self._scope = self._breadth_first(first)
-        return self._scope
+    def scope(self, within: LoadedModule | None = None) -> tuple[LoadedModule, ...]:
+        """Return the modules in which names of a module (default: the executable) are looked up, in that order."""
+        within = within or self.executable
+        found = self._scopes.get(within)
+        if found is None:
+            found = self._scopes[within] = self._known_scope(within) or self._presumed_scope(within)
+        return found
+
+    def _known_scope(self, within: LoadedModule) -> tuple[LoadedModule, ...]:
+        if self._lists is None:
+            return ()
+        order = self._lists.order.get(_dynamic(within), ())
+        return tuple(m for section in order if (m := self._by_dynamic.get(section)) is not None)
+
+    def _presumed_scope(self, within: LoadedModule) -> tuple[LoadedModule, ...]:
+        """Return the order as the specification has it, for what was loaded at the start."""
+        preloaded = self.target.environ().get("LD_PRELOAD", "").replace(":", " ").split()
+        wanted = {Path(p).name for p in preloaded}
+        first = [self.executable]
+        first += [m for m in self.modules[1:] if wanted & {m.name, m.module.soname}]
+        scope = self._breadth_first(first)
+        if within in scope:
+            return scope
+        return tuple(dict.fromkeys(scope + self._breadth_first([within])))
 
     def _breadth_first(self, first: Iterable[LoadedModule]) -> tuple[LoadedModule, ...]:
         order = list(first)
@@ -201,22 +237,107 @@ class Image:
             name = Path(name).name
         return next((m for m in self.modules if name in (m.module.soname, m.name)), None)
 
-    def resolve(self, name: str, within: LoadedModule) -> Definition | None:
+    def resolve(self, name: str, within: LoadedModule, *, weak: bool = False) -> Definition | None:
         """Return what an undefined `name` in a unit of module `within` denotes, or None.
 
-        Raises `UnsafeChange` when only libraries outside the search scope define it, and several do.
+        Raises `UnsafeChange` when only libraries outside the search scope define it, and several do (a weak
+        reference is none to them), and when nothing tells which of two definitions the module's code goes to.
+        """
+        found = self.search(name, within, weak=weak)
+        if found is None or found.module is within or found.unique or self._is_open(found, within):
+            return found
+        raise UnsafeChange(
+            f"`{found.name}` is defined by {within.name} and before it by {found.module.name}: nothing tells which of "
+            f"them the code of {within.name} means (it may have been linked with -Bsymbolic or -Bsymbolic-functions)",
+            "rename one of them",
+            code="ambiguous-symbol",
+        )
+
+    def search(self, name: str, within: LoadedModule, *, weak: bool = False) -> Definition | None:
+        """Return the first definition of a name in the scope of `within`; raises `UnsafeChange` as `resolve` does.
+
+        A library that was linked to use its own need not refer to it: ask `binds`.
         """
         own = self._own(name, within)
         if own is None and within.module.symbolic:
             own = _exported(within, name)
         if own is not None:
             return own
-        scope = self.scope()
-        for module in scope if within in scope else scope + self._breadth_first([within]):
-            found = _exported(module, name)
-            if found is not None:
-                return found
-        others = [d for m in self.modules if m not in scope and (d := _exported(m, name)) is not None]
+        if _LINKER_DEFINED.match(name) and not _defined(within.module, name):
+            return self._linker_defined(name, within)
+        if weak and self._was_nowhere(name, within):
+            return None
+        found = self._first_exported(name, within)
+        if found is None:
+            return None if weak else self._outside(name, within)
+        return self._unique(found, within) if found.unique else found
+
+    def _linker_defined(self, name: str, within: LoadedModule) -> Definition | None:
+        """Return what a name of the linker's would be, had the module's own code asked for it when it was linked."""
+        if name == "_DYNAMIC" and within.module.dynamic_section:
+            return Definition(name, _dynamic(within), 0, SymbolType.NOTYPE, within)
+        first = within.module.segments[0]
+        if name == "__ehdr_start" and not first.offset:
+            return Definition(name, first.address + within.bias, 0, SymbolType.NOTYPE, within)
+        return None
+
+    def exported(self, module: LoadedModule, name: str) -> Definition | None:
+        """Return what a module itself exports under a name, or under `name@version`."""
+        return _exported(module, name)
+
+    def _first_exported(self, name: str, within: LoadedModule) -> Definition | None:
+        found = (d for m in self.scope(within) if (d := _exported(m, name)) is not None)
+        first = next(found, None)
+        if first is None or not first.weak or "LD_DYNAMIC_WEAK" not in self.target.environ():
+            return first
+        return next((d for d in found if not d.weak), first)  # ld.so(8): strong definitions override weak ones
+
+    def _is_open(self, found: Definition, within: LoadedModule) -> bool:
+        """Tell whether a module's own references go to another's definition, if it has one itself as well."""
+        module = within.module
+        if within is self.executable or not _defined(module, found.name) or module.cells_named(found.name):
+            return True
+        # A linker that binds names of a library within it (-Bsymbolic-functions) leaves no cell for any of them.
+        return any(
+            s.function == found.function and module.cells_named(name)
+            for name in module.exports
+            for s in _defined(module, name)
+        )
+
+    def _unique(self, found: Definition, within: LoadedModule) -> Definition:
+        """Return the one definition of a name that all of a namespace shares (STB_GNU_UNIQUE).
+
+        It is that of the module that was asked first; whose that was is in every cell for it.
+        """
+        others = [d for m in self._neighbours(within) if (d := _exported(m, found.name)) is not None and d.unique]
+        if len(others) == 1:
+            return found
+        values = set()
+        for module in self._neighbours(within):
+            for cell in module.module.cells_named(found.name):
+                value = self.target.memory.read_u64(cell + module.bias) - module.module.cells[cell].addend
+                values.add(value)
+        chosen = [d for d in others if d.address in values]
+        if len(chosen) != 1:
+            raise UnsafeChange(
+                f"`{found.name}` is defined by {', '.join(d.module.name for d in others)}, and nothing tells which of "
+                "them the process uses",
+                "use it in a function that the program was started with, or restart the program",
+                code="ambiguous-symbol",
+            )
+        return chosen[0]
+
+    def _was_nowhere(self, name: str, within: LoadedModule) -> bool:
+        """Tell whether a module's own weak references to a name found nothing when it was loaded."""
+        cells = within.module.cells
+        return any(
+            cells[c].type == R.GLOB_DAT and not self.target.memory.read_u64(c + within.bias)
+            for c in within.module.cells_named(name)
+        )
+
+    def _outside(self, name: str, within: LoadedModule) -> Definition | None:
+        """Return the only definition of a name in libraries that no scope of `within` reaches."""
+        others = [d for m in self._neighbours(within) if (d := _exported(m, name)) is not None]
         if len({d.address for d in others}) > 1:
             raise UnsafeChange(
                 f"`{name}` is defined by {', '.join(d.module.name for d in others)}, none of which the program "
@@ -226,11 +347,20 @@ class Image:
             )
         return others[0] if others else None
 
+    def _neighbours(self, within: LoadedModule) -> list[LoadedModule]:
+        """Return the modules of the same namespace (dlmopen)."""
+        spaces = self._lists.namespace if self._lists is not None else {}
+        own = spaces.get(_dynamic(within), 0)
+        return [m for m in self.modules if spaces.get(_dynamic(m), 0) == own]
+
     def _own(self, name: str, within: LoadedModule) -> Definition | None:
         module = within.module
         # A symbol table of the dynamic linker may have statics too, for descriptors of thread-locals.
         dynamic = [s for s in module.exports.get(name, ()) if not s.defined or s.binding]
         if within is not self.executable and any(s.defined for s in dynamic):
+            exported = _defined(module, name)
+            if len(exported) == 1 and exported[0].protected:
+                return _exported(within, name)
             return None  # exported by a library: the search order decides, it may be interposed
         found = [s for s in module.symbols.named(name) if not s.local]
         if not found and not dynamic:
@@ -239,7 +369,7 @@ class Image:
         return self._definition(within, found[0]) if len(values) == 1 else None
 
     def _definition(self, within: LoadedModule, symbol: StaticSymbol) -> Definition:
-        bias = 0 if symbol.type == SymbolType.TLS else within.bias
+        bias = 0 if symbol.type == SymbolType.TLS or symbol.absolute else within.bias
         return Definition(symbol.name, symbol.value + bias, symbol.size, symbol.type, within)
 
     def binds(self, module: LoadedModule, definition: Definition) -> bool:
@@ -335,6 +465,25 @@ class Image:
                 raise UnsafeChange(f"the resolver of `{definition.name}` gave {found:#x}, which is not code", "")
             self._ifuncs[definition.address] = found
         return found
+
+    def chosen_stub(self, definition: Definition) -> int | None:
+        """Return the stub that stands for an IFUNC wherever its module's code takes its address, if there is one.
+
+        It jumps through a cell that nobody names, and is no symbol in what GNU ld, gold and mold link.
+        """
+        from patcher.code.instructions import plt_cell
+
+        owner, found = definition.module, []
+        resolver = definition.address - owner.bias
+        cells = {c for c in owner.module.resolver_cells if owner.module.cells[c].addend == resolver}
+        for low, high in owner.module.stub_tables if cells else ():
+            code = self.target.memory.read(low + owner.bias, high - low)
+            found += [low + at for at in range(0, len(code), 8) if plt_cell(code[at : at + 32], low + at) in cells]
+        if len(found) > 1:
+            raise UnsafeChange(
+                f"{owner.name} has {len(found)} stubs for `{definition.name}`", "", code="ambiguous-symbol"
+            )
+        return found[0] + owner.bias if found else None
 
     def _in_kernel_code(self, address: int) -> bool:
         """Tell whether an address is in the vDSO, from which libc takes what asks for the time."""
@@ -438,6 +587,15 @@ class Image:
         return found.address + cell.addend
 
 
+def _dynamic(loaded: LoadedModule) -> int:
+    """Return the address by which the dynamic linker knows a module."""
+    return loaded.module.dynamic_section + loaded.bias
+
+
+def _defined(module: Module, name: str) -> tuple[DynamicSymbol, ...]:
+    return tuple(s for s in module.exports.get(name, ()) if s.defined)
+
+
 def _ours(mapping: Mapping) -> bool:
     return mapping.path.startswith("/memfd:patcher")
 
@@ -446,28 +604,33 @@ _BOUND = (R.JUMP_SLOT, R.GLOB_DAT)
 
 
 def _exported(loaded: LoadedModule, name: str) -> Definition | None:
-    symbols = [s for s in loaded.module.exports.get(name, ()) if s.defined and s.binding != 0]
+    """Return what a module exports under a name (its default version), or under `name@version`."""
+    plain, _, version = name.partition("@")
+    symbols = [s for s in _defined(loaded.module, plain) if s.binding != SymbolBinding.LOCAL]
+    if version:
+        symbols = [s for s in symbols if s.version == version.lstrip("@")]
     best: DynamicSymbol | None = next((s for s in symbols if s.default), symbols[0] if len(symbols) == 1 else None)
     if best is None:
         return None
-    bias = 0 if best.type == SymbolType.TLS else loaded.bias
-    return Definition(name, best.value + bias, best.size, best.type, loaded)
+    bias = 0 if best.type == SymbolType.TLS or best.absolute else loaded.bias
+    unique, weak = best.binding == SymbolBinding.UNIQUE, best.binding == SymbolBinding.WEAK
+    return Definition(plain, best.value + bias, best.size, best.type, loaded, unique, weak)
 
 
-def _load_bias(module: Module, group: list[Mapping]) -> int | None:
+def _load_biases(module: Module, group: list[Mapping]) -> list[int]:
+    """Return the load bias of each copy of a module (dlmopen makes several of one file)."""
     if not module.position_independent:
-        return 0
-    starts = {(m.start, m.offset) for m in group}
-    ends = max(m.end for m in group)
-    for start, offset in sorted(starts):
+        return [0]
+    found: dict[int, None] = {}
+    for mapping in sorted(group, key=lambda m: m.start):
         for segment in module.segments:
             low = segment.offset & ~_PAGE
-            if not low <= offset < low + max(segment.file_size, 1) + (segment.offset & _PAGE):
+            if not low <= mapping.offset < low + max(segment.file_size, 1) + (segment.offset & _PAGE):
                 continue
-            bias = start - ((segment.address & ~_PAGE) + offset - low)
-            if bias >= 0 and _all_mapped(module, bias, group) and module.start + bias < ends:
-                return bias
-    return None
+            bias = mapping.start - ((segment.address & ~_PAGE) + mapping.offset - low)
+            if bias >= 0 and bias not in found and _all_mapped(module, bias, group):
+                found[bias] = None
+    return list(found)
 
 
 def _all_mapped(module: Module, bias: int, group: list[Mapping]) -> bool:
@@ -475,9 +638,11 @@ def _all_mapped(module: Module, bias: int, group: list[Mapping]) -> bool:
         if not segment.file_size:
             continue
         address = segment.address + bias
-        file_offset = segment.offset
-        if not any(m.start <= address < m.end and m.offset + address - m.start == file_offset for m in group):
+        within = [m for m in group if m.start <= address < m.end]
+        if not any(m.offset + address - m.start == segment.offset for m in within):
             return False
+        if segment.executable and not any(m.executable for m in within):
+            return False  # somebody reads the file through a mapping
     return True
 
 

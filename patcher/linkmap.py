@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from patcher.errors import PatcherError, TargetGone
 from patcher.target.memory import Memory
@@ -82,10 +83,10 @@ def thread_blocks(memory: Memory, debug: int, layout: Layout) -> dict[int, Threa
     """
     found = {}
     try:
-        for entry in _entries(memory, debug):
+        for entry in chain.from_iterable(namespaces(memory, debug)):
             block = _block(memory, entry, layout)
             if block is not None:
-                found[memory.read_u64(entry + 16)] = block  # l_ld
+                found[section_of(memory, entry)] = block
     except TargetGone:
         raise
     except PatcherError:
@@ -93,19 +94,27 @@ def thread_blocks(memory: Memory, debug: int, layout: Layout) -> dict[int, Threa
     return found
 
 
-def _entries(memory: Memory, debug: int) -> Iterator[int]:
-    """Yield every link map: those of the program's namespace, then those of others (dlmopen)."""
+def namespaces(memory: Memory, debug: int) -> Iterator[Iterator[int]]:
+    """Yield the link maps of each namespace: the program's, then those of others (dlmopen)."""
     for _ in range(_MANY):
         if not debug:
             return
         version = int.from_bytes(memory.read(debug, 4), "little")
-        entry = memory.read_u64(debug + 8)  # r_map
-        for _ in range(_MANY):
-            if not entry:
-                break
-            yield entry
-            entry = memory.read_u64(entry + 24)  # l_next
+        yield _following(memory, memory.read_u64(debug + 8))  # r_map
         debug = memory.read_u64(debug + 40) if version >= 2 else 0  # r_next
+
+
+def _following(memory: Memory, entry: int) -> Iterator[int]:
+    for _ in range(_MANY):
+        if not entry:
+            return
+        yield entry
+        entry = memory.read_u64(entry + 24)  # l_next
+
+
+def section_of(memory: Memory, entry: int) -> int:
+    """Return the address of the dynamic section of a link map's module."""
+    return memory.read_u64(entry + 16)  # l_ld
 
 
 def _block(memory: Memory, entry: int, layout: Layout) -> ThreadBlock | None:

@@ -16,7 +16,7 @@ from enum import Enum
 from pathlib import Path
 
 from patcher.blocks import Block, Blocks, unit_of
-from patcher.elf import ObjectFile, SymbolType
+from patcher.elf import ObjectFile, SymbolBinding, SymbolType
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import UnsafeChange
 from patcher.image import Image, LoadedModule
@@ -74,15 +74,19 @@ class LiveUnit:
         module: LoadedModule,
         file_symbol: str,
         group: int | None,
+        others: Iterable[tuple[str, int | None]] = (),
         *,
         born: bool = False,
     ):
+        """`others`: the files behind the first, and their groups, when the object was linked of several."""
         self.image = image
         self.view = view
         self.module = module
-        self.group = group
         self.born = born
-        self.key = f"{file_symbol}#{group}" if group is not None else file_symbol
+        files = ((file_symbol, group), *others)
+        self.groups = tuple(dict.fromkeys(g for _, g in files if g is not None))
+        self._keys = {name: f"{name}#{g}" if g is not None else name for name, g in files}
+        self.key = self._keys[file_symbol]
         self._redirects = {r.original: r for r in view.journal.redirects if r.module == module.path}
         self._slots = {(r.arena, r.index): r for r in view.journal.redirects}
         self._placed = {p.address: p for p in view.journal.placed}
@@ -129,7 +133,14 @@ class LiveUnit:
         return found[-1] if found else None
 
     def _ours(self, is_local: bool, unit: str, local: bool) -> bool:
-        return unit == self.key or not (local or is_local)
+        return unit in self._keys.values() or not (local or is_local)
+
+    def key_of(self, block: Block) -> str:
+        """Return the key of the file that a block belongs to; for a global one that need not be exact."""
+        local = next((s for s in block.symbols if s.local), None)
+        if local is None or len(self._keys) == 1:
+            return self.key
+        return self._keys.get(block.object.file_of(local), self.key)
 
     def _redirected(self, redirect: Redirect) -> LiveFunction:
         body = self.view.bodies.get((redirect.arena, redirect.index), redirect.copy)
@@ -165,9 +176,19 @@ class LiveUnit:
         segment = next(s for s in self.module.module.segments if s.address <= link < s.end)
         return self.image.target.memory.read(live.address, min(size, segment.end - link))
 
+    def overridden(self, block: Block) -> bool:
+        """Tell whether the module has another unit's definition of a function that is weak in this one."""
+        if not block.symbols or not all(s.weak for s in block.symbols):
+            return False
+        found = self._static(block.name, False, functions=True)
+        if found is None or not found.local:
+            return found is not None and found.binding != SymbolBinding.WEAK
+        # A linker that turned it local keeps it under the file that defined it, or under none.
+        return found.group not in self.groups and bool(self.module.module.symbols.group_name(found.group))
+
     def folded_with(self, live: LiveFunction, block: Block) -> list[str]:
         """Return the other functions that the linker gave the same code, by name (--icf)."""
-        own = {s.name for s in block.symbols}
+        own = {s.name.partition("@")[0] for s in block.symbols}  # `name@version` where the unit says .symver
         return sorted(
             {s.name for s in self.module.symbols_at(live.address) if s.function and s.size and s.name not in own}
         )
@@ -177,6 +198,11 @@ class LiveUnit:
     def _static(self, name: str, local: bool, *, functions: bool) -> StaticSymbol | None:
         if self.born:
             return None  # whatever the module has of this name is another unit's
+        if "@" in name:
+            definition = self.image.exported(self.module, name)
+            plain = name.partition("@")[0]
+            there = self.module.symbols_at(definition.address) if definition is not None else ()
+            return next((s for s in there if s.name == plain and s.function == functions), None)
         symbols = [s for s in self.module.module.symbols.named(name) if s.function == functions]
         own = [s for s in symbols if self._own(s)]
         exported = [s for s in symbols if not s.local]
@@ -213,9 +239,9 @@ class LiveUnit:
         ]
         if not numbered(name):
             return placed[-1:]
-        if self.group is None:
+        if not self.groups:
             return placed if self.born else placed[-1:]
-        members = self.module.module.symbols.members(self.group)
+        members = [s for group in self.groups for s in self.module.module.symbols.members(group)]
         found = [s for s in members if numbered(s.name) and base_name(s.name) == wanted and not s.function]
         return [self._variable(s) for s in found] + placed
 
@@ -237,7 +263,7 @@ class LiveUnit:
         return found
 
     def _own(self, symbol: StaticSymbol) -> bool:
-        return symbol.local and symbol.group == self.group and self.group is not None
+        return symbol.local and symbol.group in self.groups
 
     def _was_constant(self, symbol: StaticSymbol, local: bool) -> bool:
         """Tell whether what is now a variable is a constant in the process: then the unit needs a new variable."""
@@ -284,13 +310,16 @@ class LiveUnit:
 
     def denotes_external(self, address: int, name: str) -> bool:
         """Tell whether a live address is what a name that the unit does not define denotes: no static of its own."""
+        if "@" in name:
+            cell = self.image.import_at(address)
+            return cell is not None and self.module.module.asks_for(cell.name, name)
         here = self.names_at(address)
         return (name, Scope.PROCESS) in here or (name, Scope.MODULE) in here or self._is_choice(address, name)
 
     def _is_choice(self, address: int, name: str) -> bool:
         """Tell whether a far jump of ours leads to the process's choice for an IFUNC, which has no name of its own."""
         destination = self.beyond_jump(address)
-        definition = self.image.resolve(name, self.module) if destination is not None else None
+        definition = self.image.search(name, self.module) if destination is not None else None
         return definition is not None and definition.ifunc and self.image.chosen(definition) == destination
 
     def names_at(self, address: int) -> frozenset[tuple[str, Scope]]:
@@ -307,13 +336,13 @@ class LiveUnit:
         if redirect is None:
             redirect = self._redirects.get(address)
         if redirect is not None:
-            if not redirect.local or redirect.unit == self.key:
+            if not redirect.local or redirect.unit in self._keys.values():
                 yield from ((n, Scope.UNIT if redirect.local else Scope.MODULE) for n in redirect.names)
             if redirect.born:
                 return  # its address for life is its island, which no module knows
             address = redirect.original
         placed = self._placed.get(address)
-        if placed is not None and (not placed.local or placed.unit == self.key):
+        if placed is not None and (not placed.local or placed.unit in self._keys.values()):
             yield from ((n, Scope.UNIT if placed.local else Scope.MODULE) for n in placed.names)
         yield from self._module_names(address)
 
@@ -413,13 +442,44 @@ def find_unit(
     candidates = named or candidates
     best = max(score for score, _, _ in candidates)
     chosen = [c for c in candidates if c[0] == best]
+    if len({m.path for _, m, _ in chosen}) < len(chosen):
+        raise UnsafeChange(
+            f"{chosen[0][1].name} is loaded {len(chosen)} times, and {blocks.object.name} is part of it",
+            "attach to a process that has one copy of it only (dlmopen made another)",
+            code="loaded-twice",
+        )
     if len(chosen) > 1:
         raise UnsafeChange(
             f"{blocks.object.name} fits {' and '.join(m.name for _, m, _ in chosen)} equally well",
             "rename its functions so that they differ, or attach to a process that has one of the two only",
             code="ambiguous-module",
         )
-    return LiveUnit(image, view, chosen[0][1], file_symbol, chosen[0][2])
+    module, group = chosen[0][1:]
+    return LiveUnit(image, view, module, file_symbol, group, _other_files(image, view, module, blocks))
+
+
+def _other_files(image: Image, view: ArenaView, module: LoadedModule, blocks: Blocks) -> list[tuple[str, int | None]]:
+    """Return the other files of an object that was linked of several, and where their locals are."""
+    source = blocks.object
+    if len(source.files) < 2:
+        return []
+    seen: dict[str, str] = {}
+    local: dict[str, set[str]] = {name: set() for name in source.files}
+    for symbol in source.symbols:
+        if symbol.local and symbol.name and symbol.type in (SymbolType.FUNC, SymbolType.OBJECT, SymbolType.TLS):
+            name, file = base_name(symbol.name), source.file_of(symbol)
+            if seen.setdefault(name, file) != file:
+                raise UnsafeChange(
+                    f"{source.name} was linked of several objects, and both {seen[name]} and {file} have a static "
+                    f"`{name}`",
+                    "give the objects that it was linked of",
+                    code="ambiguous-symbol",
+                )
+            local[file].add(name)
+    return [
+        (name, _best_group(image, view, module, blocks, name, _Names(frozenset(), frozenset(local[name])))[1])
+        for name in source.files[1:]
+    ]
 
 
 def _now_defined(image: Image, view: ArenaView, blocks: Blocks, names: _Names) -> LiveUnit | None:
@@ -484,7 +544,7 @@ def _by_match(blocks: Blocks, units: Iterable[LiveUnit]) -> list[tuple[int, int]
             count = len(match(blocks, unit).with_status(Status.SAME))
         except UnsafeChange:
             count = 0  # a change that this unit could not take
-        counts.append((count, unit.group or 0))
+        counts.append((count, unit.groups[0] if unit.groups else 0))
     return sorted(counts, reverse=True)
 
 

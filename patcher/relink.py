@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from patcher.blocks import Block, Blocks, External, Kind, Place
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
 from patcher.convention import Registers
 from patcher.elf import ObjectFile, SymbolType
+from patcher.elf.relocations import R
 from patcher.errors import LinkError, TargetBusy, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
 from patcher.link.place import ArenaFull, Placement, Region, Space, place
 from patcher.link.plan import Bound, Plan, Unit, plan
 from patcher.live import UNDEFINED, LiveFunction, LiveVariable, base_name, numbered
 from patcher.match import MODULE_BASE, Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
-from patcher.patch.arena import SLOT_COUNT, Arena, Usage
-from patcher.patch.journal import Body, GenerationRecord, Placed, Redirect
+from patcher.patch.arena import DOOR_SIZE, SLOT_COUNT, Arena, Usage
+from patcher.patch.journal import Allocation, Body, GenerationRecord, Placed, Redirect
 from patcher.patch.ledger import Choice, Commit, Ledger
 from patcher.statics import candidates, find_static
 from patcher.undefined import Use, uses_of
@@ -67,6 +68,12 @@ class Part:
     @property
     def module(self) -> LoadedModule:
         return self.unit.module
+
+    @property
+    def name(self) -> str:
+        """The file that it comes from, for people; `archive(member)` for a member."""
+        given = self.delta.blocks.object.name
+        return given if given.startswith(self.source) else self.source
 
     def matched(self, block: Block) -> Block | None:
         """Return the block of the matched object that stands for one of this part's."""
@@ -211,6 +218,7 @@ class _Generation:
         self.quiet: list[Body] = []
         self.quiet_back: list[Body] = []
         self.new_variables: list[str] = []
+        self.allocations: dict[str, Allocation] = {}
 
     def finish(self, parts: Sequence[Part]) -> Linked:
         record = GenerationRecord(
@@ -224,6 +232,7 @@ class _Generation:
             redirects=tuple(self.redirects),
             quiet=tuple(self.quiet),
             quiet_back=tuple(self.quiet_back),
+            allocations=tuple(self.allocations.values()),
         )
         commit = Commit(record, tuple(self.writes), tuple(self.usages.items()), tuple(self.choices))
         kept = tuple(name for part in parts for name in part.kept)
@@ -295,6 +304,7 @@ class _Generation:
         originals = {d.block: d.live.address for d in doors if d.live is not None}
         placement = place(found, space, islands, originals)
         self.writes += [(copy.address, copy.code) for copy in copies]
+        self._allocate_copies(copies, near.start, linkage)
         self.quiet += [_body(e.live) for e in entries if e.displaced.reentries]
         self._record(found, placement, doors, {copy.block: copy for copy in copies}, linkage)
         self._use(home, placement.space, end, sum(1 for d in doors if d.fresh))
@@ -382,6 +392,18 @@ class _Generation:
                     self._define(block, Bound(placement.addresses[block]))
                 if block.kind is Kind.DATA and not part.supplied:
                     self.new_variables.append(base_name(block.name))
+        for source, account in placement.accounts.items():
+            sizes = asdict(account)
+            self._allocate(linkage.part_with(source), islands=sizes.pop("jumps"), **sizes)
+
+    def _allocate_copies(self, copies: Sequence[_Copy], start: int, linkage: _Linkage) -> None:
+        for copy in copies:
+            self._allocate(linkage.part_of(copy.block), islands=copy.end - start)
+            start = copy.end
+
+    def _allocate(self, part: Part, **sizes: int) -> None:
+        known = self.allocations.get(part.name, Allocation(part.name))
+        self.allocations[part.name] = known.plus(**sizes)
 
     def _define(self, block: Block, bound: Bound) -> None:
         for symbol in block.symbols:
@@ -412,6 +434,7 @@ class _Generation:
             self.replaced.append(Replaced(live.name, tuple(extents)))
         if not door.fresh:
             return
+        self._allocate(part, islands=DOOR_SIZE)
         island = door.arena.island(door.index)
         if is_chosen(block):
             self.choices.append(Choice(block.name, door.arena.base, door.index, body))
@@ -423,7 +446,7 @@ class _Generation:
                 name=block.name,
                 names=names,
                 module=part.module.path,
-                unit=part.unit.key,
+                unit=part.unit.key_of(block),
                 local=not block.exported,
                 original=live.address if live is not None else island,
                 size=live.size if live is not None else block.size,
@@ -569,11 +592,17 @@ def _placed(block: Block, part: Part, placement: Placement) -> Placed:
         names=tuple(dict.fromkeys(s.name for s in block.symbols)),
         kind=kind,
         module=part.module.path,
-        unit=part.unit.key,
+        unit=part.unit.key_of(block),
         local=not block.exported,
         address=placement.addresses[block],
         size=block.size,
     )
+
+
+def _takes_directly(part: Part, name: str) -> bool:
+    """Tell whether a unit's code takes a function's address without a table or cell."""
+    references = (r for block in part.blocks.functions for r in part.blocks.references(block))
+    return any(r.type == R.PC32 and isinstance(r.target, External) and r.target.name == name for r in references)
 
 
 def _labels_of_new_code(part: Part, block: Block) -> list[Block]:
@@ -659,7 +688,8 @@ class _Linkage:
                         if _is_tentative(known[1]):
                             self._brought[symbol.name] = part, block
         self._redirects = {r.original: r for r in ledger.journal.redirects}
-        self._known: dict[tuple[LoadedModule, str], Bound | None] = {}
+        self._known: dict[tuple[LoadedModule, str, bool], Bound | None] = {}
+        self._stubs: dict[tuple[LoadedModule, str], int] = {}  # of IFUNCs, in position-independent modules
         # What still stands for an undefined function defines nothing.
         stubs = {p.address for p in ledger.journal.placed if p.unit == UNDEFINED}
         self._born = [
@@ -669,7 +699,10 @@ class _Linkage:
         ]
 
     def part_of(self, block: Block) -> Part:
-        return self._objects[block.object]
+        return self.part_with(block.object)
+
+    def part_with(self, source: ObjectFile) -> Part:
+        return self._objects[source]
 
     def unit(self, part: Part, wanted: tuple[Block, ...]) -> Unit:
         unit = Unit(part.blocks, wanted, self._resident(part), part.is_door)
@@ -760,7 +793,7 @@ class _Linkage:
         """Tell whether a module, or an earlier generation, has a definition: another module's would be preempted."""
         if self._from_earlier_generation(module, name) is not None:
             return True
-        definition = self.image.resolve(name, module)
+        definition = self.image.search(name, module)
         return definition is not None and definition.module is module
 
     def _entry(self, address: int) -> Bound:
@@ -774,9 +807,9 @@ class _Linkage:
         if part.module is self.image.executable:
             return None
         for symbol in block.symbols:
-            found = self.image.resolve(symbol.name, part.module) if not symbol.local else None
+            found = self.image.search(symbol.name, part.module) if not symbol.local else None
             if found is not None and found.module is not part.module:
-                return found if self.image.binds(part.module, found) else None
+                return found if found.unique or self.image.binds(part.module, found) else None
         return None
 
     def _variable(self, part: Part, block: Block) -> Bound | None:
@@ -838,49 +871,41 @@ class _Linkage:
     # --- names the object does not define -----------------------------------------------------------------------
 
     def resolve(self, blocks: Blocks, external: External) -> Bound | None:
-        found = self._denoted(self._parts[blocks].module, external.name)
-        return found if found is not None else self._awaited.get(external.name)
+        part = self._parts[blocks]
+        found = self._denoted(part.module, external.name, weak=external.weak)
+        if found is None:
+            return self._awaited.get(external.name)
+        stub = self._stubs.get((part.module, external.name))
+        if stub is not None and _takes_directly(part, external.name):
+            return Bound(stub, found.call or found.address)
+        return found
 
-    def _denoted(self, module: LoadedModule, name: str) -> Bound | None:
+    def _denoted(self, module: LoadedModule, name: str, *, weak: bool = False) -> Bound | None:
         """Return what a name denotes for a unit of a module, in the process or already in this generation."""
-        key = (module, name)
+        key = (module, name, weak)
         if key not in self._known:
-            self._known[key] = self._look_up(module, name)
+            self._known[key] = self._look_up(module, name, weak)
         return self._known[key]
 
-    def _look_up(self, module: LoadedModule, name: str) -> Bound | None:
+    def _look_up(self, module: LoadedModule, name: str, weak: bool) -> Bound | None:
         earlier = self._from_earlier_generation(module, name)
         if earlier is not None:
             return earlier
         if name == MODULE_BASE:
             return self._module_base(module)
-        definition = self.image.resolve(name, module)
+        definition = self.image.resolve(name, module, weak=weak)
         if definition is None:
             return self._beyond.defined.get(name) or self._born_elsewhere(name)
-        self._refuse_doubtful(module, definition)
         return replace(self._defined(module, definition), size=definition.size)
 
     def _defined(self, module: LoadedModule, definition: Definition) -> Bound:
         if definition.thread_local:
             return self._thread_local(definition)
         if definition.ifunc:
-            return Bound(self._chosen(definition))
+            return self._chosen_function(module, definition)
         if definition.function:
             return self._external_function(module, definition)
         return Bound(definition.address)
-
-    def _refuse_doubtful(self, module: LoadedModule, definition: Definition) -> None:
-        """Refuse a name of a library that others define first, where no cell tells which one the library uses."""
-        own = module.module.exports.get(definition.name, ())
-        if module in (self.image.executable, definition.module) or not any(s.defined and s.binding for s in own):
-            return
-        if not self.image.binds(module, definition):
-            raise UnsafeChange(
-                f"`{definition.name}` is defined by {module.name} and by {definition.module.name}, and which of "
-                "the two the library's new code would use cannot be told",
-                "give one of them another name, or hide the library's",
-                code="ambiguous-symbol",
-            )
 
     def _external_function(self, module: LoadedModule, definition: Definition) -> Bound:
         entry = self._entry(definition.address)
@@ -888,6 +913,19 @@ class _Linkage:
         if canonical is None:
             return entry
         return Bound(canonical, entry.call or definition.address)
+
+    def _chosen_function(self, module: LoadedModule, definition: Definition) -> Bound:
+        """Return an IFUNC's implementation, with the address that stands for it where code takes that."""
+        chosen = self._entry(self._chosen(definition))
+        if definition.module is not module:
+            stub = self.image.canonical_plt(definition.name)
+        else:
+            stub = self.image.chosen_stub(definition)
+            if stub is not None and module.module.position_independent:
+                # In tables and cells the linker of such a module puts the implementation itself.
+                self._stubs[module, definition.name] = stub
+                return chosen
+        return chosen if stub is None else Bound(stub, chosen.call or chosen.address)
 
     def _chosen(self, definition: Definition) -> int:
         if self.image.chosen(definition) is None and self.image.stub_area is None:

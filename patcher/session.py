@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -91,6 +91,18 @@ class ArenaUse:
 
 
 @dataclass(frozen=True, slots=True)
+class ObjectUse:
+    """How many bytes of the arenas an object takes, in all generations together, gaps for alignment included."""
+
+    object: str
+    text: int
+    read_only: int
+    data: int
+    cells: int
+    islands: int  # with their slots, the entries that they displaced, and jumps to what is far away
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """What `status` tells of a process."""
 
@@ -100,6 +112,7 @@ class Status:
     recorded: tuple[int, ...]
     functions: tuple[PatchedFunction, ...]
     arenas: tuple[ArenaUse, ...]
+    objects: tuple[ObjectUse, ...]
 
 
 class Session:
@@ -343,6 +356,7 @@ class Session:
             tuple(sorted(ledger.journal.generations)),
             tuple(functions),
             arenas,
+            tuple(ObjectUse(**asdict(a)) for a in ledger.journal.allocations),
         )
 
     # --- watching ---------------------------------------------------------------------------------------------
@@ -374,4 +388,4 @@ class Session:
             time.sleep(0.005)
 
 
-__all__ = ["ArenaUse", "Generation", "Options", "PatchedFunction", "Session", "Status"]
+__all__ = ["ArenaUse", "Generation", "ObjectUse", "Options", "PatchedFunction", "Session", "Status"]

@@ -290,7 +290,8 @@ class Units:
         Another program of the same tree has a `main` as well.
         """
         module = delta.unit.module
-        if self.options.force or delta.unit.born or delta.unit.group is not None or not module.module.symbols.has_files:
+        known = self.options.force or delta.unit.born or delta.unit.groups
+        if known or not module.module.symbols.has_files:
             return
         if delta.with_status(Status.SAME, Status.LINE_ONLY) or not delta.with_status(Status.CHANGED):
             return
@@ -378,7 +379,9 @@ class Units:
         what = part.module.path if program else part.source
         if what not in self._unchecked:
             self._unchecked.add(what)
-            self._say(f"{what} has no debug information (-g): the layouts of its types are not checked")
+            self._say(
+                f"{what} has no debug information (-g) that can be read: the layouts of its types are not checked"
+            )
 
 
 def _has_types(part: Part) -> bool:

@@ -105,6 +105,22 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Library:
+    """A shared library of its own, `lib<name>.so` beside the program.
+
+    `needed`: the program is linked with it. `late`: made when the program has been linked already, perhaps in
+    place of one of the same name that it was linked with.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    link: tuple[str, ...] = ()
+    needed: bool = True
+    late: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Scenario:
     """A directory below fixtures/scenarios."""
 
@@ -134,6 +150,8 @@ class Scenario:
     also: tuple[str, ...] = ()  # names of variants that are never left out
     flags_each: tuple[tuple[str, ...], ...] = ()
     xfail: tuple[tuple[str, str], ...] = ()  # (pattern of variant names, why)
+    modules: tuple[Library, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -163,16 +181,34 @@ def read_scenario(directory: Path) -> Scenario:
     final = _asks(read.pop("final", ())) or asks
     steps = tuple(_step(s) for s in read.pop("step"))
     sources = tuple(read.pop("sources", ())) or tuple(
-        sorted(str(p.relative_to(directory)) for p in directory.rglob("*.c"))
+        sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.suffix in _UNITS)
     )
     each = tuple(tuple(f) for f in read.pop("flags_each", ()))
     defects = tuple(read.pop("xfail", {}).items())
+    modules = tuple(_library(b) for b in read.pop("modules", ()))
+    environment = tuple(read.pop("environment", {}).items())
     fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in read.items()}
     if fields.get("library") or fields.get("static"):
         fields["kinds"] = ("library",) if fields.get("library") else ("executable",)
     return Scenario(
-        directory, sources=sources, asks=asks, final=final, steps=steps, flags_each=each, xfail=defects, **fields
+        directory,
+        sources=sources,
+        asks=asks,
+        final=final,
+        steps=steps,
+        flags_each=each,
+        xfail=defects,
+        modules=modules,
+        environment=environment,
+        **fields,
     )
+
+
+_UNITS = (".c", ".cc")
+
+
+def _library(read: dict[str, Any]) -> Library:
+    return Library(**{key: tuple(v) if isinstance(v, list) else v for key, v in read.items()})
 
 
 def _step(read: dict[str, Any]) -> Step:
@@ -214,15 +250,17 @@ def build(scenario: Scenario, variant: Variant, directory: Path, shared: Path) -
     sources = directory / "src"
     if not sources.exists():
         shutil.copytree(scenario.directory, sources, ignore=shutil.ignore_patterns("scenario.toml"))
-    flags = [variant.optimise, "-g", *scenario.flags, *variant.flags]
+    flags = [variant.optimise, "-g", "-I", str(SCENARIOS), *scenario.flags, *variant.flags]
     flags += ["-ffunction-sections", "-fdata-sections"] * variant.sections
     own = tuple(s for s in scenario.sources if s not in scenario.beside)
     library = (scenario.library or own) if variant.kind == "library" else ()
     code = "-fPIE" if variant.pie else "-fno-pie"
-    commands = {
-        source: (variant.compiler, "-fPIC" if source in library else code, *flags, "-c", str(sources / source))
-        for source in scenario.sources
-    }
+    commands: dict[str, tuple[str, ...]] = {}
+    for source in scenario.sources:
+        module = next((m for m in scenario.modules if source in m.sources), None)
+        mode = "-fPIC" if source in library or module is not None else code
+        compiler = _driver(variant, (source,))
+        commands[source] = (compiler, mode, *flags, *(module.flags if module else ()), "-c", str(sources / source))
     entries = []
     for source, command in commands.items():
         output = _object_of(directory, source)
@@ -238,24 +276,49 @@ def build(scenario: Scenario, variant: Variant, directory: Path, shared: Path) -
 
 
 def _object_of(directory: Path, source: str) -> Path:
-    return directory / (source.replace("/", "-")[:-2] + ".o")
+    return directory / (source.replace("/", "-").rpartition(".")[0] + ".o")
+
+
+def _driver(variant: Variant, sources: Sequence[str]) -> str:
+    if not any(s.endswith(".cc") for s in sources):
+        return variant.compiler
+    return {"gcc": "g++", "clang": "clang++"}[variant.compiler]
 
 
 def _link(scenario: Scenario, variant: Variant, directory: Path, library: Sequence[str], shared: Path) -> None:
-    driver = [variant.compiler, *variant.flags, f"-fuse-ld={variant.linker}"]
-    objects = [str(_object_of(directory, s)) for s in scenario.sources if s not in (*library, *scenario.beside)]
+    compiler = _driver(variant, scenario.sources)
+    driver = [compiler, *variant.flags, f"-fuse-ld={variant.linker}"]
+    driver += ["-Wl,--no-as-needed"] * bool(scenario.modules)
+    elsewhere = {s for b in scenario.modules for s in b.sources}.union(library, scenario.beside)
+    objects = [str(_object_of(directory, s)) for s in scenario.sources if s not in elsewhere]
+    for made in scenario.modules:
+        if not made.late:
+            objects += _shared(driver, made, directory)
     if library:
-        parts = [str(_object_of(directory, s)) for s in library]
-        path = directory / f"lib{scenario.name}.so"
-        _run([*driver, "-shared", f"-Wl,-soname,{path.name}", "-o", str(path), *parts, *scenario.link], directory)
-        objects += [f"-Wl,-rpath,{directory}"] if scenario.late else [str(path), f"-Wl,-rpath,{directory}"]
+        own = Library(scenario.name, tuple(library), link=scenario.link, needed=not scenario.late)
+        objects += _shared(driver, own, directory)
     if scenario.loop:
         objects.insert(0, str(_loop(variant, shared)))
     if scenario.static:
         mode = ["-static-pie"] if variant.pie else ["-static", "-no-pie"]
     else:
         mode = ["-pie"] if variant.pie else ["-no-pie"]
-    _run([*driver, *mode, "-o", str(directory / scenario.name), *objects, *scenario.link], directory)
+    link = [w.replace("SOURCES", str(directory / "src")) for w in scenario.link]
+    _run([*driver, *mode, "-o", str(directory / scenario.name), *objects, *link], directory)
+    for made in scenario.modules:
+        if made.late:
+            _shared(driver, made, directory)
+
+
+def _shared(driver: Sequence[str], library: Library, directory: Path) -> list[str]:
+    """Make a shared library; return what the program is linked with."""
+    parts = [str(_object_of(directory, s)) for s in library.sources]
+    path = directory / f"lib{library.name}.so"
+    found = f"-Wl,-rpath,{directory}"
+    link = [w.replace("SOURCES", str(directory / "src")) for w in library.link]
+    command = [*driver, "-shared", f"-Wl,-soname,{path.name}", "-o", str(path), *parts, f"-L{directory}", found, *link]
+    _run(command, directory)
+    return [found, *([str(path)] if library.needed else [])]
 
 
 def _loop(variant: Variant, shared: Path) -> Path:
@@ -296,8 +359,11 @@ def given_files(built: Built, step: Step, files: Sequence[str]) -> list[Path]:
 class Program:
     """The process that a scenario is about."""
 
-    def __init__(self, path: Path) -> None:
-        self.process = subprocess.Popen([path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def __init__(self, path: Path, environment: Sequence[tuple[str, str]] = ()) -> None:
+        added = {name: value.replace("DIRECTORY", str(path.parent)) for name, value in environment}
+        self.process = subprocess.Popen(
+            [path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **added}
+        )
         self.pid = self.process.pid
 
     def ask(self, line: str) -> str:
@@ -336,6 +402,7 @@ class Snapshot:
     text: Mapping[tuple[str, int], str]
     cells: Mapping[int, int]
     lazy: frozenset[int]  # cells that the dynamic linker had not bound yet
+    bound: frozenset[int] = frozenset()  # cells that lead to code of a module
 
 
 def snapshot(pid: int) -> Snapshot:
@@ -343,12 +410,14 @@ def snapshot(pid: int) -> Snapshot:
     text: dict[tuple[str, int], str] = {}
     cells: dict[int, int] = {}
     lazy: set[int] = set()
+    bound: set[int] = set()
     with Target.attach(pid) as target, open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for mapping in target.mappings():
             if mapping.executable and mapping.path.startswith("/") and not mapping.path.startswith("/memfd:patcher"):
                 data = os.pread(memory.fileno(), mapping.end - mapping.start, mapping.start)
                 text[mapping.path, mapping.start] = hashlib.sha256(data).hexdigest()
-        for loaded in Image(target).modules:
+        image = Image(target)
+        for loaded in image.modules:
             for place, cell in loaded.module.cells.items():
                 if cell.type not in GOT_RELOCATIONS:
                     continue
@@ -357,15 +426,17 @@ def snapshot(pid: int) -> Snapshot:
                 cells[address] = value
                 if cell.type == R_X86_64_JUMP_SLOT and loaded.executable_at(value):
                     lazy.add(address)
-    return Snapshot(text, cells, frozenset(lazy))
+                if (module := image.module_at(value)) is not None and module.executable_at(value):
+                    bound.add(address)
+    return Snapshot(text, cells, frozenset(lazy), frozenset(bound))
 
 
 def check_restored(before: Snapshot, after: Snapshot) -> None:
     """Fail unless everything is as it was; a cell may have been bound by the dynamic linker meanwhile."""
     assert after.text == before.text, "executable memory differs after revert 0"
     differing = {a for a, value in before.cells.items() if after.cells.get(a) != value}
-    bound = {a for a in differing & before.lazy if after.cells[a] >> 32}
-    assert not differing - bound, f"GOT cells differ after revert 0: {[hex(a) for a in sorted(differing - bound)]}"
+    wrong = sorted(differing - (before.lazy & after.bound))
+    assert not wrong, f"GOT cells differ after revert 0: {[hex(a) for a in wrong]}"
 
 
 # --- the two ways to patch --------------------------------------------------------------------------------------------
@@ -494,7 +565,7 @@ def _controller(kind: type[Api] | type[Watch], built: Built, pid: int) -> Iterat
 def play(scenario: Scenario, variant: Variant, directory: Path, shared: Path, *, watch: bool = False) -> None:
     """Build, start, and play every step; raises AssertionError where anything is not as it must be."""
     built = build(scenario, variant, directory, shared)
-    with Program(built.program) as program:
+    with Program(built.program, scenario.environment) as program:
         player = _Player(scenario, built, program)
         player.check_answers(scenario.asks)
         before = snapshot(program.pid)
@@ -529,7 +600,7 @@ class _Player:
             self._edit(edit)
         if self.scenario.rebuild:
             self.built.rebuild()
-        files = step.apply or tuple(dict.fromkeys(e.file for e in step.edits if e.file.endswith(".c")))
+        files = step.apply or tuple(dict.fromkeys(e.file for e in step.edits if e.file.endswith(_UNITS)))
         refused = False
         if files:
             outcome = controller.apply(step, files)

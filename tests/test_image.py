@@ -32,7 +32,7 @@ int main(int n, char **v)
 }
 """
 LEFT = "int shared = 4; __thread int outer = 8; int both(void) { return 1; } int from_left(void) { return both(); }\n"
-RIGHT = "int both(void) { return 2; } int only_right(void) { return 3; } int twice(void) { return 1; }\n"
+RIGHT = "int both(void) { return 2; } int only_right(void) { return both() + 1; } int twice(void) { return 1; }\n"
 LATE = "int late(void) { return 9; } int twice(void) { return 2; }\n"
 STYLES = {"pie": ("-fPIE", "-pie"), "fixed": ("-fno-pie", "-no-pie"), "lazy": ("-fPIE", "-pie", "-Wl,-z,lazy")}
 
@@ -93,6 +93,18 @@ def test_names_are_resolved_in_the_order_of_the_dynamic_linker(image: Image) -> 
     assert own.address - image.executable.bias == next(s.value for s in image.executable.module.symbols.named("own"))
     assert image.resolve("local", image.executable) is None, "another unit's static"
     assert image.resolve("nowhere", image.executable) is None
+
+
+def test_without_the_dynamic_linker_s_lists_the_order_is_that_of_the_specification(
+    image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patcher.image.read_scopes", lambda *_: None)  # as where another C library keeps them otherwise
+    presumed = Image(image.target)
+    assert [m.name for m in presumed.scope()] == [m.name for m in image.scope()]
+    for module in presumed.modules:
+        found = presumed.search("both", module)
+        assert found is not None
+        assert found.module.name == "libleft.so"
 
 
 def test_an_imported_variable_is_where_the_process_has_it(image: Image) -> None:

@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     # The linker is pure: blocks in, bytes out; the only code it makes is a far jump.
     "link": READING | {"blocks", "code"},
     "linkmap": {"errors", "target"},
-    "image": READING | {"code", "target", "linkmap"},
+    "scopes": {"errors", "target", "linkmap"},
+    "image": READING | {"code", "target", "linkmap", "scopes"},
     # Functions of the target are called where its frames show that nothing is locked.
     "unwind": {"errors", "elf.tables", "image", "target"},
     "safepoint": {"elf", "image", "target", "unwind"},

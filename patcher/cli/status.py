@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, astuple
 
 import click
 
-from patcher.session import Session, Status
+from patcher.session import ObjectUse, Session, Status
 from patcher.target import Target
 
 
 @click.command()
 @click.argument("pid", type=click.IntRange(min=1))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def status(pid: int, as_json: bool) -> int:
+@click.option("-v", "--verbose", is_flag=True, help="Say how much memory each object takes.")
+def status(pid: int, as_json: bool, verbose: bool) -> int:
     """Tell which generation process PID runs, and where each patched function goes."""
     with Session(Target.attach(pid)) as session:
         found = session.status()
@@ -22,6 +24,8 @@ def status(pid: int, as_json: bool) -> int:
         click.echo(json.dumps(_as_json(found)))
     else:
         _print(found)
+        if verbose and found.objects:
+            _print_objects(found.objects)
     return 0
 
 
@@ -42,3 +46,13 @@ def _print(found: Status) -> None:
         click.echo(f"  {f.name:30} {f.file:20} {f.original:#x} -> {f.current:#x}  {state}")
     for arena in found.arenas:
         click.echo(f"  arena at {arena.address:#x}: {arena.used} bytes in use")
+
+
+def _print_objects(objects: Sequence[ObjectUse]) -> None:
+    rows = [astuple(use) for use in objects]
+    if len(rows) > 1:
+        rows.append(("all", *(sum(column) for column in zip(*(row[1:] for row in rows), strict=True))))
+    width = max(len(row[0]) for row in rows)
+    click.echo(f"  {'bytes of':{width}} {'text':>9} {'rodata':>9} {'data':>9} {'GOT':>9} {'islands':>9}")
+    for name, *sizes in rows:
+        click.echo(f"  {name:{width}} " + " ".join(f"{size:9}" for size in sizes))

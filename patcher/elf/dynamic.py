@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from patcher.elf import tables as t
-from patcher.elf.object import SymbolBinding
+from patcher.elf.object import SymbolBinding, SymbolType
 from patcher.elf.orders import Orders, orders
 from patcher.elf.relocations import R
 from patcher.errors import ObjectError
@@ -51,6 +51,12 @@ class DynamicSymbol:
     version: str
     default: bool  # the version that a reference without a version binds to
     defined: bool
+    absolute: bool = False  # `value` is the same wherever the module is loaded
+    protected: bool = False  # the module's own references to it stay within it
+
+    @property
+    def function(self) -> bool:
+        return self.type in (SymbolType.FUNC, SymbolType.IFUNC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +137,14 @@ class Exports(Mapping[str, tuple[DynamicSymbol, ...]]):
         return np.ones(len(self._table), bool), placed
 
     def _symbol(self, entry: int) -> DynamicSymbol:
-        _, info, _, section, value, size = self._table[entry].item()
+        _, info, other, section, value, size = self._table[entry].item()
         version = int(self._versions[entry]) if entry < len(self._versions) else 0
         named = self._version_names.get(version & ~_HIDDEN_VERSION, "")
         default = not version & _HIDDEN_VERSION
         defined = section != t.SHN_UNDEF
-        return DynamicSymbol(self.name(entry), value, size, info & 15, info >> 4, named, default, defined)
+        absolute, protected = section == t.SHN_ABS, other & 3 == t.STV_PROTECTED
+        kind, binding = info & 15, info >> 4
+        return DynamicSymbol(self.name(entry), value, size, kind, binding, named, default, defined, absolute, protected)
 
 
 class Cells(Mapping[int, Cell]):

@@ -75,6 +75,7 @@ class Module:
     interpreter: str
     cells: Cells
     offset_tables: tuple[tuple[int, int], ...]  # extents of the GOT's sections; empty without section headers
+    stub_tables: tuple[tuple[int, int], ...]  # extents of the PLT's sections, likewise
     read_only_after_start: tuple[int, int]  # what the dynamic linker protects once it has relocated (PT_GNU_RELRO)
     exports: Exports
     symbols: SymbolIndex
@@ -107,6 +108,13 @@ class Module:
     @property
     def end(self) -> int:
         return max(s.end for s in self.segments)
+
+    def asks_for(self, imported: str, wanted: str) -> bool:
+        """Tell whether an import of the module is what an object calls `wanted`: a name, or `name@version`."""
+        name, _, version = wanted.partition("@")
+        if name != imported or not version:
+            return name == imported
+        return {s.version for s in self.exports.get(name, ())} == {version.lstrip("@")}
 
     def cells_named(self, name: str) -> list[int]:
         """Return the addresses of the cells that are relocated against a symbol."""
@@ -175,7 +183,8 @@ def _read(raw: t.RawFile, debug_files: Callable[[str, str], list[Path]] | None) 
         symbolic=dynamic.symbolic,
         interpreter=_interpreter(raw),
         cells=dynamic.cells,
-        offset_tables=_offset_tables(raw),
+        offset_tables=_extents(raw, ".got", ".got.plt"),
+        stub_tables=_extents(raw, ".plt", ".plt.sec", ".plt.got", ".iplt"),
         read_only_after_start=_relro(raw),
         exports=dynamic.exports,
         symbols=symbols,
@@ -210,11 +219,11 @@ def _linked_by_mold(raw: t.RawFile) -> bool:
     return ".comment" in names and b"\0mold " in b"\0" + bytes(raw.contents(names.index(".comment")))
 
 
-def _offset_tables(raw: t.RawFile) -> tuple[tuple[int, int], ...]:
+def _extents(raw: t.RawFile, *names: str) -> tuple[tuple[int, int], ...]:
     return tuple(
         (address, address + size)
         for name, _, _, address, _, size, *_ in raw.section_headers.tolist()
-        if t.string_at(raw.section_names, name) in (".got", ".got.plt")
+        if t.string_at(raw.section_names, name) in names
     )
 
 

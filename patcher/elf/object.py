@@ -8,6 +8,7 @@ Specification: System V ABI, chapter 4; AMD64 supplement, chapter 4.
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -166,6 +167,20 @@ class ObjectFile:
     def file_symbol(self) -> str:
         """The name in the object's STT_FILE symbol: the base name of its source file, or ""."""
         return next((s.name for s in self.symbols if s.type == SymbolType.FILE), "")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of all its STT_FILE symbols: more than one when it was linked of several objects (`ld -r`)."""
+        return tuple(dict.fromkeys(s.name for s in self._file_symbols if s.name))
+
+    @cached_property
+    def _file_symbols(self) -> tuple[Symbol, ...]:
+        return tuple(s for s in self.symbols if s.type == SymbolType.FILE)
+
+    def file_of(self, local: Symbol) -> str:
+        """Return the STT_FILE symbol that a local symbol stands under, or ""."""
+        before = bisect.bisect_left(self._file_symbols, local.number, key=lambda s: s.number)
+        return self._file_symbols[before - 1].name if before else ""
 
     def relocations(self, section: int) -> list[Relocation]:
         """Return the relocations of a section, by rising offset. Raises `ObjectError` for impossible ones."""

@@ -32,6 +32,7 @@ class StaticSymbol(NamedTuple):
     binding: int
     group: int  # ordinal of the STT_FILE symbol it stands under, for local symbols; -1 otherwise
     hidden: bool = False  # of other than default visibility
+    absolute: bool = False  # `value` is the same wherever the module is loaded
 
     @property
     def local(self) -> bool:
@@ -74,13 +75,14 @@ class SymbolIndex:
     def _symbol(self, index: int) -> StaticSymbol:
         found = self._made.get(index)
         if found is None:
-            _, info, other, _, value, size = self._table[index].item()
+            _, info, other, section, value, size = self._table[index].item()
             binding = info >> 4
             group = -1
             if binding == SymbolBinding.LOCAL:
                 group = int(np.searchsorted(self._files, index, side="right")) - 1
             hidden = bool(other & 3)
-            found = self._made[index] = StaticSymbol(self._name(index), value, size, info & 15, binding, group, hidden)
+            name, absolute = self._name(index), section == t.SHN_ABS
+            found = self._made[index] = StaticSymbol(name, value, size, info & 15, binding, group, hidden, absolute)
         return found
 
     @cached_property

@@ -28,6 +28,7 @@ SHF_GROUP, SHF_TLS, SHF_COMPRESSED = 0x200, 0x400, 0x800
 
 SHN_UNDEF, SHN_LORESERVE, SHN_ABS, SHN_COMMON, SHN_XINDEX = 0, 0xFF00, 0xFFF1, 0xFFF2, 0xFFFF
 SHN_X86_64_LCOMMON = 0xFF02
+STV_PROTECTED = 3
 
 PT_LOAD, PT_DYNAMIC, PT_INTERP, PT_NOTE, PT_PHDR, PT_TLS = 1, 2, 3, 4, 6, 7
 PT_GNU_RELRO = 0x6474E552
@@ -209,7 +210,7 @@ def _check_identity(name: str, view: Contents) -> None:
         raise ObjectError(f"{name}: the file is empty", "compile it again")
     start = bytes(view[:16])
     if start[:4] in BITCODE_MAGIC:
-        raise ObjectError(f"{name}: LLVM bytecode (LTO), not machine code", "compile it without -flto")
+        raise ObjectError(f"{name}: LLVM bytecode (LTO), not machine code", "compile it with -fno-lto")
     if start[:4] != ELF_MAGIC:
         raise ObjectError(
             f"{name}: not an ELF file", "give a relocatable object (.o), an archive (.a) or a source file"

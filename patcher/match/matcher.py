@@ -144,6 +144,8 @@ class Matcher:
         self.live[block] = live
         if live is None:
             return FunctionMatch(block, Status.ADDED, None)
+        if self.unit.overridden(block):
+            return FunctionMatch(block, Status.SAME, live)  # what the unit has of it is not what anybody calls
         self._current, self._trial = block, {}
         self.threads.start()
         self.tables.start()
@@ -360,7 +362,7 @@ class Matcher:
     def cell_names(self, target: Target, name: str) -> bool:
         """Tell whether a cell that is relocated against `name` is the one for `target`."""
         if isinstance(target, External):
-            return target.name == name
+            return self.unit.module.module.asks_for(name, target.name)
         return isinstance(target, Place) and any(s.name == name and not s.local for s in target.block.symbols)
 
     def read_table(self, cell: int) -> int:
@@ -394,7 +396,7 @@ class Matcher:
         raise Mismatch(Cause.REFERENCE, f"refers to `{target.name}` instead of {self._describe(address)}")
 
     def _chosen(self, name: str) -> int | None:
-        definition = self.unit.image.resolve(name, self.unit.module)
+        definition = self.unit.image.search(name, self.unit.module)
         if definition is None:
             return None
         return self.unit.image.chosen(definition) if definition.ifunc else definition.address

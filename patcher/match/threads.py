@@ -104,7 +104,7 @@ class ThreadReferences:
     def check_offset(self, target: Target, offset: int) -> None:
         """Check an offset from the thread pointer; raises `Mismatch`."""
         if isinstance(target, External):
-            definition = self.image.resolve(target.name, self.module)
+            definition = self.image.search(target.name, self.module)
             if definition is not None and definition.thread_local and self.image.thread_offset(definition) == offset:
                 return
         block_start = self.image.thread_block(self.module)
@@ -161,7 +161,7 @@ class ThreadReferences:
         return bool(known.name) and not known.addend and self.matcher.cell_names(target, known.name)
 
     def _check_other(self, target: Target, number: int, offset: int) -> None:
-        definition = self.image.resolve(target.name, self.module) if isinstance(target, External) else None
+        definition = self.image.search(target.name, self.module) if isinstance(target, External) else None
         if (
             definition is None
             or not definition.thread_local
@@ -212,7 +212,7 @@ class ThreadReferences:
         symbols = [s for s in module.symbols.named(name) if s.type == SymbolType.TLS and s.value == offset]
         if any(not s.local or module.demoted(s) for s in symbols):
             return True
-        definition = self.image.resolve(name, self.module)
+        definition = self.image.search(name, self.module)
         if definition is None or not definition.thread_local:
             return False
         return definition.module is self.module and definition.address == offset

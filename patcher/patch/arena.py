@@ -29,6 +29,7 @@ from patcher.target import Mapping, Result, SystemCall, Target, read_stat
 MAGIC = b"PATCHER\x01"
 PAGE = 4096
 ISLAND_SIZE = 16
+DOOR_SIZE = ISLAND_SIZE + 8  # an island and its slot
 
 READ_ONLY_SIZE = 16 << 20
 CODE_SIZE = 16 << 20
@@ -182,7 +183,7 @@ class Arena:
         return Region(usage.code, self.header)
 
     def bytes_used(self, usage: Usage) -> int:
-        """Return the bytes of code, constants, data and islands that are in use."""
+        """Return the bytes of code, constants, data and islands, with their slots, that are in use."""
         return (
             usage.read_only
             - self.base
@@ -190,7 +191,7 @@ class Arena:
             - (self.code_start + _ISLANDS_SIZE)
             + usage.data
             - (self.header + _DATA_OFFSET)
-            + usage.slots * (ISLAND_SIZE + 8)
+            + (usage.slots - 1) * DOOR_SIZE
         )
 
     def read_slots(self, count: int) -> list[int]:

@@ -15,7 +15,7 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from patcher.errors import UnsafeChange
@@ -70,6 +70,25 @@ class Body:
 
 
 @dataclass(frozen=True, slots=True)
+class Allocation:
+    """How many bytes of the arenas one object took, gaps for alignment included."""
+
+    object: str
+    text: int = 0
+    read_only: int = 0
+    data: int = 0
+    cells: int = 0
+    islands: int = 0  # with their slots, the entries that they displaced, and jumps to what is far away
+
+    def plus(self, **more: int) -> Allocation:
+        return replace(self, **{kind: getattr(self, kind) + size for kind, size in more.items()})
+
+    @property
+    def total(self) -> int:
+        return self.text + self.read_only + self.data + self.cells + self.islands
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRecord:
     """One generation: who its parent is, what it placed and where each function it changed now goes."""
 
@@ -83,6 +102,7 @@ class GenerationRecord:
     redirects: tuple[Redirect, ...]  # the functions that got their island with this generation
     quiet: tuple[Body, ...] = ()  # bodies without a frame when it went live
     quiet_back: tuple[Body, ...] = ()  # bodies that must have no frame when it is taken back
+    allocations: tuple[Allocation, ...] = ()  # not in the records of older versions
 
 
 @dataclass
@@ -101,6 +121,16 @@ class Journal:
     @property
     def redirects(self) -> list[Redirect]:
         return [r for g in self.generations.values() for r in g.redirects]
+
+    @property
+    def allocations(self) -> list[Allocation]:
+        """What each object took, in all generations together."""
+        found: dict[str, Allocation] = {}
+        for taken in (a for g in self.generations.values() for a in g.allocations):
+            sizes = asdict(taken)
+            name = sizes.pop("object")
+            found[name] = found.get(name, Allocation(name)).plus(**sizes)
+        return list(found.values())
 
     @property
     def placed(self) -> list[Placed]:
@@ -209,6 +239,7 @@ def _record(raw: dict[str, Any]) -> GenerationRecord:
         redirects=tuple(_redirect(r) for r in raw["redirects"]),
         quiet=_bodies(raw["quiet"]),
         quiet_back=_bodies(raw["quiet_back"]),
+        allocations=tuple(_allocation(a) for a in raw.get("allocations", ())),
     )
 
 
@@ -230,6 +261,11 @@ def _cells(raw: Any) -> tuple[tuple[int, int, int], ...]:
 
 def _bodies(raw: Any) -> tuple[Body, ...]:
     return tuple(Body(str(b["name"]), _number(b["start"]), _number(b["end"])) for b in raw)
+
+
+def _allocation(raw: dict[str, Any]) -> Allocation:
+    kinds = ("text", "read_only", "data", "cells", "islands")
+    return Allocation(str(raw["object"]), *(_number(raw[kind]) for kind in kinds))
 
 
 def _placed(raw: dict[str, Any]) -> Placed:

@@ -39,6 +39,7 @@ def test_apply_status_revert(project, program):
         "generation": 0,
         "functions": [],
         "arenas": [],
+        "objects": [],
     }
     done = run("apply", program.pid, change)
     assert (done.returncode, done.stdout) == (0, "")

@@ -70,7 +70,8 @@ def listed(path: Path) -> list[tuple[StaticSymbol, str]]:
         name = (fields["name"] or "").partition("@")[0]
         under = group if binding == 0 else -1
         hidden = fields["visibility"] != "DEFAULT"
-        symbol = StaticSymbol(name, int(fields["value"], 16), int(fields["size"], 0), kind, binding, under, hidden)
+        value, size, absolute = int(fields["value"], 16), int(fields["size"], 0), fields["section"] == "ABS"
+        symbol = StaticSymbol(name, value, size, kind, binding, under, hidden, absolute)
         found.append((symbol, fields["section"]))
     return found
 

@@ -7,13 +7,14 @@ import random
 import resource
 import struct
 import zlib
+from dataclasses import asdict
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patcher.errors import UnsafeChange
-from patcher.patch.journal import Body, GenerationRecord, Journal, Placed, Redirect, decode, encode
+from patcher.patch.journal import Allocation, Body, GenerationRecord, Journal, Placed, Redirect, decode, encode
 
 
 def record(number: int, parent: int, name: str = "answer") -> GenerationRecord:
@@ -33,6 +34,7 @@ def record(number: int, parent: int, name: str = "answer") -> GenerationRecord:
         ),
         quiet=(Body("loop", 1, 2),),
         quiet_back=(),
+        allocations=(Allocation("src/unit.c", 20, 3, 8, 16, 24), Allocation(f"lib{number}.a(ä.o)", 1)),
     )  # fmt: skip
 
 
@@ -68,6 +70,18 @@ def test_what_was_written_comes_back():
     assert [r.number for r in journal.lineage(3)] == [1, 3]
     assert decode(BYTES + bytes(100)).generations == journal.generations
     assert decode(b"").generations == {}
+
+
+def test_what_each_object_took_is_added_up():
+    found = {a.object: a for a in decode(BYTES).allocations}
+    assert found.pop("src/unit.c") == Allocation("src/unit.c", 60, 9, 24, 48, 72)
+    assert {name: a.total for name, a in found.items()} == {f"lib{n}.a(ä.o)": 1 for n in (1, 2, 3)}
+
+
+def test_a_record_of_an_older_version_has_no_allocations():
+    fields = asdict(record(1, 0))
+    del fields["allocations"]
+    assert decode(framed(zlib.compress(json.dumps(fields).encode()))).generations[1].allocations == ()
 
 
 def test_a_circle_of_parents_is_refused():

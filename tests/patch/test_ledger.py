@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from project import MAIN, Project, assert_untouched, image_bytes
+from project import MAIN, SECTIONS, Project, assert_untouched, image_bytes
 
 import patcher
 from patcher.errors import UnsafeChange
@@ -115,3 +116,56 @@ def test_the_state_is_read_from_the_process_itself(project, objects):
         assert program.ask(5) == "1002"
         with patcher.attach(program.pid) as session:
             assert session.status().generation == 2
+
+
+FAR = """\
+#include <stdio.h>
+#include <stdlib.h>
+static int calls;
+static const char *const words[] = {"one", "two", "three"};
+int answer(int n)
+{
+    static int kept = 3;
+    calls++;
+    printf("%s", words[n % 3] + 5);
+    return n + abs(rand()) + kept++ + 1000 * calls;
+}
+"""
+
+
+def test_every_byte_of_an_arena_is_some_object_s(tmp_path):
+    """Two units of the program, a library far away (its own arena), an archive, several generations of each."""
+    sources = {
+        "main.c": MAIN,
+        "unit.c": "int other(int n);\nint lib(int n);\nint answer(int n) { return other(n) + lib(n); }\n",
+        "other.c": "int other(int n) { return n ? n * 2 : 7; }\n",
+        "lib.c": "int lib(int n) { return n * n + 1; }\n",
+    }
+    project = Project(tmp_path / "p", sources, shared=("lib.c",))
+    far = tmp_path / "far.c"
+    far.write_text(FAR.replace("answer(", "other(").replace("calls", "times"))
+    subprocess.run(["gcc", "-O2", "-g", *SECTIONS, "-c", str(far), "-o", str(tmp_path / "other.o")], check=True)
+    subprocess.run(["ar", "rcs", str(tmp_path / "libmore.a"), str(tmp_path / "other.o")], check=True)
+    with project.running() as program, patcher.attach(program.pid, force=True) as session:
+        assert session.status().objects == ()
+        taken = []
+        for files in (
+            [project.object("unit.c", ("return other", "return 1 + other"))],
+            [tmp_path / "libmore.a", project.object("lib.c", ("n * n", "n * n * n"))],
+            [project.object("unit.c", ("return other", "return 2 + other")), tmp_path / "libmore.a"],
+        ):
+            session.apply(*files)
+            status = session.status()
+            taken.append(sum(o.text + o.read_only + o.data + o.cells + o.islands for o in status.objects))
+            assert taken[-1] == sum(a.used for a in status.arenas)
+        assert taken == sorted(set(taken)), "each generation takes some"
+        member = next(o for o in status.objects if o.object == f"{tmp_path}/libmore.a(other.o)")
+        assert all((member.text, member.read_only, member.data, member.islands))
+        assert len(status.arenas) == 2
+        assert len(status.objects) == 4
+        command = [sys.executable, "-m", "patcher", "status", str(program.pid)]
+        told = subprocess.run([*command, "-v"], capture_output=True, check=True, text=True).stdout
+        assert f"libmore.a(other.o) {member.text:9} {member.read_only:9}" in told
+        assert sum(map(int, told.splitlines()[-1].split()[1:])) == taken[-1]
+        read = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)
+        assert read["objects"] == [dataclasses.asdict(o) for o in status.objects]
