@@ -22,8 +22,7 @@ from patcher.session import Generation, Session
 from proof.generated import generate
 
 COUNT = int(os.environ.get("PATCHER_PROGRAMS", "48"))
-# A dynamic model that the linker relaxed is not matched: the known defect of thread-local-position-independent.
-MODELS = ("-fno-pic -no-pie", "-fPIE -pie", "-fPIC -ftls-model=initial-exec -pie")
+MODELS = ("-fno-pic -no-pie", "-fPIE -pie", "-fPIC -pie")
 STYLES = tuple(product(("gcc", "clang"), ("-O0", "-O1", "-O2", "-O3"), MODELS))
 LINKERS = ("bfd", "gold", "lld", "mold")
 ROUNDS = 5
