@@ -51,13 +51,19 @@ class Linked:
     thread_pointer: int  # and of its end
 
     def read(self, address: int, size: int) -> bytes:
-        for p in self.raw.program_headers:
-            start = int(p["address"])
-            if int(p["type"]) == t.PT_LOAD and start <= address and address + size <= start + int(p["memory_size"]):
-                offset = address - start
-                found = bytes(self.raw.data[int(p["offset"]) :][offset : min(offset + size, int(p["file_size"]))])
-                return found.ljust(size, b"\0")
-        raise NotThere(f"{address:#x} is not loaded")
+        return loaded(self.raw, address, size)
+
+
+def loaded(raw: t.RawFile, address: int, size: int) -> bytes:
+    """Return what a program has at an address when it starts."""
+    for p in raw.program_headers:
+        start = int(p["address"])
+        if int(p["type"]) == t.PT_LOAD and start <= address and address + size <= start + int(p["memory_size"]):
+            offset = int(p["offset"]) + address - start
+            return bytes(raw.data[offset : offset + size][: max(0, start + int(p["file_size"]) - address)]).ljust(
+                size, b"\0"
+            )
+    raise NotThere(f"{address:#x} is not loaded")
 
 
 def link_with(linker: str, objects: Sequence[Path], folder: Path) -> Linked:

@@ -19,6 +19,8 @@ from proof.generated import generate
 from scenario import read_scenario
 
 from link.reference import LINKERS, Comparison, Linked, LinkerDefect, NotThere, compare, link_with, read_linked
+from patcher.blocks import Blocks
+from patcher.elf import read_object
 
 COUNT = int(os.environ.get("PATCHER_PROGRAMS", "30"))
 LINKERS_EACH = 4 if "PATCHER_PROGRAMS" in os.environ else 2
@@ -54,7 +56,7 @@ def test_a_source_of_a_scenario(number: int, tmp_path: Path) -> None:
         flags += scenario.flags
     unit = compile_object(source, tmp_path / "unit.o", *flags, "-w", *UNIT, compiler=compiler)
     for comparison in compare_with([unit], number, tmp_path):
-        assert comparison.blocks
+        assert comparison.blocks or not Blocks(read_object(unit)).functions
 
 
 @pytest.mark.parametrize("seed", range(COUNT))

@@ -8,7 +8,7 @@ import pytest
 from living import UNIT, compile_text, run
 
 from link.linking import linked, planned, spaces, written
-from link.test_against_ld import loaded
+from link.reference import loaded
 from patcher.blocks import Blocks
 from patcher.elf import read_object
 from patcher.elf import tables as t
