@@ -158,6 +158,7 @@ class Blocks:
         self._at: dict[tuple[int, int], Block] = {}
         self._references: dict[Block, tuple[Reference, ...]] = {}
         self._commons: dict[int, Block] = {}
+        self._suspects: dict[tuple[int, int], set[int]] = {}
         self._hidden: dict[Block, tuple[HiddenReference, ...]] = {}
         self._pointed: dict[int, set[int]] | None = None
         self._targets: dict[int, Target | None] = {}
@@ -416,9 +417,13 @@ class Blocks:
             return 0, 0
         if block.start == 0 and block.size == self.object.sections[block.section].size:
             return start, end
-        offsets = rows.offset[start:end]
-        low, high = np.searchsorted(offsets, (block.start, block.start + block.size)).tolist()
-        return start + low, start + high
+        return self._rows_between(block.section, block.start, block.start + block.size)
+
+    def _rows_between(self, section: int, low: int, high: int) -> tuple[int, int]:
+        rows = self.object.relocation_rows
+        start, end = rows.extents.get(section, (0, 0))
+        first, last = np.searchsorted(rows.offset[start:end], (low, high)).tolist()
+        return start + first, start + last
 
     def _exact_columns(self) -> tuple[Column, Column]:
         """Return the target (-1: not worked out yet) and the addend of each row of the object's relocations."""
@@ -516,19 +521,46 @@ class Blocks:
         return section is not None and not section.code and not section.mergeable
 
     def _hidden_references(self, block: Block) -> tuple[Reference, ...]:
+        return self._found_hidden(block) if self._is_suspect(block) else ()
+
+    def _is_suspect(self, block: Block) -> bool:
+        """Tell whether a block may have references that the assembler resolved: they take decoding to find."""
         if block.kind is not Kind.CODE or len(self._starts.get(block.section, ())) < 2:
-            return ()
+            return False
+        window = block.section, block.start >> _WINDOW
+        found = self._suspects.get(window)
+        if found is None:
+            found = self._suspects[window] = self._suspects_in(*window)
+        return block.start in found
+
+    def _suspects_in(self, section: int, window: int) -> set[int]:
+        from patcher.code.split import suspects
+
+        starts = self._starts[section]
+        low, high = (bisect.bisect_left(starts, w << _WINDOW) for w in (window, window + 1))
+        functions = [(start, self._at[section, start].size) for start in starts[low:high]]
+        end = functions[-1][0] + functions[-1][1]
+        relocated = self._rows_between(section, functions[0][0], end)
+        offsets = self.object.relocation_rows.offset[slice(*relocated)]
+        return {start for start, _ in suspects(self.object.sections[section].data, functions, offsets)}
+
+    def _found_hidden(self, block: Block) -> tuple[Reference, ...]:
         from patcher.code.split import hidden_references
 
         section = self.object.sections[block.section]
-        relocated = {r.offset for r in self._relocations_of(block.section)}
-        self._hidden[block] = hidden_references(section.data, [(block.start, block.size)], relocated)
+        if block not in self._hidden:
+            relocated = [r.offset for r in self._relocations_in(block)]
+            self._hidden[block] = hidden_references(section.data, [(block.start, block.size)], relocated)
         found = []
         for hidden in self._hidden[block]:
             kind = {1: R.PC8, 4: R.PLT32 if hidden.is_branch else R.PC32}[hidden.width]
             place = self.at(block.section, hidden.target)
             found.append(Reference(hidden.field - block.start, kind, place, -(hidden.width + hidden.end)))
         return tuple(found)
+
+
+_WINDOW = 15
+"""The functions of so many bits of a section's offsets are looked at together: one of them costs as much as all."""
 
 
 def _preferred_name(symbols: tuple[Symbol, ...]) -> str:
@@ -546,8 +578,9 @@ def _function_extents(section: Section, symbols: list[Symbol]) -> list[Piece]:
     if len(entries) <= 1 and (not entries or entries[0] == 0):
         return [(0, section.size, tuple(functions or symbols))]
     pieces: list[Piece] = []
+    names = _by_value(functions)
     for i, start in enumerate(entries):
-        named = tuple(s for s in functions if s.value == start)
+        named = names[start]
         limit = entries[i + 1] if i + 1 < len(entries) else section.size
         end = min(start + max(s.size for s in named), limit) if any(s.size for s in named) else limit
         pieces.append((start, end, named))
@@ -588,11 +621,19 @@ def _data_extents(section: Section, symbols: list[Symbol], pointed: set[int]) ->
     cuts |= {s.value for s in named if not _inside(covered, s.value)}
     cuts |= {offset for offset in pointed if 0 <= offset < section.size and not _inside(covered, offset)}
     ordered = sorted(c for c in cuts if c < section.size)
+    names = _by_value(named)
     pieces: list[Piece] = []
     for i, start in enumerate(ordered):
         end = ordered[i + 1] if i + 1 < len(ordered) else section.size
-        pieces.append((start, end, tuple(s for s in named if s.value == start)))
+        pieces.append((start, end, names.get(start, ())))
     return pieces
+
+
+def _by_value(symbols: Iterable[Symbol]) -> dict[int, tuple[Symbol, ...]]:
+    found: dict[int, list[Symbol]] = {}
+    for symbol in symbols:
+        found.setdefault(symbol.value, []).append(symbol)
+    return {value: tuple(group) for value, group in found.items()}
 
 
 def _inside(extents: list[tuple[int, int]], offset: int) -> bool:

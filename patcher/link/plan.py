@@ -147,12 +147,12 @@ class _Planner:
     def _take(self, unit: Unit, blocks: list[Block]) -> None:
         """Follow what some blocks of one unit refer to, and keep it for the linker."""
         stretched = [b for b in blocks if unit.blocks.is_stretched(b)]
-        plain = [b for b in blocks if b not in stretched] if stretched else blocks
+        plain = _without(blocks, stretched)
         fields = unit.blocks.fields(plain)
         asking = np.unique(fields.owner[np.isin(fields.type, DYNAMIC_THREAD_LOCAL)]).tolist()
         if asking:
             stretched += [plain[i] for i in asking]
-            plain = [b for b in plain if b not in stretched]
+            plain = _without(plain, stretched)
             fields = unit.blocks.fields(plain)
         members = (*plain, *stretched)
         if stretched:
@@ -266,6 +266,11 @@ class _Planner:
                 "link the program with what defines it, or define it in a source file that is watched",
             )
         self._externals[key] = found if found is not None else Bound(0)
+
+
+def _without(blocks: list[Block], others: list[Block]) -> list[Block]:
+    left_out = set(others)
+    return [b for b in blocks if b not in left_out] if left_out else blocks
 
 
 def where(block: Block, reference: Reference) -> str:
