@@ -129,7 +129,7 @@ def suspects(section: bytes, functions: Sequence[tuple[int, int]], relocated: Co
     return [functions[i] for i in np.unique(owner[leaves]).tolist()]
 
 
-def _possible_fields(code: npt.NDArray[np.uint8]) -> tuple[Column, Column]:
+def _possible_fields(code: npt.NDArray[np.uint8]) -> tuple[Column, npt.NDArray[np.uint8]]:
     """Return where a relative field may start, and the class of the byte before it."""
     classes = _CLASSES[code]
     at = np.flatnonzero(classes)
@@ -138,7 +138,7 @@ def _possible_fields(code: npt.NDArray[np.uint8]) -> tuple[Column, Column]:
     for kind, prefix in after.items():
         kept = (classes != kind) | (before == prefix)
         at, classes, before = at[kept], classes[kept], before[kept]
-    return at + 1, classes
+    return at.astype(np.int64) + 1, classes
 
 
 def _values(section: bytes, fields: Column, width: Column) -> Column:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from patcher.blocks import Absolute, Block, External, Kind, Place, Reference
+from patcher.bulk import collector_paused
 from patcher.code.descriptor import FIND_THROUGH_DESCRIPTOR
 from patcher.elf import ObjectFile
 from patcher.elf.object import Column
@@ -95,7 +96,8 @@ class Placement:
 
 def place(plan: Plan, space: Space, islands: Mapping[Block, int], originals: Mapping[Block, int]) -> Placement:
     """Lay a plan out in `space` and link it; see `lay_out` and `link`."""
-    return link(plan, lay_out(plan, space), islands, originals)
+    with collector_paused():
+        return link(plan, lay_out(plan, space), islands, originals)
 
 
 # --- addresses ------------------------------------------------------------------------------------------------
