@@ -149,7 +149,8 @@ class Cuts(NamedTuple):
 
 STUB_SIZE = 5
 
-_FILE, _SECTION = int(SymbolType.FILE), int(SymbolType.SECTION)
+# Comparing with a member of an enum takes as long as making a tuple.
+_FILE, _SECTION, _IFUNC = int(SymbolType.FILE), int(SymbolType.SECTION), int(SymbolType.IFUNC)
 _SIZES = (R.SIZE32, R.SIZE64)
 _SKIPPED = (".eh_frame", ".note", ".comment", ".gnu", ".llvm", ".stapsdt")
 
@@ -169,9 +170,8 @@ class Blocks:
         self._suspects: dict[tuple[int, int], set[int]] = {}
         self._hidden: dict[Block, tuple[HiddenReference, ...]] = {}
         self._pointed: dict[int, set[int]] | None = None
-        self._targets: dict[int, Target | None] = {}
+        self._targets: dict[int, Target | None] = {}  # of symbols, and of the numbers beyond theirs
         self._numbers: dict[Target, int] = {}
-        self._numbered: list[Target] = []
         self._exact: tuple[Column, Column] | None = None
         self._boundaries: dict[Block, list[int]] = {}
         self._keeps_local_names = False
@@ -261,19 +261,17 @@ class Blocks:
             self._cuts[index] = Cuts([b.start for b in blocks], blocks)
 
     def _block(self, section: Section, start: int, size: int, symbols: tuple[Symbol, ...]) -> Block:
-        if section.thread_local:
-            kind = Kind.THREAD_LOCAL
-        elif section.code:
+        if section.code:
             kind = Kind.CODE
+        elif section.thread_local:
+            kind = Kind.THREAD_LOCAL
         elif section.read_only or (not symbols and section.data and self._keeps_local_names):
             # Compilers name every variable; nameless writable data is their own pool of initialisers
             # (gcc puts those with relocations into .data), which nothing writes to.
             kind = Kind.READ_ONLY
         else:
             kind = Kind.DATA
-        alignment = section.alignment
-        if start:
-            alignment = min(alignment, start & -start)
+        alignment = min(section.alignment, start & -start) if start else section.alignment
         name = _preferred_name(symbols) or f"{section.name}+{start:#x}"
         data = section.data[start : start + size]
         return Block(self.object, kind, name, section.index, start, size, alignment, data, symbols)
@@ -423,16 +421,13 @@ class Blocks:
         """Return the number by which columns know a target."""
         number = self._numbers.get(target)
         if number is None:
-            number = self._numbers[target] = len(self.object.symbols) + len(self._numbered)
-            self._numbered.append(target)
+            number = self._numbers[target] = len(self.object.symbols) + len(self._numbers)
+            self._targets[number] = target
         return number
 
     def target(self, number: int) -> Target:
         """Return the target that a number in a column stands for."""
-        named = len(self.object.symbols)
-        if number >= named:
-            return self._numbered[number - named]
-        target = self.named_target(number)
+        target = self._targets.get(number) or self.named_target(number)
         assert target is not None
         return target
 
@@ -470,16 +465,17 @@ class Blocks:
         """Return what a symbol means, wherever it is referred to from; None for a section's symbol."""
         if number not in self._targets:
             symbol = self.object.symbols[number]
-            section = symbol.type == SymbolType.SECTION
-            self._targets[number] = None if section else self._symbol_target(symbol)
+            self._targets[number] = None if symbol.type == _SECTION else self._symbol_target(symbol)
         return self._targets[number]
 
     def _symbol_target(self, symbol: Symbol) -> Target:
+        if symbol.section > 0 and symbol.type != _IFUNC and symbol.number:
+            return self.at(symbol.section, symbol.value)
         if symbol.number == 0 or symbol.absolute:
             return Absolute(symbol.value)
         if symbol.undefined:
             return External(symbol.name, symbol.weak, symbol.visibility != 0)
-        if symbol.type == SymbolType.IFUNC:
+        if symbol.type == _IFUNC:
             return External(symbol.name)  # it denotes what its resolver chose, not the resolver that stands there
         if symbol.common:
             return Place(self._common(symbol), 0)
@@ -562,9 +558,9 @@ class Blocks:
         starts, blocks = self._cuts[section]
         low, high = (bisect.bisect_left(starts, w << _WINDOW) for w in (window, window + 1))
         functions = [(b.start, b.size) for b in blocks[low:high]]
-        extent = np.array([functions[0][0], sum(functions[-1])])
-        rows = self.object.relocation_rows
-        first, last = np.searchsorted(rows.key, row_key(np.int64(section), extent))
+        rows, (last_start, last_size) = self.object.relocation_rows, functions[-1]
+        extent = row_key(np.int64(section), np.array([functions[0][0], last_start + last_size]))
+        first, last = np.searchsorted(rows.key, extent).tolist()
         contents = self.object.sections[section].data
         return {start for start, _ in suspects(contents, functions, rows.offset[first:last])}
 
@@ -588,8 +584,8 @@ _WINDOW = 15
 
 
 def _preferred_name(symbols: tuple[Symbol, ...]) -> str:
-    if not symbols:
-        return ""
+    if len(symbols) < 2:
+        return symbols[0].name if symbols else ""
     return min(symbols, key=lambda s: (s.local, s.type == SymbolType.NOTYPE, s.number)).name
 
 
@@ -603,11 +599,10 @@ def _function_extents(section: Section, symbols: list[Symbol]) -> list[Piece]:
         return [(0, section.size, tuple(functions or symbols))]
     pieces: list[Piece] = []
     names = _by_value(functions)
-    for i, start in enumerate(entries):
+    for start, limit in zip(entries, (*entries[1:], section.size), strict=True):
         named = names[start]
-        limit = entries[i + 1] if i + 1 < len(entries) else section.size
-        end = min(start + max(s.size for s in named), limit) if any(s.size for s in named) else limit
-        pieces.append((start, end, named))
+        size = named[0].size if len(named) == 1 else max(s.size for s in named)
+        pieces.append((start, min(start + size, limit) if size else limit, named))
     return pieces
 
 

@@ -114,13 +114,15 @@ class RelocationRows:
         return np.searchsorted(self.key, first), np.searchsorted(self.key, last)
 
 
-def row_key(section: Column, offset: Column) -> Column:
+def row_key(section: Column | np.int64, offset: Column) -> Column:
     """Return the place of a relocation as a number by which rows are sorted."""
     return section << 33 | offset  # no section is larger than 1 << 32
 
 
-class Section(NamedTuple):
-    """One allocated section; `data` is empty for one that takes no room in the file."""
+# Not frozen: a large unit has hundreds of thousands, and a frozen dataclass takes three times as long to make.
+@dataclass(slots=True, eq=False)
+class Section:
+    """One allocated section; it never changes. `data` is empty for one that takes no room in the file."""
 
     index: int
     name: str
@@ -129,7 +131,7 @@ class Section(NamedTuple):
     size: int
     alignment: int
     entry_size: int
-    data: bytes
+    data: bytes = field(repr=False)
 
     @property
     def code(self) -> bool:
@@ -185,7 +187,9 @@ class ObjectFile:
     def relocations(self, section: int) -> list[Relocation]:
         """Return the relocations of a section, by rising offset. Raises `ObjectError` for impossible ones."""
         rows = self.relocation_rows
-        start, end = np.searchsorted(rows.key, row_key(np.array([section, section + 1]), np.int64(0))).tolist()
+        start, end = np.searchsorted(
+            rows.key, row_key(np.array([section, section + 1]), np.zeros(2, np.int64))
+        ).tolist()
         columns = (rows.offset, rows.type, rows.symbol, rows.addend)
         return list(map(Relocation._make, zip(*(c[start:end].tolist() for c in columns), strict=True)))
 
@@ -344,13 +348,12 @@ def _read_sections(raw: t.RawFile) -> dict[int, Section]:
     for row in np.flatnonzero(_looks_damaged(headers)).tolist():
         _check_section(raw, int(indexes[row]))
     numbers = indexes.tolist()
-    columns = [headers[name].tolist() for name in ("type", "flags", "size")]
-    alignment = np.maximum(headers["alignment"], 1).tolist()
     names = t.strings_at(raw.section_names, headers["name"])
-    rows = zip(
-        numbers, names, *columns, alignment, headers["entry_size"].tolist(), _contents(raw, indexes), strict=True
-    )
-    return dict(zip(numbers, map(Section._make, rows), strict=True))
+    kinds, flags, sizes, entry_sizes = (headers[c].tolist() for c in ("type", "flags", "size", "entry_size"))
+    alignments = np.maximum(headers["alignment"], 1).tolist()
+    contents = _contents(raw, indexes)
+    sections = map(Section, numbers, names, kinds, flags, sizes, alignments, entry_sizes, contents)
+    return dict(zip(numbers, sections, strict=True))
 
 
 def _looks_damaged(headers: t.Table) -> npt.NDArray[np.bool_]:
@@ -359,7 +362,8 @@ def _looks_damaged(headers: t.Table) -> npt.NDArray[np.bool_]:
     code_and_thread_local = t.SHF_TLS | t.SHF_EXECINSTR
     damaged: npt.NDArray[np.bool_] = (alignment & (alignment - np.uint64(1)) != 0) | (alignment > 1 << 30)
     damaged |= (headers["size"] > 1 << 32) | (flags & code_and_thread_local == code_and_thread_local)
-    return damaged | ((flags & t.SHF_STRINGS != 0) & (headers["entry_size"] > _WIDEST_CHARACTER))
+    damaged |= (flags & t.SHF_STRINGS != 0) & (headers["entry_size"] > _WIDEST_CHARACTER)
+    return damaged
 
 
 def _check_section(raw: t.RawFile, index: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 import numpy as np
 
@@ -204,20 +205,16 @@ class _Image:
         self._starts: list[int] = []
         self._arrays: list[tuple[int, int]] = []  # first and last index in `bytes`
         self.shift: dict[Block, int] = {}  # index of the block's first byte, minus its address
-        self.extent: dict[Block, tuple[int, int]] = {}  # from where to where its bytes are, relative to its address
-        pieces: list[tuple[int, bytes, Block, int]] = []
-        for block in plan.placed:
-            linkable = plan.linkables.get(block)
-            data, lead = (linkable.data, linkable.lead) if linkable is not None else (block.data, 0)
-            self.extent[block] = -lead, len(data) - lead
-            pieces.append((addresses[block] - lead, data, block, lead))
+        pieces = [(addresses[block], block.data, block) for block in plan.placed if block not in plan.linkables]
+        for block, linkable in plan.linkables.items():
+            pieces.append((addresses[block] - linkable.lead, linkable.data, block))
         self._fill(pieces)
 
-    def _fill(self, pieces: list[tuple[int, bytes, Block, int]]) -> None:
-        pieces.sort(key=lambda piece: piece[0])
+    def _fill(self, pieces: list[tuple[int, bytes, Block]]) -> None:
+        pieces.sort(key=itemgetter(0))
         contents: list[bytes] = []
         size, end = 0, -1
-        for start, data, block, _ in pieces:
+        for start, data, block in pieces:
             if not data:
                 self.shift[block] = 0
                 continue
@@ -366,8 +363,11 @@ class _GroupLinker:
                 self._fill(np.flatnonzero(fields.type == kind), rule)
 
     def _check_extents(self) -> None:
-        fields, extents = self.fields, [self.linker.image.extent[b] for b in self.group.members]
-        low, high = np.array(extents, np.int64).T
+        fields, members, linkables = self.fields, self.group.members, self.plan.linkables
+        low, high = np.zeros(len(members), np.int64), np.array([len(b.data) for b in members], np.int64)
+        for i in np.flatnonzero([b in linkables for b in members]).tolist():
+            linkable = linkables[members[i]]
+            low[i], high[i] = -linkable.lead, len(linkable.data) - linkable.lead
         width = _WIDTHS[np.searchsorted(_KINDS, fields.type)]
         bad = (fields.offset < low[fields.owner]) | (fields.offset + width > high[fields.owner])
         if bad.any():
@@ -402,7 +402,9 @@ class _GroupLinker:
             return Operands(A=a, D=self._thread_offsets.of(targets))
         if need in self._thread_cells:
             return Operands(A=a, P=p, G=self._thread_cells[need].of(targets) - got, GOT=got)
-        return Operands(self._addresses.of(targets), a, p, GOT=got, L=self._calls.of(targets))
+        if need is Need.ISLAND:
+            return Operands(A=a, P=p, GOT=got, L=self._calls.of(targets))
+        return Operands(self._addresses.of(targets), a, p, GOT=got)
 
     def _cells(self, rows: Column, targets: Column) -> Column:
         """Return the cells of some references: a call through one may go elsewhere than a pointer."""
