@@ -427,8 +427,9 @@ class Blocks:
 
     def target(self, number: int) -> Target:
         """Return the target that a number in a column stands for."""
-        target = self._targets.get(number) or self.named_target(number)
-        assert target is not None
+        target = self._targets.get(number)
+        if target is None:
+            target = self._targets[number] = self._symbol_target(self.object.symbols[number])
         return target
 
     def is_stretched(self, block: Block) -> bool:
@@ -469,7 +470,7 @@ class Blocks:
         return self._targets[number]
 
     def _symbol_target(self, symbol: Symbol) -> Target:
-        if symbol.section > 0 and symbol.type != _IFUNC and symbol.number:
+        if symbol.section > 0 and symbol.type != _IFUNC and symbol.number:  # nearly all
             return self.at(symbol.section, symbol.value)
         if symbol.number == 0 or symbol.absolute:
             return Absolute(symbol.value)

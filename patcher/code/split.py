@@ -82,6 +82,9 @@ def hidden_references(
     found = []
     for offset, size in sorted(set(functions)):
         for instruction in _listing(section, offset, size):
+            operands = instruction[3]
+            if not operands[:1].isdigit() and "[rip" not in operands:
+                continue  # nearly all: neither a branch to a number nor RIP-relative
             reference = _outward(section, offset, size, instruction, fields)
             if reference and 0 <= reference.target <= len(section):
                 found.append(reference)

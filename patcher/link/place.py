@@ -165,19 +165,20 @@ def _give_addresses(
     """Place blocks one after another; return how many bytes each object took."""
     strings: dict[bytes, int] = {}
     used: dict[ObjectFile, int] = {}
+    linkables = plan.linkables
     for block in blocks:
-        linkable = plan.linkables.get(block)
-        lead = linkable.lead if linkable is not None else 0
-        size = max(len(linkable.data) if linkable is not None else 0, block.size)
-        if block.string and block.alignment == 1 and block.data in strings:
+        lead, size, alignment = 0, block.size, block.alignment
+        if block in linkables:
+            lead, size = linkables[block].lead, max(len(linkables[block].data), size)
+        if block.kind is Kind.CODE:
+            alignment = max(alignment, 1 if lead else _CODE_ALIGNMENT)
+        elif block.kind is Kind.DATA:
+            size += 1  # so that a pointer to a variable's end never points to the next one
+        elif block.string and alignment == 1 and block.data in strings:
             addresses[block] = strings[block.data]
             continue
-        alignment = max(block.alignment, 1)
-        if block.kind is Kind.CODE and not lead:
-            alignment = max(alignment, _CODE_ALIGNMENT)
         before = cursor.at
-        # One byte more, so that a pointer to a variable's end never points to the next one.
-        start = cursor.take(size + (block.kind is Kind.DATA), alignment)
+        start = cursor.take(size, alignment)
         used[block.object] = used.get(block.object, 0) + cursor.at - before
         addresses[block] = start + lead
         if block.string:
