@@ -167,7 +167,7 @@ class Blocks:
         self._entries: dict[tuple[int, int], Block] = {}  # of mergeable pools, as they are asked for
         self._references: dict[Block, tuple[Reference, ...]] = {}
         self._commons: dict[int, Block] = {}
-        self._suspects: dict[tuple[int, int], set[int]] = {}
+        self._suspects: dict[tuple[int, int], dict[int, int]] = {}
         self._hidden: dict[Block, tuple[HiddenReference, ...]] = {}
         self._pointed: dict[int, set[int]] | None = None
         self._targets: dict[int, Target | None] = {}  # of symbols, and of the numbers beyond theirs
@@ -545,15 +545,19 @@ class Blocks:
 
     def _is_suspect(self, block: Block) -> bool:
         """Tell whether a block may have references that the assembler resolved: they take decoding to find."""
+        return self._last_hidden(block) is not None
+
+    def _last_hidden(self, block: Block) -> int | None:
+        """Return where in its section a block may have the last field without a relocation, if it may have any."""
         if block.kind is not Kind.CODE or block.section not in self._cuts or len(self._cuts[block.section].starts) < 2:
-            return False
+            return None
         window = block.section, block.start >> _WINDOW
         found = self._suspects.get(window)
         if found is None:
             found = self._suspects[window] = self._suspects_in(*window)
-        return block.start in found
+        return found.get(block.start)
 
-    def _suspects_in(self, section: int, window: int) -> set[int]:
+    def _suspects_in(self, section: int, window: int) -> dict[int, int]:
         from patcher.code.split import suspects
 
         starts, blocks = self._cuts[section]
@@ -563,7 +567,7 @@ class Blocks:
         extent = row_key(np.int64(section), np.array([functions[0][0], last_start + last_size]))
         first, last = np.searchsorted(rows.key, extent).tolist()
         contents = self.object.sections[section].data
-        return {start for start, _ in suspects(contents, functions, rows.offset[first:last])}
+        return suspects(contents, functions, rows.offset[first:last])
 
     def _found_hidden(self, block: Block) -> tuple[Reference, ...]:
         from patcher.code.split import hidden_references
@@ -571,7 +575,8 @@ class Blocks:
         section = self.object.sections[block.section]
         if block not in self._hidden:
             relocated = [r.offset for r in self._relocations_in(block)]
-            self._hidden[block] = hidden_references(section.data, [(block.start, block.size)], relocated)
+            functions, until = [(block.start, block.size)], self._last_hidden(block)
+            self._hidden[block] = hidden_references(section.data, functions, relocated, until)
         found = []
         for hidden in self._hidden[block]:
             kind = {1: R.PC8, 4: R.PLT32 if hidden.is_branch else R.PC32}[hidden.width]

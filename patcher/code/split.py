@@ -71,17 +71,19 @@ class Stubs:
 
 
 def hidden_references(
-    section: bytes, functions: Iterable[tuple[int, int]], relocated: Collection[int]
+    section: bytes, functions: Iterable[tuple[int, int]], relocated: Collection[int], until: int | None = None
 ) -> tuple[HiddenReference, ...]:
     """Find every relative branch and RIP-relative operand that leaves its function without a relocation.
 
-    `functions`: (offset, size) in `section`; `relocated`: offsets of fields that have relocations. The target lies
-    inside the section, or at its end. Raises UndecodableCode (its `offset` counts from the start of the section).
+    `functions`: (offset, size) in `section`; `relocated`: offsets of fields that have relocations; `until`: where in
+    the section the last such field may start, when that is known (`suspects`): what follows it is not decoded. The
+    target lies inside the section, or at its end. Raises UndecodableCode (its `offset` counts from the start of the
+    section).
     """
     fields = sorted(relocated)
     found = []
     for offset, size in sorted(set(functions)):
-        for instruction in _listing(section, offset, size):
+        for instruction in _listing(section, offset, size, until):
             operands = instruction[3]
             if not operands[:1].isdigit() and "[rip" not in operands:
                 continue  # nearly all: neither a branch to a number nor RIP-relative
@@ -110,12 +112,12 @@ def _classes() -> npt.NDArray[np.uint8]:
 _CLASSES = _classes()
 
 
-def suspects(section: bytes, functions: Sequence[tuple[int, int]], relocated: Column) -> list[tuple[int, int]]:
-    """Return those of some functions that may have a hidden reference: never leaves out one that has.
+def suspects(section: bytes, functions: Sequence[tuple[int, int]], relocated: Column) -> dict[int, int]:
+    """Return which functions may have hidden references, and where the last may have its field; misses none.
 
-    `functions`: (offset, size), by rising offset and without overlap; `relocated`: offsets of fields that have
-    relocations, rising. Whatever its alignment, each byte that could end the opcode or ModRM before a relative field
-    is taken for one; a function without such a field that leaves it needs no decoding.
+    Both are offsets in the section. `functions`: (offset, size), by rising offset and without overlap; `relocated`:
+    offsets of fields that have relocations, rising. Whatever its alignment, each byte that could end the opcode or
+    ModRM before a relative field is taken for one; a function without such a field that leaves it needs no decoding.
     """
     low, high = functions[0][0], functions[-1][0] + functions[-1][1]
     starts, sizes = np.array(functions, np.int64).T
@@ -129,7 +131,7 @@ def suspects(section: bytes, functions: Sequence[tuple[int, int]], relocated: Co
     slack = np.where(classes == _OPERAND, 4, 0)
     leaves = ((target < start) | (target + slack >= end)) & (target + slack >= 0) & (target <= len(section))
     leaves &= (fields + width <= end) & ~np.isin(fields, relocated)
-    return [functions[i] for i in np.unique(owner[leaves]).tolist()]
+    return dict(zip(start[leaves].tolist(), fields[leaves].tolist(), strict=True))  # of several, the last
 
 
 def _possible_fields(code: npt.NDArray[np.uint8]) -> tuple[Column, npt.NDArray[np.uint8]]:
@@ -155,9 +157,10 @@ def _values(section: bytes, fields: Column, width: Column) -> Column:
     return (value ^ sign) - sign
 
 
-def _listing(section: bytes, offset: int, size: int) -> list[Lite]:
+def _listing(section: bytes, offset: int, size: int, until: int | None) -> list[Lite]:
+    length = None if until is None else until + 1 - offset
     try:
-        return decode_lite(section[offset : offset + size], _BASE + offset)
+        return decode_lite(section[offset : offset + size], _BASE + offset, length)
     except UndecodableCode as error:
         raise UndecodableCode(section, 0, offset + error.offset) from None
 

@@ -100,8 +100,11 @@ def test_no_function_with_a_hidden_reference_goes_unsuspected(data: st.DataObjec
             if width and data.draw(st.booleans()):
                 fields.append(field)
         functions.append((start, len(section) - start))
-    hidden = {f for f in functions if hidden_references(section, [f], fields)}
-    assert hidden <= set(suspects(section, functions, np.array(fields, np.int64)))
+    suspected = suspects(section, functions, np.array(fields, np.int64))
+    for function in functions:
+        until = suspected.get(function[0])
+        found = () if until is None else hidden_references(section, [function], fields, until)
+        assert found == hidden_references(section, [function], fields)
 
 
 def test_compiled_functions_are_suspected_with_reason(libc_functions: tuple[Function, ...]) -> None:
@@ -110,7 +113,7 @@ def test_compiled_functions_are_suspected_with_reason(libc_functions: tuple[Func
         functions.append((len(section), len(f.code)))
         section += f.code
     suspected = suspects(section, functions, np.array([], np.int64))
-    hidden = [f for f in functions if hidden_references(section, [f], ())]
+    hidden = [start for start, size in functions if hidden_references(section, [(start, size)], ())]
     assert set(hidden) <= set(suspected)
     assert 100 < len(hidden) <= len(suspected) < len(functions) * 9 / 10, "not merely all are suspected"
 
