@@ -563,18 +563,22 @@ class Blocks:
         starts, blocks = self._cuts[section]
         low, high = (bisect.bisect_left(starts, w << _WINDOW) for w in (window, window + 1))
         functions = [(b.start, b.size) for b in blocks[low:high]]
-        rows, (last_start, last_size) = self.object.relocation_rows, functions[-1]
-        extent = row_key(np.int64(section), np.array([functions[0][0], last_start + last_size]))
-        first, last = np.searchsorted(rows.key, extent).tolist()
-        contents = self.object.sections[section].data
-        return suspects(contents, functions, rows.offset[first:last])
+        end = functions[-1][0] + functions[-1][1]
+        relocated = self._relocated(section, functions[0][0], end)
+        return suspects(self.object.sections[section].data, functions, relocated)
+
+    def _relocated(self, section: int, start: int, end: int) -> Column:
+        """Return the offsets of the fields with relocations in a part of a section."""
+        rows = self.object.relocation_rows
+        first, last = np.searchsorted(rows.key, row_key(np.int64(section), np.array([start, end]))).tolist()
+        return rows.offset[first:last]
 
     def _found_hidden(self, block: Block) -> tuple[Reference, ...]:
         from patcher.code.split import hidden_references
 
         section = self.object.sections[block.section]
         if block not in self._hidden:
-            relocated = [r.offset for r in self._relocations_in(block)]
+            relocated = self._relocated(block.section, block.start, block.start + block.size).tolist()
             functions, until = [(block.start, block.size)], self._last_hidden(block)
             self._hidden[block] = hidden_references(section.data, functions, relocated, until)
         found = []
