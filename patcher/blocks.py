@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from patcher.bulk import collector_paused
 from patcher.elf import ObjectFile, Relocation, Section, Symbol, SymbolType
-from patcher.elf.object import Column
+from patcher.elf.object import Column, row_key
 from patcher.elf.relocations import R, is_pc_relative
 from patcher.errors import ObjectError
 
@@ -38,9 +39,10 @@ class Kind(Enum):
     THREAD_LOCAL = "thread-local data"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Not frozen: a large unit has hundreds of thousands, and a frozen dataclass takes three times as long to make.
+@dataclass(slots=True, eq=False)
 class Block:
-    """A piece of an object. `data` is empty for zero-initialised storage."""
+    """A piece of an object; it never changes. `data` is empty for zero-initialised storage."""
 
     object: ObjectFile = field(repr=False)
     kind: Kind
@@ -138,8 +140,17 @@ class Fields:
         return cls(*(np.concatenate([getattr(p, c) for p in parts]) for c in columns))
 
 
+class Cuts(NamedTuple):
+    """The blocks of one section, by rising start."""
+
+    starts: list[int]
+    blocks: list[Block]
+
+
 STUB_SIZE = 5
 
+# Comparing with a member of an enum takes as long as making a tuple.
+_FILE, _SECTION, _IFUNC = int(SymbolType.FILE), int(SymbolType.SECTION), int(SymbolType.IFUNC)
 _SIZES = (R.SIZE32, R.SIZE64)
 _SKIPPED = (".eh_frame", ".note", ".comment", ".gnu", ".llvm", ".stapsdt")
 
@@ -150,49 +161,66 @@ class Blocks:
     def __init__(self, source: ObjectFile) -> None:
         self.object = source
         self._symbols_of: dict[int, list[Symbol]] = {}
-        for symbol in source.symbols:
-            if symbol.section in source.sections and symbol.type not in (SymbolType.SECTION, SymbolType.FILE):
-                self._symbols_of.setdefault(symbol.section, []).append(symbol)
         self._relocations: dict[int, list[Relocation]] = {}
-        self._starts: dict[int, list[int]] = {}
-        self._at: dict[tuple[int, int], Block] = {}
+        self._whole: dict[int, Block] = {}  # sections that are one block
+        self._cuts: dict[int, Cuts] = {}  # those that have several, or none
+        self._entries: dict[tuple[int, int], Block] = {}  # of mergeable pools, as they are asked for
         self._references: dict[Block, tuple[Reference, ...]] = {}
         self._commons: dict[int, Block] = {}
+        self._suspects: dict[tuple[int, int], dict[int, int]] = {}
         self._hidden: dict[Block, tuple[HiddenReference, ...]] = {}
         self._pointed: dict[int, set[int]] | None = None
-        self._targets: dict[int, Target | None] = {}
+        self._targets: dict[int, Target | None] = {}  # of symbols, and of the numbers beyond theirs
         self._numbers: dict[Target, int] = {}
-        self._numbered: list[Target] = []
         self._exact: tuple[Column, Column] | None = None
         self._boundaries: dict[Block, list[int]] = {}
-        self._keeps_local_names = any(s.local and s.name and s.type != SymbolType.FILE for s in source.symbols)
-        self.functions: tuple[Block, ...] = tuple(self._code_blocks())
+        self._keeps_local_names = False
+        with collector_paused():
+            self._sort_symbols()
+            self.functions: tuple[Block, ...] = tuple(self._code_blocks())
+
+    def _sort_symbols(self) -> None:
+        sections, found = self.object.sections, self._symbols_of
+        for symbol in self.object.symbols:
+            _, name, section, _, _, kind, binding, _ = symbol  # attributes would take as long as all the rest
+            if kind == _FILE:
+                continue
+            if name and not binding:
+                self._keeps_local_names = True
+            if section in sections and kind != _SECTION:
+                if section in found:
+                    found[section].append(symbol)
+                else:
+                    found[section] = [symbol]
 
     # --- blocks -----------------------------------------------------------------------------------------------
 
     def _code_blocks(self) -> Iterable[Block]:
         for section in self.object.sections.values():
             if section.code and section.size and not section.name.startswith(_SKIPPED):
-                for start in self._cut(section):
-                    block = self._at[section.index, start]
-                    if block.symbols:
-                        yield block
+                yield from self._named_blocks(section)
 
     def data_blocks(self) -> Iterable[Block]:
         """Yield every named variable and constant that the object defines, commons included."""
         for section in self.object.sections.values():
             if section.code or section.mergeable or not section.size or section.name.startswith(_SKIPPED):
                 continue
-            for start in self._cut(section):
-                block = self._at[section.index, start]
-                if block.symbols:
-                    yield block
+            yield from self._named_blocks(section)
         for symbol in self.object.symbols:
             if symbol.common:
                 yield self._common(symbol)
 
+    def _named_blocks(self, section: Section) -> Iterable[Block]:
+        self._cut(section)
+        whole = self._whole.get(section.index)
+        blocks = self._cuts[section.index].blocks if whole is None else (whole,)
+        return (b for b in blocks if b.symbols)
+
     def at(self, section_index: int, offset: int) -> Place:
         """Return the block that holds an offset of a section, and the offset within it."""
+        whole = self._whole.get(section_index)
+        if whole is not None:
+            return Place(whole, offset)
         section = self.object.sections.get(section_index)
         if section is None:
             raise ObjectError(
@@ -203,43 +231,47 @@ class Blocks:
             return self._string_at(section, offset)
         if section.mergeable and section.entry_size and not section.code:
             return self._entry_at(section, offset)
-        starts = self._cut(section)
-        if not starts:
+        self._cut(section)
+        whole = self._whole.get(section_index)
+        if whole is not None:
+            return Place(whole, offset)
+        cuts = self._cuts[section_index]
+        if not cuts.starts:
             raise self._outside(section, offset)
-        start = starts[max(0, bisect.bisect_right(starts, offset) - 1)]
-        return Place(self._at[section_index, start], offset - start)
+        i = max(0, bisect.bisect_right(cuts.starts, offset) - 1)
+        return Place(cuts.blocks[i], offset - cuts.starts[i])
 
-    def _cut(self, section: Section) -> list[int]:
-        starts = self._starts.get(section.index)
-        if starts is None:
-            symbols = sorted(self._symbols_of.get(section.index, ()), key=lambda s: s.value)
-            symbols = [s for s in symbols if s.value <= section.size]
-            if section.code:
-                pieces = _function_extents(section, symbols)
-            elif _is_one_variable(section, symbols):
-                pieces = [(0, section.size, tuple(symbols))]
-            else:
-                pieces = _data_extents(section, symbols, self._pointed_offsets(section))
-            for start, end, named in pieces:
-                self._at[section.index, start] = self._block(section, start, end - start, named)
-            starts = [start for start, _, _ in pieces]
-            self._starts[section.index] = starts
-        return starts
+    def _cut(self, section: Section) -> None:
+        index = section.index
+        if index in self._whole or index in self._cuts:
+            return
+        symbols = self._symbols_of.get(index, [])
+        if len(symbols) > 1 or (symbols and symbols[0].value > section.size):
+            symbols = sorted((s for s in symbols if s.value <= section.size), key=lambda s: s.value)
+        if section.code:
+            pieces = _function_extents(section, symbols)
+        elif _is_one_variable(section, symbols):
+            pieces = [(0, section.size, tuple(symbols))]
+        else:
+            pieces = _data_extents(section, symbols, self._pointed_offsets(section))
+        blocks = [self._block(section, start, end - start, named) for start, end, named in pieces]
+        if len(blocks) == 1 and not blocks[0].start:
+            self._whole[index] = blocks[0]
+        else:
+            self._cuts[index] = Cuts([b.start for b in blocks], blocks)
 
     def _block(self, section: Section, start: int, size: int, symbols: tuple[Symbol, ...]) -> Block:
-        if section.thread_local:
-            kind = Kind.THREAD_LOCAL
-        elif section.code:
+        if section.code:
             kind = Kind.CODE
+        elif section.thread_local:
+            kind = Kind.THREAD_LOCAL
         elif section.read_only or (not symbols and section.data and self._keeps_local_names):
             # Compilers name every variable; nameless writable data is their own pool of initialisers
             # (gcc puts those with relocations into .data), which nothing writes to.
             kind = Kind.READ_ONLY
         else:
             kind = Kind.DATA
-        alignment = section.alignment
-        if start:
-            alignment = min(alignment, start & -start)
+        alignment = min(section.alignment, start & -start) if start else section.alignment
         name = _preferred_name(symbols) or f"{section.name}+{start:#x}"
         data = section.data[start : start + size]
         return Block(self.object, kind, name, section.index, start, size, alignment, data, symbols)
@@ -250,7 +282,7 @@ class Blocks:
             raise self._outside(section, offset)
         data = section.data
         start, end = _string_extent(data, offset, width)
-        block = self._at.get((section.index, start))
+        block = self._entries.get((section.index, start))
         if block is None:
             contents = data[start:end]
             name = f"{section.name}+{start:#x}"
@@ -258,17 +290,17 @@ class Blocks:
             block = Block(
                 self.object, Kind.READ_ONLY, name, section.index, start, len(contents), alignment, contents, (), True
             )
-            self._at[section.index, start] = block
+            self._entries[section.index, start] = block
         return Place(block, offset - start)
 
     def _entry_at(self, section: Section, offset: int) -> Place:
         if not 0 <= offset < section.size:
             raise self._outside(section, offset)
         start = offset - offset % section.entry_size
-        block = self._at.get((section.index, start))
+        block = self._entries.get((section.index, start))
         if block is None:
             block = self._block(section, start, min(section.entry_size, section.size - start), ())
-            self._at[section.index, start] = block
+            self._entries[section.index, start] = block
         return Place(block, offset - start)
 
     def _common(self, symbol: Symbol) -> Block:
@@ -367,9 +399,7 @@ class Blocks:
 
     def fields(self, blocks: Sequence[Block]) -> Fields:
         """Return what some blocks refer to: what `references` says of each, as columns."""
-        extents = [self._rows_of(b) for b in blocks]
-        first = np.array([a for a, _ in extents], np.int64)
-        count = np.array([b - a for a, b in extents], np.int64)
+        first, count = self._rows_of(blocks)
         owner = np.repeat(np.arange(len(blocks)), count)
         rows = np.arange(len(owner)) + np.repeat(first - (np.cumsum(count) - count), count)
         self._make_exact(blocks, owner, rows)
@@ -378,7 +408,7 @@ class Blocks:
         starts = np.array([b.start for b in blocks], np.int64)
         offset = table.offset[rows] - starts[owner]
         plain = Fields(owner, offset, table.type[rows], target[rows], addend[rows])
-        hidden = [(i, r) for i, b in enumerate(blocks) for r in self._hidden_references(b)]
+        hidden = [(i, r) for i, b in enumerate(blocks) if self._is_suspect(b) for r in self._found_hidden(b)]
         return Fields.joined([plain, self.rows(hidden)]) if hidden else plain
 
     def rows(self, references: Sequence[tuple[int, Reference]]) -> Fields:
@@ -391,41 +421,35 @@ class Blocks:
         """Return the number by which columns know a target."""
         number = self._numbers.get(target)
         if number is None:
-            number = self._numbers[target] = len(self.object.symbols) + len(self._numbered)
-            self._numbered.append(target)
+            number = self._numbers[target] = len(self.object.symbols) + len(self._numbers)
+            self._targets[number] = target
         return number
 
     def target(self, number: int) -> Target:
         """Return the target that a number in a column stands for."""
-        named = len(self.object.symbols)
-        if number >= named:
-            return self._numbered[number - named]
-        target = self.named_target(number)
-        assert target is not None
+        target = self._targets.get(number)
+        if target is None:
+            target = self._targets[number] = self._symbol_target(self.object.symbols[number])
         return target
 
     def is_stretched(self, block: Block) -> bool:
         """Tell whether a block needs jumps of its own around it, so that `linkable` is not the block as it is."""
-        self._hidden_references(block)
-        return any(h.width == 1 for h in self._hidden.get(block, ()))
+        return bool(self._hidden_references(block)) and any(h.width == 1 for h in self._hidden[block])
 
-    def _rows_of(self, block: Block) -> tuple[int, int]:
-        rows = self.object.relocation_rows
-        start, end = rows.extents.get(block.section, (0, 0))
-        if not block.data or start == end:
-            return 0, 0
-        if block.start == 0 and block.size == self.object.sections[block.section].size:
-            return start, end
-        offsets = rows.offset[start:end]
-        low, high = np.searchsorted(offsets, (block.start, block.start + block.size)).tolist()
-        return start + low, start + high
+    def _rows_of(self, blocks: Sequence[Block]) -> tuple[Column, Column]:
+        """Return the first row of each block among the object's relocations, and how many it has."""
+        section = np.array([b.section for b in blocks], np.int64)
+        start = np.array([b.start for b in blocks], np.int64)
+        size = np.array([len(b.data) for b in blocks], np.int64)
+        first, last = self.object.relocation_rows.between(row_key(section, start), row_key(section, start + size))
+        return first, last - first
 
     def _exact_columns(self) -> tuple[Column, Column]:
         """Return the target (-1: not worked out yet) and the addend of each row of the object's relocations."""
         if self._exact is None:
             table = self.object.relocation_rows
-            sections = [s.number for s in self.object.symbols if s.type == SymbolType.SECTION]
-            inexact = np.isin(table.symbol, sections) | np.isin(table.type, _SIZES)
+            nameless = self.object.symbol_types == SymbolType.SECTION
+            inexact = nameless[table.symbol] | np.isin(table.type, _SIZES)
             self._exact = np.where(inexact, -1, table.symbol), table.addend.copy()
         return self._exact
 
@@ -442,16 +466,17 @@ class Blocks:
         """Return what a symbol means, wherever it is referred to from; None for a section's symbol."""
         if number not in self._targets:
             symbol = self.object.symbols[number]
-            section = symbol.type == SymbolType.SECTION
-            self._targets[number] = None if section else self._symbol_target(symbol)
+            self._targets[number] = None if symbol.type == _SECTION else self._symbol_target(symbol)
         return self._targets[number]
 
     def _symbol_target(self, symbol: Symbol) -> Target:
+        if symbol.section > 0 and symbol.type != _IFUNC and symbol.number:  # nearly all
+            return self.at(symbol.section, symbol.value)
         if symbol.number == 0 or symbol.absolute:
             return Absolute(symbol.value)
         if symbol.undefined:
             return External(symbol.name, symbol.weak, symbol.visibility != 0)
-        if symbol.type == SymbolType.IFUNC:
+        if symbol.type == _IFUNC:
             return External(symbol.name)  # it denotes what its resolver chose, not the resolver that stands there
         if symbol.common:
             return Place(self._common(symbol), 0)
@@ -516,13 +541,46 @@ class Blocks:
         return section is not None and not section.code and not section.mergeable
 
     def _hidden_references(self, block: Block) -> tuple[Reference, ...]:
-        if block.kind is not Kind.CODE or len(self._starts.get(block.section, ())) < 2:
-            return ()
+        return self._found_hidden(block) if self._is_suspect(block) else ()
+
+    def _is_suspect(self, block: Block) -> bool:
+        """Tell whether a block may have references that the assembler resolved: they take decoding to find."""
+        return self._last_hidden(block) is not None
+
+    def _last_hidden(self, block: Block) -> int | None:
+        """Return where in its section a block may have the last field without a relocation, if it may have any."""
+        if block.kind is not Kind.CODE or block.section not in self._cuts or len(self._cuts[block.section].starts) < 2:
+            return None
+        window = block.section, block.start >> _WINDOW
+        found = self._suspects.get(window)
+        if found is None:
+            found = self._suspects[window] = self._suspects_in(*window)
+        return found.get(block.start)
+
+    def _suspects_in(self, section: int, window: int) -> dict[int, int]:
+        from patcher.code.split import suspects
+
+        starts, blocks = self._cuts[section]
+        low, high = (bisect.bisect_left(starts, w << _WINDOW) for w in (window, window + 1))
+        functions = [(b.start, b.size) for b in blocks[low:high]]
+        end = functions[-1][0] + functions[-1][1]
+        relocated = self._relocated(section, functions[0][0], end)
+        return suspects(self.object.sections[section].data, functions, relocated)
+
+    def _relocated(self, section: int, start: int, end: int) -> Column:
+        """Return the offsets of the fields with relocations in a part of a section."""
+        rows = self.object.relocation_rows
+        first, last = np.searchsorted(rows.key, row_key(np.int64(section), np.array([start, end]))).tolist()
+        return rows.offset[first:last]
+
+    def _found_hidden(self, block: Block) -> tuple[Reference, ...]:
         from patcher.code.split import hidden_references
 
         section = self.object.sections[block.section]
-        relocated = {r.offset for r in self._relocations_of(block.section)}
-        self._hidden[block] = hidden_references(section.data, [(block.start, block.size)], relocated)
+        if block not in self._hidden:
+            relocated = self._relocated(block.section, block.start, block.start + block.size).tolist()
+            functions, until = [(block.start, block.size)], self._last_hidden(block)
+            self._hidden[block] = hidden_references(section.data, functions, relocated, until)
         found = []
         for hidden in self._hidden[block]:
             kind = {1: R.PC8, 4: R.PLT32 if hidden.is_branch else R.PC32}[hidden.width]
@@ -531,9 +589,13 @@ class Blocks:
         return tuple(found)
 
 
+_WINDOW = 15
+"""The functions of so many bits of a section's offsets are looked at together: one of them costs as much as all."""
+
+
 def _preferred_name(symbols: tuple[Symbol, ...]) -> str:
-    if not symbols:
-        return ""
+    if len(symbols) < 2:
+        return symbols[0].name if symbols else ""
     return min(symbols, key=lambda s: (s.local, s.type == SymbolType.NOTYPE, s.number)).name
 
 
@@ -546,11 +608,11 @@ def _function_extents(section: Section, symbols: list[Symbol]) -> list[Piece]:
     if len(entries) <= 1 and (not entries or entries[0] == 0):
         return [(0, section.size, tuple(functions or symbols))]
     pieces: list[Piece] = []
-    for i, start in enumerate(entries):
-        named = tuple(s for s in functions if s.value == start)
-        limit = entries[i + 1] if i + 1 < len(entries) else section.size
-        end = min(start + max(s.size for s in named), limit) if any(s.size for s in named) else limit
-        pieces.append((start, end, named))
+    names = _by_value(functions)
+    for start, limit in zip(entries, (*entries[1:], section.size), strict=True):
+        named = names[start]
+        size = named[0].size if len(named) == 1 else max(s.size for s in named)
+        pieces.append((start, min(start + size, limit) if size else limit, named))
     return pieces
 
 
@@ -588,11 +650,19 @@ def _data_extents(section: Section, symbols: list[Symbol], pointed: set[int]) ->
     cuts |= {s.value for s in named if not _inside(covered, s.value)}
     cuts |= {offset for offset in pointed if 0 <= offset < section.size and not _inside(covered, offset)}
     ordered = sorted(c for c in cuts if c < section.size)
+    names = _by_value(named)
     pieces: list[Piece] = []
     for i, start in enumerate(ordered):
         end = ordered[i + 1] if i + 1 < len(ordered) else section.size
-        pieces.append((start, end, tuple(s for s in named if s.value == start)))
+        pieces.append((start, end, names.get(start, ())))
     return pieces
+
+
+def _by_value(symbols: Iterable[Symbol]) -> dict[int, tuple[Symbol, ...]]:
+    found: dict[int, list[Symbol]] = {}
+    for symbol in symbols:
+        found.setdefault(symbol.value, []).append(symbol)
+    return {value: tuple(group) for value, group in found.items()}
 
 
 def _inside(extents: list[tuple[int, int]], offset: int) -> bool:

@@ -22,16 +22,17 @@ READING = {"errors", "elf"}
 MATCHING = READING | {"blocks", "image", "live", "lines", "link", "code", "target"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
-    "elf": {"errors"},
+    "bulk": set(),
+    "elf": {"errors", "bulk"},
     "code": {"errors"},
     "target": {"errors"},
     "build": {"errors"},
     "watch": {"errors"},
     "dwarf": {"errors", "elf.tables"},  # finds sections in a copy of the object, to mend relocations there
     # Blocks cut code at the references that an assembler resolved: that takes decoding.
-    "blocks": READING | {"code"},
+    "blocks": READING | {"code", "bulk"},
     # The linker is pure: blocks in, bytes out; the only code it makes is a far jump.
-    "link": READING | {"blocks", "code"},
+    "link": READING | {"blocks", "code", "bulk"},
     "linkmap": {"errors", "target"},
     "scopes": {"errors", "target", "linkmap"},
     "image": READING | {"code", "target", "linkmap", "scopes"},

@@ -141,14 +141,17 @@ def decode_start(code: bytes, address: int, length: int) -> list[Instruction]:
     return found
 
 
-def decode_lite(code: bytes, address: int) -> list[Lite]:
-    """Decode all of `code` to (offset, size, mnemonic, operands): the quick one (about 0.7 us an instruction).
+def decode_lite(code: bytes, address: int, length: int | None = None) -> list[Lite]:
+    """Decode `code` to (offset, size, mnemonic, operands): the quick one (about 0.7 us an instruction).
 
-    Raises UndecodableCode at the first bytes that are no instruction, or are cut off by the end.
+    All of it, or, given a `length`, whole instructions that cover at least so many bytes. Raises UndecodableCode at
+    the first bytes that are no instruction, or are cut off by the end.
     """
-    found = [(at - address, size, name, operands) for at, size, name, operands in _lite(code, address)]
+    needed = len(code) if length is None else length
+    window = code[: needed + MAX_INSTRUCTION]
+    found = [(at - address, size, name, operands) for at, size, name, operands in _lite(window, address)]
     decoded = found[-1][0] + found[-1][1] if found else 0
-    if decoded != len(code):
+    if decoded < needed:
         raise UndecodableCode(code, address, decoded)
     return found
 

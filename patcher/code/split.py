@@ -9,7 +9,10 @@ its function, directly before or after it: the branch went in that direction at 
 
     prefix jumps | function | suffix jumps          one block, placed as a whole
 
-Specification: psABI x86-64 4.4 (relocation); Intel SDM volume 2 (Jcc, JMP, LOOP).
+Decoding is what this costs, and few functions have such a reference: `suspects` looks at all places where the bytes
+of one could be, and so tells which functions need not be decoded.
+
+Specification: psABI x86-64 4.4 (relocation); Intel SDM volume 2 (Jcc, JMP, LOOP; table 2-7, RIP-relative operands).
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from patcher.code.instructions import (
     Lite,
@@ -65,26 +71,96 @@ class Stubs:
 
 
 def hidden_references(
-    section: bytes, functions: Iterable[tuple[int, int]], relocated: Collection[int]
+    section: bytes, functions: Iterable[tuple[int, int]], relocated: Collection[int], until: int | None = None
 ) -> tuple[HiddenReference, ...]:
     """Find every relative branch and RIP-relative operand that leaves its function without a relocation.
 
-    `functions`: (offset, size) in `section`; `relocated`: offsets of fields that have relocations. The target lies
-    inside the section, or at its end. Raises UndecodableCode (its `offset` counts from the start of the section).
+    `functions`: (offset, size) in `section`; `relocated`: offsets of fields that have relocations; `until`: where in
+    the section the last such field may start, when that is known (`suspects`): what follows it is not decoded. The
+    target lies inside the section, or at its end. Raises UndecodableCode (its `offset` counts from the start of the
+    section).
     """
     fields = sorted(relocated)
     found = []
     for offset, size in sorted(set(functions)):
-        for instruction in _listing(section, offset, size):
+        for instruction in _listing(section, offset, size, until):
+            operands = instruction[3]
+            if not operands[:1].isdigit() and "[rip" not in operands:
+                continue  # nearly all: neither a branch to a number nor RIP-relative
             reference = _outward(section, offset, size, instruction, fields)
             if reference and 0 <= reference.target <= len(section):
                 found.append(reference)
     return tuple(found)
 
 
-def _listing(section: bytes, offset: int, size: int) -> list[Lite]:
+Column = npt.NDArray[np.int64]
+
+_NONE, _SHORT, _NEAR, _OPERAND, _AFTER_0F, _AFTER_C7 = range(6)
+
+
+def _classes() -> npt.NDArray[np.uint8]:
+    """Return what each byte may be, directly before a relative field."""
+    classes = np.full(256, _NONE, np.uint8)
+    classes[[*range(0x70, 0x80), *range(0xE0, 0xE4), 0xEB]] = _SHORT  # jcc, loopne/loope/loop/jrcxz, jmp rel8
+    classes[[0xE8, 0xE9]] = _NEAR  # call, jmp rel32
+    classes[0x05:0x40:8] = _OPERAND  # ModRM of disp32(%rip)
+    classes[0x80:0x90] = _AFTER_0F  # jcc rel32
+    classes[0xF8] = _AFTER_C7  # xbegin rel32
+    return classes
+
+
+_CLASSES = _classes()
+
+
+def suspects(section: bytes, functions: Sequence[tuple[int, int]], relocated: Column) -> dict[int, int]:
+    """Return which functions may have hidden references, and where the last may have its field; misses none.
+
+    Both are offsets in the section. `functions`: (offset, size), by rising offset and without overlap; `relocated`:
+    offsets of fields that have relocations, rising. Whatever its alignment, each byte that could end the opcode or
+    ModRM before a relative field is taken for one; a function without such a field that leaves it needs no decoding.
+    """
+    low, high = functions[0][0], functions[-1][0] + functions[-1][1]
+    starts, sizes = np.array(functions, np.int64).T
+    fields, classes = _possible_fields(np.frombuffer(section, np.uint8, high - low, low))
+    fields += low
+    owner = np.searchsorted(starts, fields - 1, "right") - 1
+    start, end = starts[owner], starts[owner] + sizes[owner]
+    width = np.where(classes == _SHORT, 1, 4)
+    target = fields + width + _values(section, fields, width)
+    # An immediate of up to four bytes may stand between the displacement and the end of the instruction.
+    slack = np.where(classes == _OPERAND, 4, 0)
+    leaves = ((target < start) | (target + slack >= end)) & (target + slack >= 0) & (target <= len(section))
+    leaves &= (fields + width <= end) & ~np.isin(fields, relocated)
+    return dict(zip(start[leaves].tolist(), fields[leaves].tolist(), strict=True))  # of several, the last
+
+
+def _possible_fields(code: npt.NDArray[np.uint8]) -> tuple[Column, npt.NDArray[np.uint8]]:
+    """Return where a relative field may start, and the class of the byte before it."""
+    classes = _CLASSES[code]
+    at = np.flatnonzero(classes)
+    classes, before = classes[at], code[at - 1]
+    after = {_AFTER_0F: 0x0F, _AFTER_C7: 0xC7}
+    for kind, prefix in after.items():
+        kept = (classes != kind) | (before == prefix)
+        at, classes, before = at[kept], classes[kept], before[kept]
+    return at.astype(np.int64) + 1, classes
+
+
+def _values(section: bytes, fields: Column, width: Column) -> Column:
+    """Return the signed numbers of one or four bytes at some offsets, which may reach beyond the end."""
+    value = np.zeros(len(fields), np.int64)
+    contents = np.frombuffer(section, np.uint8)
+    for i in range(4):
+        byte = contents[np.minimum(fields + i, len(section) - 1)].astype(np.int64)
+        value |= np.where(i < width, byte << 8 * i, 0)
+    sign = np.int64(1) << (8 * width - 1)
+    return (value ^ sign) - sign
+
+
+def _listing(section: bytes, offset: int, size: int, until: int | None) -> list[Lite]:
+    length = None if until is None else until + 1 - offset
     try:
-        return decode_lite(section[offset : offset + size], _BASE + offset)
+        return decode_lite(section[offset : offset + size], _BASE + offset, length)
     except UndecodableCode as error:
         raise UndecodableCode(section, 0, offset + error.offset) from None
 

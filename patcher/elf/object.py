@@ -12,12 +12,14 @@ import bisect
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from patcher.bulk import collector_paused
 from patcher.elf import tables as t
 from patcher.elf.relocations import R
 from patcher.errors import ObjectError
@@ -99,19 +101,29 @@ Column = npt.NDArray[np.int64]
 class RelocationRows:
     """Relocations as columns, in which those of one section stand together, by rising offset.
 
-    `extents`: section -> its rows (first, one beyond the last). Rows of type R_X86_64_NONE are left out.
+    `key`: section and offset as one rising number (`row_key`). Rows of type R_X86_64_NONE are left out.
     """
 
-    extents: dict[int, tuple[int, int]]
+    key: Column
     offset: Column
     type: Column
     symbol: Column
     addend: Column
 
+    def between(self, first: Column, last: Column) -> tuple[Column, Column]:
+        """Return, for pairs of keys, the first row from the one on, and the first row from the other on."""
+        return np.searchsorted(self.key, first), np.searchsorted(self.key, last)
 
-@dataclass(frozen=True, slots=True)
+
+def row_key(section: Column | np.int64, offset: Column) -> Column:
+    """Return the place of a relocation as a number by which rows are sorted."""
+    return section << 33 | offset  # no section is larger than 1 << 32
+
+
+# Not frozen: a large unit has hundreds of thousands, and a frozen dataclass takes three times as long to make.
+@dataclass(slots=True, eq=False)
 class Section:
-    """One allocated section; `data` is empty for one that takes no room in the file."""
+    """One allocated section; it never changes. `data` is empty for one that takes no room in the file."""
 
     index: int
     name: str
@@ -182,46 +194,51 @@ class ObjectFile:
         before = bisect.bisect_left(self._file_symbols, local.number, key=lambda s: s.number)
         return self._file_symbols[before - 1].name if before else ""
 
+    @cached_property
+    def symbol_types(self) -> Column:
+        """The type of each symbol."""
+        return np.array([s[5] for s in self.symbols], np.int64)
+
     def relocations(self, section: int) -> list[Relocation]:
         """Return the relocations of a section, by rising offset. Raises `ObjectError` for impossible ones."""
         rows = self.relocation_rows
-        start, end = rows.extents.get(section, (0, 0))
+        start, end = np.searchsorted(
+            rows.key, row_key(np.array([section, section + 1]), np.zeros(2, np.int64))
+        ).tolist()
         columns = (rows.offset, rows.type, rows.symbol, rows.addend)
         return list(map(Relocation._make, zip(*(c[start:end].tolist() for c in columns), strict=True)))
 
     @cached_property
     def relocation_rows(self) -> RelocationRows:
         """The relocations of all allocated sections. Raises `ObjectError` for impossible ones."""
-        sections = self._relocation_sections()
-        starts, ends, words = _relocation_words(self._raw, [index for _, index in sections])
+        targets, tables = self._relocation_sections()
+        counts, words = _relocation_words(self._raw, tables)
         offset, info, addend = words[:, 0], words[:, 1], words[:, 2]
         kind, symbol = info & 0xFFFFFFFF, info >> 32 & 0xFFFFFFFF
-        targets = np.array([target for target, _ in sections], np.int64)
-        owner = np.repeat(targets, ends - starts)
+        owner = np.repeat(targets, counts)
         self._check_rows(owner, offset, symbol)
-        order = np.lexsort((offset, owner))
+        key = row_key(owner, offset)
+        order = np.argsort(key, kind="stable")
         order = order[kind[order] != R.NONE]
-        owner = owner[order]
-        cuts = np.flatnonzero(np.diff(owner)) + 1
-        firsts, lasts = [0, *cuts.tolist()], [*cuts.tolist(), len(owner)]
-        extents = {int(owner[a]): (a, b) for a, b in zip(firsts, lasts, strict=True) if b > a}
-        return RelocationRows(extents, offset[order], kind[order], symbol[order], addend[order])
+        return RelocationRows(key[order], offset[order], kind[order], symbol[order], addend[order])
 
-    def _relocation_sections(self) -> list[tuple[int, int]]:
-        """Return (section, section of its relocations) for every allocated section that has some."""
+    def _relocation_sections(self) -> tuple[Column, Column]:
+        """Return the allocated sections that have relocations, and the sections of those."""
         headers = self._raw.section_headers
-        found = []
-        for index in np.flatnonzero((headers["type"] == t.SHT_REL) | (headers["type"] == t.SHT_RELA)).tolist():
-            target = int(headers["info"][index])
-            if target not in self.sections:
-                continue
-            if headers["type"][index] == t.SHT_REL:
-                raise ObjectError(
-                    f"{self.name}: section {index} has relocations without addends (SHT_REL)",
-                    "x86-64 objects use SHT_RELA; compile it with a standard toolchain",
-                )
-            found.append((target, index))
-        return found
+        loaded = np.zeros(len(headers), bool)
+        loaded[list(self.sections)] = True
+        tables = np.flatnonzero((headers["type"] == t.SHT_REL) | (headers["type"] == t.SHT_RELA))
+        targets = headers["info"][tables].astype(np.int64)
+        known = targets < len(headers)
+        known[known] = loaded[targets[known]]
+        tables, targets = tables[known], targets[known]
+        without_addends = tables[headers["type"][tables] == t.SHT_REL].tolist()
+        if without_addends:
+            raise ObjectError(
+                f"{self.name}: section {without_addends[0]} has relocations without addends (SHT_REL)",
+                "x86-64 objects use SHT_RELA; compile it with a standard toolchain",
+            )
+        return targets, tables
 
     def _check_rows(self, owner: Column, offset: Column, symbol: Column) -> None:
         sizes = np.zeros(max(self.sections, default=0) + 1, np.int64)
@@ -237,8 +254,8 @@ class ObjectFile:
             )
 
 
-def _relocation_words(raw: t.RawFile, sections: list[int]) -> tuple[Column, Column, Column]:
-    """Return where each table starts and ends in one array of (offset, info, addend) rows, and that array."""
+def _relocation_words(raw: t.RawFile, sections: Column) -> tuple[Column, Column]:
+    """Return how many rows each table has, and the (offset, info, addend) rows of one after another."""
     headers = raw.section_headers[sections]
     data = raw.data[:]
     room = np.uint64(len(data))
@@ -255,12 +272,12 @@ def _relocation_words(raw: t.RawFile, sections: list[int]) -> tuple[Column, Colu
     positions = headers["offset"].astype(np.int64)
     if (positions % 8).any():
         tables = [np.frombuffer(data, "<i8", 3 * int(n), int(p)) for p, n in zip(positions, counts, strict=True)]
-        return starts, ends, np.concatenate([np.empty(0, np.int64), *tables]).reshape(-1, 3)
+        return counts, np.concatenate([np.empty(0, np.int64), *tables]).reshape(-1, 3)
     # Thousands of little tables, one for each function, are gathered in one go.
     words = np.frombuffer(data, "<i8", len(data) // 8)
     row = np.arange(int(ends[-1]) if len(ends) else 0, dtype=np.int64)
     first = np.repeat(positions // 8 - 3 * starts, counts) + 3 * row
-    return starts, ends, words[first[:, None] + np.arange(3)]
+    return counts, words[first[:, None] + np.arange(3)]
 
 
 _ROW = t.RELA.itemsize
@@ -303,8 +320,9 @@ def parse_object(name: str, data: bytes) -> ObjectFile:
         kinds = {t.ET_EXEC: "an executable", t.ET_DYN: "a shared library or executable", t.ET_CORE: "a core file"}
         kind = kinds.get(raw.type, f"of type {raw.type}")
         raise ObjectError(f"{name}: {kind}, not a relocatable object", "give what the compiler makes with -c")
-    sections = _read_sections(raw)
-    symbols = _read_symbols(raw)
+    with collector_paused():
+        sections = _read_sections(raw)
+        symbols = _read_symbols(raw)
     slim_lto = b".gnu.lto_" in raw.section_names and not any(
         s.size for s in sections.values() if not s.name.startswith(".note")
     )
@@ -338,62 +356,91 @@ _WIDEST_CHARACTER = 16
 
 
 def _read_sections(raw: t.RawFile) -> dict[int, Section]:
-    sections: dict[int, Section] = {}
-    rows = raw.section_headers.tolist()
-    for index, (name_offset, kind, flags, _, _, size, _, _, alignment, entry_size) in enumerate(rows):
-        if not flags & t.SHF_ALLOC or kind in (t.SHT_NULL, t.SHT_GROUP):
-            continue
-        name = t.string_at(raw.section_names, name_offset)
-        if alignment & (alignment - 1) or alignment > 1 << 30:
-            raise ObjectError(
-                f"{raw.name}: section {name} wants an alignment of {alignment}",
-                "the object is damaged; compile it again",
-            )
-        if size > 1 << 32:
-            raise ObjectError(
-                f"{raw.name}: section {name} claims {size} bytes", "the object is damaged; compile it again"
-            )
-        if flags & t.SHF_TLS and flags & t.SHF_EXECINSTR:
-            raise ObjectError(
-                f"{raw.name}: section {name} claims to be code and thread-local",
-                "the object is damaged; compile it again",
-            )
-        if flags & t.SHF_STRINGS and entry_size > _WIDEST_CHARACTER:
-            raise ObjectError(
-                f"{raw.name}: section {name} claims characters of {entry_size} bytes",
-                "the object is damaged; compile it again",
-            )
-        data = bytes(raw.contents(index))
-        sections[index] = Section(index, name, kind, flags, size, alignment or 1, entry_size, data)
-    return sections
+    headers = raw.section_headers
+    loaded = (headers["flags"] & t.SHF_ALLOC != 0) & ~np.isin(headers["type"], (t.SHT_NULL, t.SHT_GROUP))
+    indexes = np.flatnonzero(loaded)
+    headers = headers[indexes]
+    for row in np.flatnonzero(_looks_damaged(headers)).tolist():
+        _check_section(raw, int(indexes[row]))
+    numbers = indexes.tolist()
+    names = t.strings_at(raw.section_names, headers["name"])
+    kinds, flags, sizes, entry_sizes = (headers[c].tolist() for c in ("type", "flags", "size", "entry_size"))
+    alignments = np.maximum(headers["alignment"], 1).tolist()
+    contents = _contents(raw, indexes)
+    sections = map(Section, numbers, names, kinds, flags, sizes, alignments, entry_sizes, contents)
+    return dict(zip(numbers, sections, strict=True))
+
+
+def _looks_damaged(headers: t.Table) -> npt.NDArray[np.bool_]:
+    """Tell which sections `_check_section` may object to."""
+    flags, alignment = headers["flags"], headers["alignment"]
+    code_and_thread_local = t.SHF_TLS | t.SHF_EXECINSTR
+    damaged: npt.NDArray[np.bool_] = (alignment & (alignment - np.uint64(1)) != 0) | (alignment > 1 << 30)
+    damaged |= (headers["size"] > 1 << 32) | (flags & code_and_thread_local == code_and_thread_local)
+    damaged |= (flags & t.SHF_STRINGS != 0) & (headers["entry_size"] > _WIDEST_CHARACTER)
+    return damaged
+
+
+def _check_section(raw: t.RawFile, index: int) -> None:
+    name = raw.section_name(index)
+    _, _, flags, _, _, size, _, _, alignment, entry_size = raw.section_headers[index].tolist()
+    claim = ""
+    if alignment & (alignment - 1) or alignment > 1 << 30:
+        claim = f"wants an alignment of {alignment}"
+    elif size > 1 << 32:
+        claim = f"claims {size} bytes"
+    elif flags & t.SHF_TLS and flags & t.SHF_EXECINSTR:
+        claim = "claims to be code and thread-local"
+    elif flags & t.SHF_STRINGS and entry_size > _WIDEST_CHARACTER:
+        claim = f"claims characters of {entry_size} bytes"
+    if claim:
+        raise ObjectError(f"{raw.name}: section {name} {claim}", "the object is damaged; compile it again")
+
+
+def _contents(raw: t.RawFile, indexes: Column) -> list[bytes]:
+    """Return the bytes of some sections; none for those that take no room in the file."""
+    headers, room = raw.section_headers[indexes], np.uint64(len(raw.data))
+    absent = headers["type"] == t.SHT_NOBITS
+    start, size = (np.where(absent, np.uint64(0), headers[name]) for name in ("offset", "size"))
+    for row in np.flatnonzero((start > room) | (size > room - np.minimum(start, room))).tolist():
+        raw.contents(int(indexes[row]))  # says which section, and what is wrong with it
+    data = raw.data[:]
+    return [bytes(data[a:b]) for a, b in zip(start.tolist(), (start + size).tolist(), strict=True)]
 
 
 def _read_symbols(raw: t.RawFile) -> tuple[Symbol, ...]:
-    kinds = raw.section_headers["type"].tolist()
-    if t.SHT_SYMTAB not in kinds:
+    kinds = raw.section_headers["type"]
+    tables = np.flatnonzero(kinds == t.SHT_SYMTAB).tolist()
+    if not tables:
         return ()
-    index = kinds.index(t.SHT_SYMTAB)
-    link = int(raw.section_headers[index]["link"])
-    if link >= len(raw.section_headers):
+    link = int(raw.section_headers[tables[0]]["link"])
+    if link >= len(kinds):
         raise ObjectError(
             f"{raw.name}: the symbol table has no string table", "the object is damaged; compile it again"
         )
-    strings = bytes(raw.contents(link))
-    extended: list[int] = []
-    if t.SHT_SYMTAB_SHNDX in kinds:
-        extended = raw.table(kinds.index(t.SHT_SYMTAB_SHNDX), np.dtype("<u4")).tolist()
-    count = len(kinds)
-    symbols = []
-    for i, (name, info, other, section, value, size) in enumerate(raw.table(index, t.SYM).tolist()):
-        if section == t.SHN_XINDEX and i < len(extended):
-            section = extended[i]
-        elif section >= t.SHN_LORESERVE:
-            section -= _RESERVED
-        if section >= count:
-            raise ObjectError(
-                f"{raw.name}: symbol {i} stands in section {section} of {count}",
-                "the object is damaged; compile it again",
-            )
-        text = t.string_at(strings, name)
-        symbols.append(Symbol(i, text, section, value, size, info & 15, info >> 4, other & 3))
-    return tuple(symbols)
+    rows = raw.table(tables[0], t.SYM)
+    names = t.strings_at(bytes(raw.contents(link)), rows["name"])
+    info, visibility = rows["info"], rows["other"] & 3
+    sections = _symbol_sections(raw, rows["section"].astype(np.int64))
+    columns = (sections, rows["value"], rows["size"], info & 15, info >> 4, visibility)
+    found = zip(range(len(rows)), names, *(c.tolist() for c in columns), strict=True)
+    # What `Symbol._make` does, without a call of Python for each of hundreds of thousands.
+    return tuple(map(tuple.__new__, repeat(Symbol), found))
+
+
+def _symbol_sections(raw: t.RawFile, sections: Column) -> Column:
+    """Return the sections of symbols as `Symbol.section` has them."""
+    kinds = raw.section_headers["type"]
+    extended = np.empty(0, np.int64)
+    for index in np.flatnonzero(kinds == t.SHT_SYMTAB_SHNDX).tolist()[:1]:
+        extended = raw.table(index, np.dtype("<u4")).astype(np.int64)[: len(sections)]
+    elsewhere = np.flatnonzero(sections[: len(extended)] == t.SHN_XINDEX)
+    reserved = sections >= t.SHN_LORESERVE
+    found = sections - np.where(reserved, _RESERVED, 0)
+    found[elsewhere] = extended[elsewhere]
+    for number in np.flatnonzero(found >= len(kinds)).tolist():
+        raise ObjectError(
+            f"{raw.name}: symbol {number} stands in section {int(found[number])} of {len(kinds)}",
+            "the object is damaged; compile it again",
+        )
+    return found

@@ -175,6 +175,18 @@ def string_at(strings: bytes, offset: int) -> str:
     return strings[offset : end if end >= 0 else len(strings)].decode("utf-8", "replace")
 
 
+def strings_at(strings: bytes, offsets: npt.NDArray[Any]) -> list[str]:
+    """Return what `string_at` returns, for many offsets at once."""
+    ended = strings + b"\0"
+    terminators = np.flatnonzero(np.frombuffer(ended, np.uint8) == 0)
+    starts = np.minimum(offsets.astype(np.int64), len(strings))
+    extents = zip(starts.tolist(), terminators[np.searchsorted(terminators, starts)].tolist(), strict=True)
+    if ended.isascii():  # cutting text is quicker than decoding every piece
+        text = ended.decode("ascii")
+        return [text[start:end] for start, end in extents]
+    return [ended[start:end].decode("utf-8", "replace") for start, end in extents]
+
+
 def read_raw(name: str, data: bytes | memoryview | OpenFile) -> RawFile:
     """Read the tables of an ELF64 x86-64 file. Raises `ObjectError` naming what it is instead."""
     view = data if isinstance(data, OpenFile) else memoryview(data)

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 
 import numpy as np
 
 from patcher.blocks import Absolute, Block, External, Kind, Place, Reference
+from patcher.bulk import collector_paused
 from patcher.code.descriptor import FIND_THROUGH_DESCRIPTOR
 from patcher.elf import ObjectFile
 from patcher.elf.object import Column
@@ -95,7 +97,8 @@ class Placement:
 
 def place(plan: Plan, space: Space, islands: Mapping[Block, int], originals: Mapping[Block, int]) -> Placement:
     """Lay a plan out in `space` and link it; see `lay_out` and `link`."""
-    return link(plan, lay_out(plan, space), islands, originals)
+    with collector_paused():
+        return link(plan, lay_out(plan, space), islands, originals)
 
 
 # --- addresses ------------------------------------------------------------------------------------------------
@@ -162,19 +165,20 @@ def _give_addresses(
     """Place blocks one after another; return how many bytes each object took."""
     strings: dict[bytes, int] = {}
     used: dict[ObjectFile, int] = {}
+    linkables = plan.linkables
     for block in blocks:
-        linkable = plan.linkables.get(block)
-        lead = linkable.lead if linkable is not None else 0
-        size = max(len(linkable.data) if linkable is not None else 0, block.size)
-        if block.string and block.alignment == 1 and block.data in strings:
+        lead, size, alignment = 0, block.size, block.alignment
+        if block in linkables:
+            lead, size = linkables[block].lead, max(len(linkables[block].data), size)
+        if block.kind is Kind.CODE:
+            alignment = max(alignment, 1 if lead else _CODE_ALIGNMENT)
+        elif block.kind is Kind.DATA:
+            size += 1  # so that a pointer to a variable's end never points to the next one
+        elif block.string and alignment == 1 and block.data in strings:
             addresses[block] = strings[block.data]
             continue
-        alignment = max(block.alignment, 1)
-        if block.kind is Kind.CODE and not lead:
-            alignment = max(alignment, _CODE_ALIGNMENT)
         before = cursor.at
-        # One byte more, so that a pointer to a variable's end never points to the next one.
-        start = cursor.take(size + (block.kind is Kind.DATA), alignment)
+        start = cursor.take(size, alignment)
         used[block.object] = used.get(block.object, 0) + cursor.at - before
         addresses[block] = start + lead
         if block.string:
@@ -202,20 +206,16 @@ class _Image:
         self._starts: list[int] = []
         self._arrays: list[tuple[int, int]] = []  # first and last index in `bytes`
         self.shift: dict[Block, int] = {}  # index of the block's first byte, minus its address
-        self.extent: dict[Block, tuple[int, int]] = {}  # from where to where its bytes are, relative to its address
-        pieces: list[tuple[int, bytes, Block, int]] = []
-        for block in plan.placed:
-            linkable = plan.linkables.get(block)
-            data, lead = (linkable.data, linkable.lead) if linkable is not None else (block.data, 0)
-            self.extent[block] = -lead, len(data) - lead
-            pieces.append((addresses[block] - lead, data, block, lead))
+        pieces = [(addresses[block], block.data, block) for block in plan.placed if block not in plan.linkables]
+        for block, linkable in plan.linkables.items():
+            pieces.append((addresses[block] - linkable.lead, linkable.data, block))
         self._fill(pieces)
 
-    def _fill(self, pieces: list[tuple[int, bytes, Block, int]]) -> None:
-        pieces.sort(key=lambda piece: piece[0])
+    def _fill(self, pieces: list[tuple[int, bytes, Block]]) -> None:
+        pieces.sort(key=itemgetter(0))
         contents: list[bytes] = []
         size, end = 0, -1
-        for start, data, block, _ in pieces:
+        for start, data, block in pieces:
             if not data:
                 self.shift[block] = 0
                 continue
@@ -364,8 +364,11 @@ class _GroupLinker:
                 self._fill(np.flatnonzero(fields.type == kind), rule)
 
     def _check_extents(self) -> None:
-        fields, extents = self.fields, [self.linker.image.extent[b] for b in self.group.members]
-        low, high = np.array(extents, np.int64).T
+        fields, members, linkables = self.fields, self.group.members, self.plan.linkables
+        low, high = np.zeros(len(members), np.int64), np.array([len(b.data) for b in members], np.int64)
+        for i in np.flatnonzero([b in linkables for b in members]).tolist():
+            linkable = linkables[members[i]]
+            low[i], high[i] = -linkable.lead, len(linkable.data) - linkable.lead
         width = _WIDTHS[np.searchsorted(_KINDS, fields.type)]
         bad = (fields.offset < low[fields.owner]) | (fields.offset + width > high[fields.owner])
         if bad.any():
@@ -400,7 +403,9 @@ class _GroupLinker:
             return Operands(A=a, D=self._thread_offsets.of(targets))
         if need in self._thread_cells:
             return Operands(A=a, P=p, G=self._thread_cells[need].of(targets) - got, GOT=got)
-        return Operands(self._addresses.of(targets), a, p, GOT=got, L=self._calls.of(targets))
+        if need is Need.ISLAND:
+            return Operands(A=a, P=p, GOT=got, L=self._calls.of(targets))
+        return Operands(self._addresses.of(targets), a, p, GOT=got)
 
     def _cells(self, rows: Column, targets: Column) -> Column:
         """Return the cells of some references: a call through one may go elsewhere than a pointer."""

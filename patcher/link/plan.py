@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from patcher.blocks import Block, Blocks, External, Fields, Kind, Linkable, Place, Reference, Target
+from patcher.bulk import collector_paused
 from patcher.errors import LinkError, UnresolvedSymbol, UnsupportedRelocation
 from patcher.link.relocations import DYNAMIC_THREAD_LOCAL, RULES, Need, type_name
 from patcher.link.threads import to_local_exec
@@ -97,7 +98,8 @@ def plan(units: Sequence[Unit], resolve: Resolve, provide: Provide | None = None
     other objects of the same generation bring along. Raises `UnresolvedSymbol` naming the symbol and who refers
     to it, `UnsupportedRelocation` for a type without a row in the table.
     """
-    return _Planner(units, resolve, provide).run()
+    with collector_paused():
+        return _Planner(units, resolve, provide).run()
 
 
 class _Planner:
@@ -147,20 +149,32 @@ class _Planner:
     def _take(self, unit: Unit, blocks: list[Block]) -> None:
         """Follow what some blocks of one unit refer to, and keep it for the linker."""
         stretched = [b for b in blocks if unit.blocks.is_stretched(b)]
-        plain = [b for b in blocks if b not in stretched] if stretched else blocks
+        plain = _without(blocks, stretched)
         fields = unit.blocks.fields(plain)
         asking = np.unique(fields.owner[np.isin(fields.type, DYNAMIC_THREAD_LOCAL)]).tolist()
         if asking:
             stretched += [plain[i] for i in asking]
-            plain = [b for b in plain if b not in stretched]
+            plain = _without(plain, stretched)
             fields = unit.blocks.fields(plain)
         members = (*plain, *stretched)
         if stretched:
             fields = Fields.joined([fields, self._rewritten(unit, stretched, len(plain))])
-        _, first = np.unique(fields.target << 32 | fields.type & 0xFFFFFFFF, return_index=True)
-        for row in np.sort(first).tolist():
-            self._follow(unit, members[int(fields.owner[row])], fields.reference(unit.blocks, row))
+        self._follow_all(unit, members, fields)
         self._groups.append(Group(unit.blocks, members, fields))
+
+    def _follow_all(self, unit: Unit, members: Sequence[Block], fields: Fields) -> None:
+        """Follow each target of some blocks' references once for each way to refer to it."""
+        _, first = np.unique(fields.target << 32 | fields.type & 0xFFFFFFFF, return_index=True)
+        rows = np.sort(first)
+        columns = (rows, fields.owner[rows], fields.type[rows], fields.target[rows])
+        target_of = unit.blocks.target
+        for row, owner, kind, number in zip(*(c.tolist() for c in columns), strict=True):
+            target = target_of(number)
+            # Nearly all references: nothing to check, and so no need of an object for each.
+            if kind in _PLAIN and isinstance(target, Place) and target.block.kind is not Kind.THREAD_LOCAL:
+                self._reach(unit, members[owner], target)
+            else:
+                self._follow(unit, members[owner], fields.reference(unit.blocks, row))
 
     def _rewritten(self, unit: Unit, blocks: list[Block], start: int) -> Fields:
         """Return the references of blocks that are not placed as they are; owners count from `start`."""
@@ -266,6 +280,14 @@ class _Planner:
                 "link the program with what defines it, or define it in a source file that is watched",
             )
         self._externals[key] = found if found is not None else Bound(0)
+
+
+_PLAIN = frozenset(kind for kind, rule in RULES.items() if not rule.need.thread_local and rule.need is not Need.TABLE)
+
+
+def _without(blocks: list[Block], others: list[Block]) -> list[Block]:
+    left_out = set(others)
+    return [b for b in blocks if b not in left_out] if left_out else blocks
 
 
 def where(block: Block, reference: Reference) -> str:

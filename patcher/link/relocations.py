@@ -118,7 +118,7 @@ RULES: dict[int, Rule] = {
     R.PC16: Rule(lambda o: o.S + o.A - o.P, 2, Sign.SIGNED),
     R.PC8: Rule(lambda o: o.S + o.A - o.P, 1, Sign.SIGNED),
     R.PLT32: Rule(lambda o: o.L + o.A - o.P, 4, Sign.SIGNED, Need.ISLAND),
-    R.PLTOFF64: Rule(lambda o: o.L + o.A - o.GOT, 8, Sign.EITHER),
+    R.PLTOFF64: Rule(lambda o: o.L + o.A - o.GOT, 8, Sign.EITHER, Need.ISLAND),
     R.GOT32: Rule(lambda o: o.G + o.A, 4, Sign.SIGNED, Need.CELL),
     R.GOT64: Rule(lambda o: o.G + o.A, 8, Sign.EITHER, Need.CELL),
     R.GOTPLT64: Rule(lambda o: o.G + o.A, 8, Sign.EITHER, Need.CELL),

@@ -6,12 +6,15 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import Build
+from conftest import Build, Function
 from elftools.elf.elffile import ELFFile
+from hypothesis import given
+from hypothesis import strategies as st
 
 from patcher.code.instructions import UndecodableCode
-from patcher.code.split import STUB_SIZE, HiddenReference, Stubs, hidden_references, short_branch_stubs
+from patcher.code.split import STUB_SIZE, HiddenReference, Stubs, hidden_references, short_branch_stubs, suspects
 from patcher.errors import RelocationOverflow
 
 # --- by hand ---
@@ -57,6 +60,62 @@ def test_undecodable_function_is_named_by_section_offset() -> None:
     with pytest.raises(UndecodableCode) as error:
         hidden_references(bytes.fromhex("c3 c3 90 06 c3"), [(0, 1), (2, 3)], ())
     assert error.value.offset == 3
+
+
+# Instructions with a relative field, `.` for a byte of it, among ones without.
+_PIECES = (
+    "e8 . . . .",  # call
+    "e9 . . . .",  # jmp
+    "eb .",  # jmp
+    "74 .",  # je
+    "2e 7f .",  # jg, with a prefix
+    "e2 .",  # loop
+    "67 e3 .",  # jecxz
+    "0f 84 . . . .",  # je
+    "c7 f8 . . . .",  # xbegin
+    "48 8d 05 . . . .",  # lea
+    "83 3d . . . . 05",  # cmpl with an immediate of one byte
+    "66 c7 05 . . . . 34 12",  # movw of two
+    "48 c7 05 . . . . e8 eb 74 00",  # movq of four
+    "66 0f 3a 0f 0d . . . . 08",  # palignr
+    "c5 f8 10 15 . . . .",  # vmovups
+    "62 f1 7c 48 10 1d . . . .",  # vmovups, EVEX
+    "b8 0f 00 00 00",  # mov $15, before what starts with 80-8f
+    "81 c0 c7 00 00 00",  # add $199
+    "f8",  # clc
+    "90",  # nop
+)
+
+
+@given(st.data())
+def test_no_function_with_a_hidden_reference_goes_unsuspected(data: st.DataObject) -> None:
+    near = st.integers(-70, 70).map(lambda n: n & 0xFFFFFFFF)
+    functions, fields, section = [], [], b""
+    for _ in range(data.draw(st.integers(1, 6))):
+        start = len(section)
+        for piece in data.draw(st.lists(st.sampled_from(_PIECES), min_size=1, max_size=5)):
+            field, width = len(section) + piece.replace(" ", "").find(".") // 2, piece.count(".")
+            value = data.draw(near).to_bytes(4, "little")[:width]
+            section += bytes.fromhex(piece.replace(".", "{:02x}").format(*value))
+            if width and data.draw(st.booleans()):
+                fields.append(field)
+        functions.append((start, len(section) - start))
+    suspected = suspects(section, functions, np.array(fields, np.int64))
+    for function in functions:
+        until = suspected.get(function[0])
+        found = () if until is None else hidden_references(section, [function], fields, until)
+        assert found == hidden_references(section, [function], fields)
+
+
+def test_compiled_functions_are_suspected_with_reason(libc_functions: tuple[Function, ...]) -> None:
+    functions, section = [], b""
+    for f in libc_functions[:400]:
+        functions.append((len(section), len(f.code)))
+        section += f.code
+    suspected = suspects(section, functions, np.array([], np.int64))
+    hidden = [start for start, size in functions if hidden_references(section, [(start, size)], ())]
+    assert set(hidden) <= set(suspected)
+    assert 100 < len(hidden) <= len(suspected) < len(functions) * 9 / 10, "not merely all are suspected"
 
 
 def _short(field: int, target: int) -> HiddenReference:
