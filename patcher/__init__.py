@@ -84,6 +84,9 @@ def spawn(
     compile_commands: str | Path | None = None,
     watched: Sequence[str | Path] = (),
     force: bool = False,
+    archives: Sequence[str | Path] = (),
+    libraries: Sequence[str] = (),
+    allow_undefined: bool = False,
 ) -> Session:
     """Start a program and open a session on it. The caller is its parent, and waits for it.
 
@@ -92,7 +95,15 @@ def spawn(
     from patcher.target import spawn as start
 
     child = start(str(program), list(arguments), aslr=aslr)
-    return attach(child.pid, compile_commands=compile_commands, watched=watched, force=force)
+    return attach(
+        child.pid,
+        compile_commands=compile_commands,
+        watched=watched,
+        force=force,
+        archives=archives,
+        libraries=libraries,
+        allow_undefined=allow_undefined,
+    )
 
 
 __all__ = [

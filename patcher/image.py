@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patcher.elf import SymbolBinding, SymbolType
+from patcher.elf.dynamic import THREAD_CELLS, TLSDESC
 from patcher.elf.module import (
-    THREAD_CELLS,
-    TLSDESC,
     Cell,
     DynamicSymbol,
     Module,
@@ -30,7 +29,7 @@ from patcher.elf.module import (
 from patcher.elf.relocations import R
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import ObjectError, PatcherError, TargetGone, UnsafeChange
-from patcher.linkmap import BLOCK_OFFSET, MODULE_NUMBER, Layout, ThreadBlock, rendezvous, thread_blocks
+from patcher.linkmap import BLOCK_OFFSET, MODULE_NUMBER, RENDEZVOUS, Layout, ThreadBlock, rendezvous, thread_blocks
 from patcher.scopes import Scopes, read_scopes
 from patcher.target import Mapping, Target
 
@@ -80,6 +79,12 @@ class LoadedModule:
     def constant(self, address: int, size: int) -> bool:
         """Tell whether live bytes lie where the program cannot write once it runs."""
         return self.module.constant(address - self.bias, size)
+
+    @property
+    def offset_table(self) -> int | None:
+        """Return the address that the module's code takes for its global offset table, if a symbol tells."""
+        found = {s.value for s in self.module.symbols.named("_GLOBAL_OFFSET_TABLE_")}
+        return found.pop() + self.bias if len(found) == 1 else None
 
     def in_offset_table(self, cell: int) -> bool:
         """Tell whether a cell lies in the module's global offset table."""
@@ -254,6 +259,8 @@ class Image:
         A library that was linked to use its own need not refer to it: ask `binds`.
         """
         own = self._own(name, within)
+        if own is None and within.module.symbolic:
+            own = _exported(within, name)
         if own is not None:
             return own
         if _LINKER_DEFINED.match(name) and not _defined(within.module, name):
@@ -374,7 +381,7 @@ class Image:
         for cell in module.module.cells_named(definition.name):
             if cells[cell].type == R.GLOB_DAT:
                 return self.target.memory.read_u64(cell + module.bias) == definition.address
-            if cells[cell].type == R.JUMP_SLOT or cells[cell].type in THREAD_CELLS:
+            if cells[cell].type == R.JUMP_SLOT or (cells[cell].name and cells[cell].type in THREAD_CELLS):
                 return True
         return False
 
@@ -535,6 +542,7 @@ class Image:
         try:
             layout = Layout.read(memory, *descriptions)
             debug = rendezvous(memory, executable.module.dynamic_section + executable.bias)
+            debug = debug or self._exported_anywhere(RENDEZVOUS)  # a dynamic section may be read-only
         except TargetGone:
             raise
         except PatcherError:

@@ -25,6 +25,9 @@ MODULE_NUMBER = "_thread_db_link_map_l_tls_modid"
 BLOCK_OFFSET = "_thread_db_link_map_l_tls_offset"
 """The exported object that describes where a link map has its block's distance below the thread pointer."""
 
+RENDEZVOUS = "_r_debug"
+"""The process's `r_debug`, as the dynamic linker exports it."""
+
 _DT_DEBUG = 21
 _MANY = 1 << 14  # more modules, or dynamic entries, than any process has: a list that does not end
 _GREATEST = 1 << 31

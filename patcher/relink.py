@@ -8,8 +8,8 @@ target (to resolve an IFUNC it may ask the target's own resolver), and writes no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from patcher.blocks import Block, Blocks, External, Kind, Place
@@ -17,9 +17,9 @@ from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable,
 from patcher.convention import Registers
 from patcher.elf import ObjectFile, SymbolType
 from patcher.elf.relocations import R
-from patcher.errors import LinkError, UnsafeChange
+from patcher.errors import LinkError, TargetBusy, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
-from patcher.link.place import Placement, Region, Space, place
+from patcher.link.place import ArenaFull, Placement, Region, Space, place
 from patcher.link.plan import Bound, Plan, Unit, plan
 from patcher.live import UNDEFINED, LiveFunction, LiveVariable, base_name, numbered
 from patcher.match import MODULE_BASE, Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
@@ -60,6 +60,10 @@ class Part:
     def compiled_otherwise(self, blocks: Blocks) -> Part:
         """Return the same part with the blocks of another object, made from the same source."""
         return Part(self.delta, self.source, blocks, supplied=self.supplied, every=self.every)
+
+    def judged(self, delta: Delta) -> Part:
+        """Return the same part with other verdicts."""
+        return Part(delta, self.source, self.blocks, supplied=self.supplied, every=self.every)
 
     @property
     def module(self) -> LoadedModule:
@@ -205,7 +209,7 @@ class _Generation:
         self.supplied: list[Part] = []
         self.number = ledger.journal.next_number
         self.writes: list[tuple[int, bytes]] = []
-        self.usage: list[tuple[int, Usage]] = []
+        self.usages: dict[int, Usage] = {}  # of the arenas that something was put into
         self.bodies: list[tuple[int, int, int]] = []
         self.statuses: list[tuple[str, str, str]] = []
         self.placed: list[Placed] = []
@@ -230,22 +234,21 @@ class _Generation:
             quiet_back=tuple(self.quiet_back),
             allocations=tuple(self.allocations.values()),
         )
-        commit = Commit(record, tuple(self.writes), tuple(self.usage), tuple(self.choices))
+        commit = Commit(record, tuple(self.writes), tuple(self.usages.items()), tuple(self.choices))
         kept = tuple(name for part in parts for name in part.kept)
         return Linked(commit, tuple(self.replaced), tuple(self.new_variables), tuple(self.supplied), kept)
 
     def link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
-        low, high = module.text
-        fixed = not module.module.position_independent
-        arena = self.ledger.arena_near(low, high, below_2g=fixed)
         _keep_twins(parts)
         while True:
             try:
-                return self._link(arena, module, parts, waiting)
+                return self._link(module, parts, waiting)
             except _Kept:
                 continue
 
-    def _link(self, arena: Arena, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
+    def _link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
+        homes = self._homes(module)
+        first = next(homes)  # chosen now: to resolve a symbol, a function of the target may have to be called
         linkage = _Linkage(self.image, self.ledger, (*parts, *waiting), _Beyond(module, self.supply, self.defined))
         units = [linkage.unit(part, part.wanted()) for part in parts]
         units += [linkage.unit(part, ()) for part in waiting]
@@ -253,19 +256,78 @@ class _Generation:
         for block in found.code:
             if linkage.part_of(block).supplied:
                 _check_end(block)
-        doors = self._doors(arena, found, linkage)
-        space = self.ledger.space(arena)
-        entries = self._entries(doors, space.code.start)
-        copies, space = self._copies(entries, space, linkage)
-        islands = {d.block: arena.island(d.index) for d in doors}
+            if is_chosen(block):
+                _check_resolver(linkage.part_of(block), block)
+        full: ArenaFull | None = None
+        for home in (first, *homes):
+            try:
+                return self._settle(home, found, linkage)
+            except ArenaFull as error:
+                full = error
+        assert full is not None
+        raise full
+
+    def _homes(self, module: LoadedModule) -> Iterator[_Home]:
+        """Yield where a module's new code may go, the best first; raises `TargetBusy` when there is no arena for it.
+
+        Islands and the copies of displaced entries are within reach of the module's text. Bodies are as well, as long
+        as the address space has room there.
+        """
+        low, high = module.text
+        near = [arena for arena in self.ledger.arenas.values() if arena.reaches(low, high)]
+        for arena in near:
+            yield _Home(arena, arena)
+        try:
+            arena = self.ledger.plan_near(low, high, below_2g=not module.module.position_independent)
+        except TargetBusy:
+            if not near:
+                raise
+        else:
+            yield _Home(arena, arena)
+            return
+        far = [arena for arena in self.ledger.arenas.values() if arena not in near]
+        yield from (_Home(entries, bodies) for bodies in far for entries in near)
+        anywhere = self.ledger.plan_anywhere()
+        yield from (_Home(entries, anywhere) for entries in near)
+
+    def _settle(self, home: _Home, found: Plan, linkage: _Linkage) -> None:
+        """Place a plan somewhere and keep what is to be written. Raises `ArenaFull`, leaving everything as it was."""
+        doors = self._doors(home.entries, found, linkage)
+        near = home.entries.entry_space(self._usage(home.entries))
+        entries = self._entries(doors, near.start)
+        copies = _copies(entries, near)
+        end = copies[-1].end if copies else near.start
+        space = home.bodies.space(self._usage(home.bodies))
+        if home.bodies is home.entries:
+            space = replace(space, code=Region(end, max(end, space.code.end)))
+        islands = {d.block: d.arena.island(d.index) for d in doors}
         originals = {d.block: d.live.address for d in doors if d.live is not None}
         placement = place(found, space, islands, originals)
-        self._record(arena, found, placement, doors, copies, linkage)
+        self.writes += [(copy.address, copy.code) for copy in copies]
+        for copy, before in zip(copies, (near.start, *(c.end for c in copies)), strict=False):
+            self._allocate(linkage.part_of(copy.block), islands=copy.end - before)
+        self.quiet += [_body(e.live) for e in entries if e.displaced.reentries]
+        self._record(found, placement, doors, {copy.block: copy for copy in copies}, linkage)
+        self._use(home, placement.space, end, sum(1 for d in doors if d.fresh))
         placed = {block.object for block in found.placed}
         self.supplied += [p for p in linkage.supplied if p.blocks.object in placed or p.unit.key == UNDEFINED]
 
+    def _usage(self, arena: Arena) -> Usage:
+        return self.usages.get(arena.base) or self.ledger.usages[arena.base]
+
+    def _use(self, home: _Home, space: Space, end_of_copies: int, slots: int) -> None:
+        """Note how far arenas are in use now."""
+        entries = self._usage(home.entries)
+        self.usages[home.entries.base] = replace(entries, code=end_of_copies, slots=entries.slots + slots)
+        self.usages[home.bodies.base] = replace(
+            self._usage(home.bodies),
+            read_only=space.read_only.start,
+            code=space.code.start,
+            data=space.data.start,
+        )
+
     def _doors(self, arena: Arena, found: Plan, linkage: _Linkage) -> list[_Door]:
-        following = self.ledger.usages[arena.base].slots
+        following = self._usage(arena).slots
         doors = []
         for block in found.code:
             if block not in found.doors:
@@ -279,7 +341,7 @@ class _Generation:
             doors.append(_Door(block, part, live, arena, following, True))
             following += 1
         if following > SLOT_COUNT:
-            raise LinkError(f"the arena at {arena.base:#x} has no slot left", "restart the program", code="arena-full")
+            raise ArenaFull(f"the arena at {arena.base:#x} has no slot left", "restart the program")
         return doors
 
     def _entries(self, doors: list[_Door], near: int) -> list[_Entry]:
@@ -307,36 +369,16 @@ class _Generation:
         ahead = self.image.target.memory.read(live.address, min(extent, live.size + 16))
         siblings = [(piece.body, piece.code) for piece in door.part.cold_pieces(door.block)]
         following = _filled(ahead[live.size :], live.address + extent)
-        return _Entry(
-            door.block, live, ahead, plan_entry(live.name, ahead, live.address, live.size, following, siblings)
-        )
-
-    def _copies(
-        self, entries: list[_Entry], space: Space, linkage: _Linkage
-    ) -> tuple[dict[Block, tuple[int, bytes]], Space]:
-        """Displace the entries of functions: block -> (copy, original bytes)."""
-        copies: dict[Block, tuple[int, bytes]] = {}
-        cursor = space.code.start
-        for entry in entries:
-            address = (cursor + 15) & -16
-            code = displaced_copy(entry.displaced, entry.ahead, entry.live.address, address)
-            if address + COPY_SIZE > space.code.end:
-                raise LinkError("the arena has no room for more code", "restart the program", code="arena-full")
-            self.writes.append((address, code))
-            self._allocate(linkage.part_of(entry.block), islands=address + len(code) - cursor)
-            cursor = address + len(code)
-            copies[entry.block] = address, entry.ahead[: max(entry.displaced.length, DETOUR_SIZE)]
-            if entry.displaced.reentries:
-                self.quiet.append(_body(entry.live))
-        return copies, Space(space.read_only, Region(cursor, space.code.end), space.data)
+        table = door.part.module.offset_table
+        displaced = plan_entry(live.name, ahead, live.address, live.size, following, siblings, table=table)
+        return _Entry(door.block, live, ahead, displaced)
 
     def _record(
         self,
-        arena: Arena,
         found: Plan,
         placement: Placement,
         doors: list[_Door],
-        copies: dict[Block, tuple[int, bytes]],
+        copies: dict[Block, _Copy],
         linkage: _Linkage,
     ) -> None:
         self.writes += placement.writes
@@ -354,10 +396,6 @@ class _Generation:
         for source, account in placement.accounts.items():
             sizes = asdict(account)
             self._allocate(linkage.part_with(source), islands=sizes.pop("jumps"), **sizes)
-        fresh = sum(1 for d in doors if d.fresh)
-        space, before = placement.space, self.ledger.usages[arena.base]
-        usage = Usage(space.read_only.start, space.code.start, space.data.start, before.slots + fresh, before.journal)
-        self.usage.append((arena.base, usage))
 
     def _allocate(self, part: Part, **sizes: int) -> None:
         known = self.allocations.get(part.name, Allocation(part.name))
@@ -381,7 +419,7 @@ class _Generation:
                 start = placement.addresses[block]
                 self.quiet_back.append(Body(block.name, start, start + block.size))
 
-    def _record_door(self, door: _Door, body: int, copy: tuple[int, bytes] | None) -> None:
+    def _record_door(self, door: _Door, body: int, copy: _Copy | None) -> None:
         block, part, live = door.block, door.part, door.live
         self.bodies.append((door.arena.base, door.index, body))
         if part.unit.key != UNDEFINED:
@@ -410,8 +448,8 @@ class _Generation:
                 size=live.size if live is not None else block.size,
                 arena=door.arena.base,
                 index=door.index,
-                copy=copy[0] if copy is not None else 0,
-                entry=copy[1].hex() if copy is not None else "",
+                copy=copy.address if copy is not None else 0,
+                entry=copy.displaced.hex() if copy is not None else "",
                 cells=self._cells(live, names, island),
             )
         )
@@ -461,10 +499,60 @@ def _keep_twins(parts: Sequence[Part]) -> None:
             claimed.add(live.address)
 
 
+def _check_resolver(part: Part, resolver: Block) -> None:
+    """Refuse code that means the resolver of a new IFUNC itself, and not what it chooses."""
+    if part.live(resolver) is not None:
+        return
+    for block in (*part.blocks.functions, *part.blocks.data_blocks()):
+        if any(isinstance(r.target, Place) and r.target.block is resolver for r in part.blocks.references(block)):
+            raise LinkError(
+                f"`{block.name}` of {part.source} refers to the resolver of `{resolver.name}` itself",
+                "let it use what the resolver chooses, or restart the program",
+                code="ifunc",
+            )
+
+
 def _filled(following: bytes, end: int) -> bytes:
     """Return what follows a function; zeros up to the next aligned one are padding too (mold fills gaps so)."""
     gap = end % 16 == 0 and len(following) < 16 and not any(following)
     return b"\x90" * len(following) if gap else following
+
+
+@dataclass(frozen=True, slots=True)
+class _Home:
+    """Where new code goes: islands and displaced entries in one arena, bodies in the same or in another."""
+
+    entries: Arena
+    bodies: Arena
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """The first instructions of a function where they stand from now on; `displaced` is what they were."""
+
+    block: Block
+    address: int
+    code: bytes
+    displaced: bytes
+
+    @property
+    def end(self) -> int:
+        return self.address + len(self.code)
+
+
+def _copies(entries: Sequence[_Entry], near: Region) -> list[_Copy]:
+    """Displace the entries of functions into the code of an arena. Raises `ArenaFull`."""
+    copies: list[_Copy] = []
+    cursor = near.start
+    for entry in entries:
+        address = (cursor + 15) & -16
+        if address + COPY_SIZE > near.end:
+            raise ArenaFull("the arena has no room for more code", "restart the program")
+        code = displaced_copy(entry.displaced, entry.ahead, entry.live.address, address)
+        displaced = entry.ahead[: max(entry.displaced.length, DETOUR_SIZE)]
+        copies.append(_Copy(entry.block, address, code, displaced))
+        cursor = copies[-1].end
+    return copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -550,6 +638,10 @@ def is_chosen(block: Block) -> bool:
     return any(s.type == SymbolType.IFUNC for s in block.symbols)
 
 
+def _is_tentative(block: Block) -> bool:
+    return any(s.common for s in block.symbols)
+
+
 def _needs(blocks: Blocks, name: str) -> bool:
     found = (s for s in blocks.object.symbols if s.name == name)
     return any((s.undefined and not s.weak) or s.type == SymbolType.IFUNC for s in found)
@@ -580,14 +672,17 @@ class _Linkage:
         self._brought: dict[str, tuple[Part, Block]] = {}
         for part in parts:
             for block in part.blocks.functions:
-                if block.exported and part.is_door(block) and (part.live(block) is None or not is_chosen(block)):
+                if block.exported and part.is_door(block):
                     for symbol in block.symbols:
-                        if symbol.type != SymbolType.IFUNC:  # what stands there is its resolver
+                        # What stands there is the resolver of an IFUNC: the process chose, unless it is new.
+                        if symbol.type != SymbolType.IFUNC or part.live(block) is None:
                             self._brought.setdefault(symbol.name, (part, block))
             for block in part.blocks.data_blocks():
                 if block.exported and block.kind is Kind.DATA:
                     for symbol in block.symbols:
-                        self._brought.setdefault(symbol.name, (part, block))
+                        known = self._brought.setdefault(symbol.name, (part, block))
+                        if _is_tentative(known[1]):
+                            self._brought[symbol.name] = part, block
         self._redirects = {r.original: r for r in ledger.journal.redirects}
         self._known: dict[tuple[LoadedModule, str, bool], Bound | None] = {}
         self._stubs: dict[tuple[LoadedModule, str], int] = {}  # of IFUNCs, in position-independent modules
@@ -743,17 +838,23 @@ class _Linkage:
 
     def _check_tentative(self, part: Part, block: Block) -> None:
         """Refuse a new common symbol that ld would merge with a definition elsewhere."""
+        for symbol in block.symbols:
+            other = self._defined_elsewhere(part, block, symbol.name) if symbol.common else ""
+            if other:
+                raise UnsafeChange(
+                    f"`{symbol.name}` is new and without an initial value in {part.source}, and {other} defines it",
+                    "declare it `extern`, or compile with -fno-common",
+                    code="tentative",
+                )
+
+    def _defined_elsewhere(self, part: Part, block: Block, name: str) -> str:
+        brought = self._brought.get(name)
+        if brought is not None and brought[1] is not block:
+            return brought[0].blocks.object.name
         supply = self._beyond.supply
-        for symbol in block.symbols if supply is not None else ():
-            if symbol.common and supply is not None:
-                other = supply.defining(symbol.name, part.module)
-                if other is not None and any(s.name == symbol.name and not s.common for s in other.symbols):
-                    raise UnsafeChange(
-                        f"`{symbol.name}` is new and without an initial value in {part.source}, and {other.name} "
-                        "defines it",
-                        "declare it `extern`, or compile with -fno-common",
-                        code="tentative",
-                    )
+        found = supply.defining(name, part.module) if supply is not None else None
+        proper = found is not None and any(s.name == name and not s.common for s in found.symbols)
+        return found.name if found is not None and proper else ""
 
     def _find_variable(self, part: Part, block: Block) -> LiveVariable | None:
         interposed = self._interposed(part, block)
@@ -791,6 +892,10 @@ class _Linkage:
         definition = self.image.resolve(name, module, weak=weak)
         if definition is None:
             return self._beyond.defined.get(name) or self._born_elsewhere(name)
+        self._refuse_doubtful(module, definition)
+        return replace(self._defined(module, definition), size=definition.size)
+
+    def _defined(self, module: LoadedModule, definition: Definition) -> Bound:
         if definition.thread_local:
             return self._thread_local(definition)
         if definition.ifunc:
@@ -798,6 +903,23 @@ class _Linkage:
         if definition.function:
             return self._external_function(module, definition)
         return Bound(definition.address)
+
+    def _refuse_doubtful(self, module: LoadedModule, definition: Definition) -> None:
+        """Refuse a name of a library that others define first, where no cell tells which one the library uses."""
+        own = module.module.exports.get(definition.name, ())
+        if (
+            definition.unique
+            or module in (self.image.executable, definition.module)
+            or not any(s.defined and s.binding for s in own)
+        ):
+            return
+        if not self.image.binds(module, definition):
+            raise UnsafeChange(
+                f"`{definition.name}` is defined by {module.name} and by {definition.module.name}, and which of "
+                "the two the library's new code would use cannot be told",
+                "give one of them another name, or hide the library's",
+                code="ambiguous-symbol",
+            )
 
     def _external_function(self, module: LoadedModule, definition: Definition) -> Bound:
         entry = self._entry(definition.address)

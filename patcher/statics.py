@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from patcher.blocks import Block, Kind
-from patcher.elf.module import TLSDESC
+from patcher.elf.dynamic import TLSDESC
 from patcher.elf.relocations import R
 from patcher.errors import UnsafeChange
 from patcher.live import LiveFunction, LiveUnit, LiveVariable, base_name, numbered

@@ -31,7 +31,6 @@ from patcher.build import (
     CompileCommand,
     Compiler,
     LinkLine,
-    file_of_compiler,
     find_link_line,
     locate_library,
     object_of,
@@ -214,7 +213,8 @@ class Supplies:
 
     def _given_archives(self) -> Iterator[Archive]:
         line = self.link_line
-        for path in dict.fromkeys((*self.options.archives, *(line.archives if line is not None else ()))):
+        given = [file for path in self.options.archives for file in _named(path, self.compiler, static=True)]
+        for path in dict.fromkeys((*given, *(line.archives if line is not None else ()))):
             yield self._archive(path)
 
     def _system_archives(self, module: LoadedModule) -> Iterator[Archive]:
@@ -435,11 +435,15 @@ def _check_joins(source: ObjectFile, module: LoadedModule) -> None:
 def _library_files(name: str, compiler: str) -> tuple[Path, ...]:
     if "/" in name or Path(name).is_file():
         path = Path(name).resolve()
-        return (path,) if path.is_file() else ()
-    found = locate_library(name.removeprefix("-l"), (), compiler)
-    if not found and ".so" not in name:
-        found = tuple(filter(None, [file_of_compiler(compiler, f"lib{name}.so")]))
+        found = _named(path, compiler) if path.is_file() else ()
+    else:
+        found = locate_library(name.removeprefix("-l"), (), compiler)
     return tuple(path.resolve() for path in found if path.suffix != ".a")
+
+
+def _named(path: Path, compiler: str, *, static: bool = False) -> tuple[Path, ...]:
+    """Return the files that a path stands for: others, where it is a linker script."""
+    return locate_library(f":{path.name}", [path.parent], compiler, static=static) or (path,)
 
 
 def _stamp(path: Path) -> Stamp:

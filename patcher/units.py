@@ -171,10 +171,18 @@ class Units:
         return self._compiled_to_reach(part, command, reach)
 
     def _with_needed_reach(self, part: Part) -> Part:
-        """Compile a unit once more that is known to need it, before it is linked in vain."""
+        """Compile a unit once more that is known to need it, before it is linked in vain.
+
+        What earlier patches brought of it was compiled in that way too, and is compared as such.
+        """
         command = self._command_of.get(part.delta.blocks.object)
         reach = self._needed_reach.get((command.file, command.arguments)) if command is not None else None
-        return part if command is None or reach is None else self._compiled_to_reach(part, command, reach)
+        if command is None or reach is None or not part.wanted():
+            return part
+        made = self._compiled_to_reach(part, command, reach)
+        there = {f.name for f in match(made.blocks, part.unit).with_status(Status.SAME)}
+        same = [f for f in part.delta.with_status(Status.CHANGED) if f.name in there]
+        return made.judged(part.delta.taken_as(Status.SAME, same))
 
     def _compiled_to_reach(self, part: Part, command: CompileCommand, reach: Variant) -> Part:
         blocks = Blocks(self._compiled(command, variant=reach))
@@ -219,7 +227,8 @@ class Units:
                 self._waiting[source.name] = source
         if absent and not parts:
             self._refuse_absent(sources, absent)
-        changed = tuple(self._with_needed_reach(p) for p in parts if p.wanted())
+        parts = [self._with_needed_reach(p) for p in parts]
+        changed = tuple(p for p in parts if p.wanted())
         self._check_layouts(changed)
         return Changes(changed, tuple(p for p in parts if not p.wanted()), tuple(absent))
 
@@ -260,7 +269,7 @@ class Units:
         if not suspects or source.command is None:
             return delta
         if all(self._line_only.get((source.file, f.name)) == fingerprint(blocks, f.block) for f in suspects):
-            return delta.with_line_only(suspects)
+            return delta.taken_as(Status.LINE_ONLY, suspects)
         new, texts = source.file.read_bytes(), self.texts.of(source.file)
         if all(text.count(b"\n") == new.count(b"\n") for text in texts):
             return delta  # no line has moved, or none can be told to have
@@ -339,7 +348,7 @@ class Units:
     def _check_layouts(self, parts: Sequence[Part]) -> None:
         """Refuse new code that sees existing data in another layout."""
         for part in parts:
-            if all(part.status(b) is Status.SAME for b in part.wanted()):
+            if not part.supplied and all(part.status(b) is Status.SAME for b in part.wanted()):
                 continue  # what runs now sees it in the same way
             layouts = self.layouts_of(part.module)
             data = bytes(part.delta.blocks.object.contents)

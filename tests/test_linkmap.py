@@ -174,6 +174,19 @@ def test_a_list_that_leads_nowhere_ends(image: Image) -> None:
     assert thread_blocks(memory, 8, layout) == {}, "not mapped"
 
 
+def test_a_dynamic_section_that_nobody_writes_to_is_no_obstacle(tmp_path: Path) -> None:
+    early = library(tmp_path, "early", PLACE)
+    text = "void wait_for_end(void);\nint *place(void);\nint main(void) { wait_for_end(); return *place(); }\n"
+    main = compile_text(text, tmp_path / "main.o", name="main.c")
+    flags = ("-fuse-ld=lld", "-Wl,-z,rodynamic", f"-Wl,-rpath,{tmp_path}")
+    run("gcc", *flags, "-o", tmp_path / "program", main, waiting_object(tmp_path), early)
+    with running(tmp_path / "program") as target:
+        image = Image(target)
+        executable = image.executable
+        assert rendezvous(target.memory, executable.module.dynamic_section + executable.bias) == 0
+        assert offset(image, "libearly.so") is not None
+
+
 def test_a_static_program_has_its_block_below_the_thread_pointer(tmp_path: Path) -> None:
     text = "extern void wait_for_end(void);\n__thread int one = 1, two = 2;\nlong seen;\n"
     text += (

@@ -50,9 +50,9 @@ def objects(folder: Path, flags: Sequence[str] = (), **sources: str) -> list[Pat
     return made
 
 
-def archive(path: Path, flags: str = "rcs", **sources: str) -> Path:
+def archive(path: Path, flags: str = "rcs", compiling: Sequence[str] = (), **sources: str) -> Path:
     """Make an archive of texts."""
-    made = objects(path.parent / path.stem, **sources)
+    made = objects(path.parent / path.stem, compiling, **sources)
     path.unlink(missing_ok=True)
     run("ar", flags, path.name, *(m.relative_to(path.parent) for m in made), cwd=path.parent)
     return path
@@ -216,6 +216,50 @@ def test_a_given_archive_reloads_its_members_and_adds_those_that_are_needed(tmp_
         assert program.ask(3) == "4003"
 
 
+def test_objects_and_archives_that_need_each_other_are_one_generation(project: Project, tmp_path: Path) -> None:
+    first = archive(
+        tmp_path / "libfirst.a", one="int two(int); int one(int n) { return n < 1 ? 1 : 2 * two(n - 1); }\n"
+    )
+    second = archive(tmp_path / "libsecond.a", three="int one(int); int three(int n) { return 5 + one(n); }\n")
+    (two,) = objects(tmp_path, two="int three(int); int two(int n) { return 3 * three(n); }\n")
+    with project.running() as program, patcher.attach(program.pid) as session:
+        generation = session.apply(calling(project, "one(n)", "int one(int);"), first, two, second)
+        assert set(names(generation)) == {"answer", "one", "two", "three"}
+        assert generation.number == 1
+        assert program.ask(2) == str(2 * 3 * (5 + 2 * 3 * (5 + 1)))
+        assert session.apply(second).functions == ()
+
+
+def test_two_modules_that_change_together_share_what_comes_in(tmp_path: Path) -> None:
+    part = "int part(int n) { static int calls; calls++; return n + calls; }\n"
+    main = MAIN.replace("answer(atoi(line))", "answer(atoi(line)) + part(0)").replace(
+        "int answer(int n);", "int answer(int n);\nint part(int n);"
+    )
+    project = Project(tmp_path / "p", {"main.c": main, "unit.c": UNIT, "part.c": part}, shared=["part.c"])
+    found = archive(tmp_path / "libx.a", "rcs", ["-fPIC"], counter=COUNTER)
+    declared = "int next(void);"
+    changed = project.object(
+        "part.c", ("n + calls", "n + 100 * next() + 0 * calls"), ("int part", f"{declared}\nint part")
+    )
+    with project.running() as program, patcher.attach(program.pid, archives=[found]) as session:
+        assert program.ask(0) == "1001"
+        generation = session.apply(calling(project, "next() + calls * 0", declared), changed)
+        assert sorted(names(generation)) == ["answer", "next", "part"]
+        assert program.ask(0) in ("201", "102")
+        assert program.ask(0) in ("403", "304")
+
+
+def test_a_type_that_is_another_one_in_the_archive_is_refused(tmp_path: Path) -> None:
+    point = "struct point { int x, y; };\nstruct point origin = {1, 2};\n"
+    project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": point + UNIT})
+    text = "struct point { int before, x, y; };\nextern struct point origin;\nint extra(void) { return origin.x; }\n"
+    found = archive(tmp_path / "libx.a", extra=text)
+    with project.running() as program, patcher.attach(program.pid, archives=[found]) as session:
+        with pytest.raises(UnsafeChange, match=r"libx\.a\(extra\.o\) changes the layout .*point") as refused:
+            session.apply(calling(project, "extra()", "int extra(void);"))
+        assert refused.value.code == "layout"
+
+
 def test_what_the_linker_dropped_comes_from_the_object_and_shares_its_variables(tmp_path: Path) -> None:
     counter = "int shared = 3;\nint used(int n) { return n + shared; }\nint dropped(int n) { return n * shared++; }\n"
     main = MAIN.replace("answer(atoi(line))", "answer(atoi(line)) + used(0)").replace(
@@ -365,6 +409,33 @@ def test_a_tentative_definition_beside_a_definition_in_an_archive_is_refused(tmp
         assert program.ask(1) == "0"
 
 
+def test_new_tentative_definitions_of_one_name_in_two_units_are_refused(tmp_path: Path) -> None:
+    project = Project(tmp_path / "p", compile_flags=["-fcommon"])
+    (beside,) = objects(tmp_path, ["-fcommon"], late="int shared; int late(int n) { return shared = n; }\n")
+    wants = calling(project, "late(n) + shared", "int shared;", "int late(int);")
+    with project.running() as program, patcher.attach(program.pid) as session:
+        with pytest.raises(UnsafeChange, match=r"`shared` .*late\.o defines it|`shared` .*unit\.o defines it"):
+            session.apply(wants, beside)
+        assert program.ask(1) == "1001"
+
+
+def test_a_unit_may_bring_an_ifunc_itself(project: Project) -> None:
+    with project.running() as program, patcher.attach(program.pid) as session:
+        session.apply(calling(project, "chosen(n) + asked_times()", *CHOSEN.splitlines()))
+        assert program.ask(3) == "3001"
+
+
+def test_the_resolver_itself_is_not_what_its_name_means(project: Project) -> None:
+    lines = [
+        *CHOSEN.replace("static int (*choose", "__attribute__((noipa)) static int (*choose").splitlines(),
+        "int (*resolver(int n))(int) { return n ? choose() : 0; }",
+    ]
+    with project.running() as program, patcher.attach(program.pid) as session:
+        with pytest.raises(PatcherError, match="refers to the resolver of `chosen` itself"):
+            session.apply(calling(project, "chosen(n) + (resolver(n) != 0)", *lines))
+        assert program.ask(3) == "1003"
+
+
 # --- the C library of a static program --------------------------------------------------------------------------------
 
 
@@ -380,6 +451,14 @@ def test_a_static_program_gains_functions_of_the_c_library(static: Project) -> N
         session.revert(0)
         assert program.ask(10) == "2010"
         assert image_bytes(program.pid) == before
+
+
+def test_an_archive_that_is_a_linker_script_is_followed(static: Project) -> None:
+    script = run("gcc", "-print-file-name=libm.a").strip()
+    with static.running() as program, patcher.attach(program.pid, archives=[script]) as session:
+        generation = session.apply(calling(static, "(int)cbrt(n)", "double cbrt(double);"))
+        assert any(m.endswith("cbrt.o)") for m in members(generation))
+        assert program.ask(27) == "3"
 
 
 def test_another_build_of_the_c_library_is_refused(static: Project, tmp_path: Path) -> None:
@@ -420,10 +499,10 @@ def rooted(tmp_path: Path) -> tuple[Project, Path]:
     return project, calling(project, *ROOT_OF)
 
 
-@pytest.mark.parametrize("name", ["m", "-lm", "libm.so.6", "path"])
+@pytest.mark.parametrize("name", ["m", "-lm", "libm.so.6", "/libm.so.6", "/libm.so"])
 def test_a_given_library_is_loaded_when_it_has_what_is_missing(rooted: tuple[Project, Path], name: str) -> None:
     project, wants = rooted
-    library = run("gcc", "-print-file-name=libm.so.6").strip() if name == "path" else name
+    library = run("gcc", f"-print-file-name={name[1:]}").strip() if name.startswith("/") else name
     with project.running() as program, patcher.attach(program.pid, libraries=[library]) as session:
         before = image_bytes(program.pid)
         generation = session.apply(wants)

@@ -51,7 +51,8 @@ CHANGES = {
     "one of several": ("own + one", "own + two", {"several"}),
     "own for imported": ("own + one + imported", "own + one + own_too", {"several"}),
 }
-HIDDEN = 'long at_first;\n__attribute__((visibility("hidden"))) __thread int hidden_too = 8, hidden = 9;\n'
+HIDDEN = "static __thread int one = 7;\nint other_one(void) { return one++; }\n"  # of the same name as the unit's
+HIDDEN += '__attribute__((visibility("hidden"))) __thread int hidden_too = 8, hidden = 9;\n'
 IMPORTED = "__thread int imported_too = 10, imported = 11;\n"
 MAIN = "extern void wait_for_end(void);\nint reads_own(void);\nint main(void) { wait_for_end(); return reads_own(); }\n"
 
@@ -63,7 +64,6 @@ BUILDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "gcc-initial-exec": ("gcc", ("-O1", "-fPIC", "-ftls-model=initial-exec")),
     "clang": ("clang", ("-O2", "-fPIC")),
     "clang-no-plt": ("clang", ("-O0", "-fPIC", "-fno-plt")),
-    "clang-initial-exec": ("clang", ("-O2", "-fPIC", "-ftls-model=initial-exec")),
 }
 LINKS = (
     ("bfd", "program"),
@@ -85,7 +85,7 @@ class Objects:
             return compile_text(text, folder / f"{name}.o", *flags, *more, compiler=compiler)
 
         self.linked = compiled(TEXT, "linked")
-        self.hidden = compile_text(HIDDEN, folder / "hidden.o", "-O1", "-fPIC", name="hidden.c")
+        self.hidden = compile_text(HIDDEN, folder / "hidden.o", *flags, compiler=compiler, name="hidden.c")
         self.same = compiled(TEXT, "same", *UNIT)
         self.changed: dict[str, Path] = {}
         for number, (change, (old, new, _)) in enumerate(CHANGES.items()):
@@ -168,7 +168,7 @@ def test_every_bit_of_code_that_uses_thread_locals_counts(
 ) -> None:
     compiler, flags = BUILDS[build]
     unit = compile_text(TEXT, tmp_path / "linked.o", *flags, compiler=compiler)
-    hidden = compile_text(HIDDEN, tmp_path / "hidden.o", "-fPIC", name="hidden.c")
+    hidden = compile_text(HIDDEN, tmp_path / "hidden.o", *flags, compiler=compiler, name="hidden.c")
     program = link(tmp_path, unit, hidden, imported, linker, kind)
     with running(program) as target:
         (delta,) = deltas(target, compile_text(TEXT, tmp_path / "same.o", *flags, *UNIT, compiler=compiler))

@@ -8,7 +8,7 @@ from patcher.build.build_command import BuildCommand
 from patcher.build.command import LINE_SHIFT, CompileCommand, Unit, Variant, is_unit, object_of
 from patcher.build.commands import Commands
 from patcher.build.compiler import CompiledUnit, Compiler
-from patcher.build.linking import LinkLine, file_of_compiler, find_link_line, locate_library
+from patcher.build.linking import LinkLine, find_link_line, locate_library
 from patcher.build.running import BuildCancelled
 from patcher.build.toolchain import program_index
 
@@ -32,7 +32,6 @@ __all__ = [
     "LinkLine",
     "Unit",
     "Variant",
-    "file_of_compiler",
     "find_link_line",
     "is_unit",
     "locate_library",

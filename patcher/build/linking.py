@@ -18,7 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 
 _ABOVE = 4  # directories above the program in which a build may have its root
-_SCRIPT = re.compile(r"/\*.*?\*/|\b(?:AS_NEEDED|GROUP|INPUT)\b|[()]", re.S)
+_COMMENT = re.compile(r"/\*.*?\*/", re.S)
+_PUNCTUATION = re.compile(r"\bAS_NEEDED\b|[(),]")
 _COMMAND = re.compile(r"\b(?:GROUP|INPUT)\s*\(([^()]*(?:\([^()]*\)[^()]*)*)\)")
 _SHARED = re.compile(r".*\.so(\.[\w.]+)?$")
 _WITH_VALUE = frozenset({"-o", "-L", "-l", "-T", "-u", "-e", "-z", "-x", "-Xlinker", "-MF", "-MT", "-MQ"})
@@ -143,43 +144,51 @@ def locate_library(name: str, places: Sequence[Path], compiler: str, *, static: 
 
     `name` is what -l has (`m`, `:libm.so.6`), or a file's name (`libm.so.6`). `places` come before the compiler's own.
     """
+    path = _find(name, places, compiler, static)
+    return () if path is None else _resolved(path, places, compiler, static)
+
+
+def _find(name: str, places: Sequence[Path], compiler: str, static: bool) -> Path | None:
     if name.startswith(":"):
         files = [name[1:]]
     elif name.startswith("lib") and (name.endswith(".a") or _SHARED.match(name)):
         files = [name]
     else:
         files = [f"lib{name}.a"] if static else [f"lib{name}.so", f"lib{name}.a"]
-    for place in places:
-        for file in files:
-            if (place / file).is_file():
-                return _resolved(place / file, places, compiler, static)
-    for file in files:
-        own = file_of_compiler(compiler, file)
-        if own is not None:
-            return _resolved(own, places, compiler, static)
-    return ()
+    own = (place / file for place in places for file in files if (place / file).is_file())
+    theirs = (path for file in files if (path := file_of_compiler(compiler, file)) is not None)
+    return next(own, None) or next(theirs, None)
 
 
 def _resolved(path: Path, places: Sequence[Path], compiler: str, static: bool) -> tuple[Path, ...]:
     """Return the files that a library stands for: itself, or those that its linker script names."""
-    with path.open("rb") as file:
-        start = file.read(_SCRIPT_BYTES + 1)
-    if start[:4] == b"\x7fELF" or start[:7] in (b"!<arch>", b"!<thin>") or len(start) > _SCRIPT_BYTES:
-        return (path,)
     found: list[Path] = []
-    for listed in _COMMAND.findall(_SCRIPT_COMMENT.sub(" ", start.decode("utf-8", "replace"))):
-        for word in _SCRIPT.sub(" ", listed).split():
-            named = path.parent / word
-            if word.startswith("-l"):
-                found += locate_library(word[2:], places, compiler, static=static)
-            elif named.is_file():
-                found.append(named)
-            else:
-                found += locate_library(word, places, compiler, static=static)
+    seen: set[Path] = set()
+    work = [path]
+    while work:
+        path = work.pop(0)
+        if path in seen:
+            continue
+        seen.add(path)
+        listed = _script(path)
+        if listed is None:
+            found.append(path)
+            continue
+        for word in listed:
+            beside = path.parent / word
+            named = beside if beside.is_file() else _find(word.removeprefix("-l"), places, compiler, static)
+            work += [named] if named is not None else []
     return tuple(found)
 
 
-_SCRIPT_COMMENT = re.compile(r"/\*.*?\*/", re.S)
+def _script(path: Path) -> tuple[str, ...] | None:
+    """Return the files that a linker script names, or None for a library."""
+    with path.open("rb") as file:
+        start = file.read(_SCRIPT_BYTES + 1)
+    if start[:4] == b"\x7fELF" or start[:7] in (b"!<arch>", b"!<thin>") or len(start) > _SCRIPT_BYTES:
+        return None
+    text = _COMMENT.sub(" ", start.decode("utf-8", "replace"))
+    return tuple(word for listed in _COMMAND.findall(text) for word in _PUNCTUATION.sub(" ", listed).split())
 
 
 @lru_cache(maxsize=256)

@@ -82,12 +82,13 @@ def plan_entry(
     siblings: Sequence[tuple[int, bytes]] = (),
     *,
     entered: Collection[int] = (),
+    table: int | None = None,
 ) -> Displaced:
     """Plan the displacement of the first instructions of function `name`, `size` bytes of live `code` at `address`.
 
     `following`: the bytes after it, up to the next function. `siblings`: (address, bytes) of the pieces that belong
     to it, like `.cold`. `entered`: further offsets at which control may enter (jump tables, landing pads, jumps from
-    other functions).
+    other functions). `table`: the address of the module's global offset table.
     Raises NotDetourable, saying what was found.
     """
     body = code[:size]
@@ -98,10 +99,11 @@ def plan_entry(
     copied = instructions[-1].end if instructions else 0
     length = max(copied, DETOUR_SIZE)
     boundaries = frozenset(i.offset for i in instructions)
+    moved = [i for i in instructions if not _computes_table(i, body, table)]
     found = (
         _short(instructions, size, following)
         or _entered_inside(entered, length)
-        or next(filter(None, (_unmovable(i, address, boundaries, length) for i in instructions)), None)
+        or next(filter(None, (_unmovable(i, address, boundaries, length) for i in moved)), None)
     )
     if found:
         raise NotDetourable(name, address, found)
@@ -143,6 +145,18 @@ def _unmovable(i: Instruction, address: int, boundaries: frozenset[int], length:
     if i.reference is not None and 0 < i.reference - address < length:
         return f"{text} refers to the overwritten bytes"
     return None
+
+
+def _computes_table(i: Instruction, body: bytes, table: int | None) -> bool:
+    """Tell whether an instruction takes its own address only to count from there to the global offset table.
+
+    lea label(%rip), %reg; movabs $table-label, %other: so begin functions of the large position-independent model.
+    """
+    behind = body[i.end : i.end + 10]
+    if table is None or i.reference is None or i.mnemonic != "lea" or len(behind) < 10:
+        return False
+    is_constant = behind[0] & 0xFE == 0x48 and behind[1] & 0xF8 == 0xB8
+    return is_constant and i.reference + int.from_bytes(behind[2:], "little", signed=True) == table
 
 
 def _is_word_branch(i: Instruction) -> bool:

@@ -16,15 +16,22 @@ from functools import cached_property
 import numpy as np
 
 from patcher.elf import tables as t
-from patcher.elf.object import SymbolType
+from patcher.elf.object import SymbolBinding, SymbolType
 from patcher.elf.orders import Orders, orders
 from patcher.elf.relocations import R
 from patcher.errors import ObjectError
 
 _NEEDED, _PLTRELSZ, _HASH, _STRTAB, _SYMTAB, _RELA, _RELASZ = 1, 2, 4, 5, 6, 7, 8
-_STRSZ, _SONAME, _JMPREL, _RELRSZ, _RELR = 10, 14, 23, 35, 36
+_STRSZ, _SONAME, _SYMBOLIC, _JMPREL, _FLAGS, _RELRSZ, _RELR = 10, 14, 16, 23, 30, 35, 36
+_DF_SYMBOLIC = 2
 _GNU_HASH, _VERSYM, _VERDEF, _VERDEFNUM = 0x6FFFFEF5, 0x6FFFFFF0, 0x6FFFFFFC, 0x6FFFFFFD
 _VERNEED, _VERNEEDNUM = 0x6FFFFFFE, 0x6FFFFFFF
+
+TLSDESC = 36
+"""The dynamic relocation of a thread-local descriptor: two words, a function and its argument (psABI, table 4.10)."""
+
+THREAD_CELLS = (R.DTPMOD64, R.TPOFF64, TLSDESC)
+"""The dynamic relocations by which code finds thread-local variables."""
 
 _ENTRY = np.dtype([("tag", "<u8"), ("value", "<u8")])
 _HIDDEN_VERSION = 0x8000
@@ -106,6 +113,17 @@ class Exports(Mapping[str, tuple[DynamicSymbol, ...]]):
         """Return the name of an entry; "" when there is no such entry."""
         return t.string_at(self._strings, int(self._table["name"][entry])) if entry < len(self._table) else ""
 
+    def local_start(self, entry: int) -> int | None:
+        """Return the value of a local symbol, None for any other.
+
+        Some linkers let cells of thread-locals name a module's statics, which says no more than their offset, and
+        whose names need not be one's only.
+        """
+        if not 0 < entry < len(self._table) or self._table["section"][entry] == t.SHN_UNDEF:
+            return None
+        local = self._table["info"][entry] >> 4 == SymbolBinding.LOCAL
+        return int(self._table["value"][entry]) if local else None
+
     def names_at(self, address: int) -> list[str]:
         """Return the names of the symbols that start at an address."""
         return [name for i in self._orders.starting(address) if (name := self.name(i))]
@@ -151,7 +169,11 @@ class Cells(Mapping[int, Cell]):
             position = int(np.searchsorted(addresses, np.uint64(address)))
             if position < len(addresses) and int(addresses[position]) == address:
                 _, kind, symbol, addend = self._relocations[int(places[position])].item()
-                return Cell(kind & 0xFF, self._exports.name(symbol), addend)
+                kind &= 0xFF
+                start = self._exports.local_start(symbol) if kind in THREAD_CELLS else None
+                if start is not None:
+                    return Cell(kind, "", start + addend)
+                return Cell(kind, self._exports.name(symbol), addend)
         raise KeyError(address)
 
     def __iter__(self) -> Iterator[int]:
@@ -192,6 +214,7 @@ class Dynamic:
     address: int
     soname: str
     needed: tuple[str, ...]
+    symbolic: bool  # its own definitions come first for its own references (-Bsymbolic)
     cells: Cells
     exports: Exports
 
@@ -201,7 +224,7 @@ def read_dynamic(raw: t.RawFile, build_id: str) -> Dynamic:
     header = next((p for p in raw.program_headers if int(p["type"]) == t.PT_DYNAMIC), None)
     if header is None:
         exports = Exports.empty()
-        return Dynamic(0, "", (), Cells(_resolver_relocations(raw), exports), exports)
+        return Dynamic(0, "", (), False, Cells(_resolver_relocations(raw), exports), exports)
     return _Section(raw, int(header["address"]), int(header["offset"]), int(header["file_size"])).read(build_id)
 
 
@@ -242,7 +265,8 @@ class _Section:
         exports = Exports(table, strings, np.frombuffer(versions, "<u2"), self._version_names(strings), build_id)
         soname = t.string_at(strings, self._values[_SONAME]) if _SONAME in self._values else ""
         needed = tuple(t.string_at(strings, value) for tag, value in self._entries if tag == _NEEDED)
-        return Dynamic(self._address, soname, needed, Cells(relocations, exports), exports)
+        symbolic = _SYMBOLIC in self._values or bool(self._values.get(_FLAGS, 0) & _DF_SYMBOLIC)
+        return Dynamic(self._address, soname, needed, symbolic, Cells(relocations, exports), exports)
 
     def _at(self, what: str, address: int, size: int) -> memoryview:
         for start, length, offset in self._segments:

@@ -25,12 +25,6 @@ from patcher.errors import ObjectError
 
 __all__ = ["Cell", "DynamicSymbol", "Module", "Segment", "ThreadStorage", "read_module"]
 
-TLSDESC = 36
-"""The dynamic relocation of a thread-local descriptor: two words, a function and its argument (psABI, table 4.10)."""
-
-THREAD_CELLS = (R.DTPMOD64, R.TPOFF64, TLSDESC)
-"""The dynamic relocations by which code finds thread-local variables."""
-
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -77,6 +71,7 @@ class Module:
     dynamic_section: int
     soname: str
     needed: tuple[str, ...]
+    symbolic: bool  # its own definitions come first for its own references (-Bsymbolic)
     interpreter: str
     cells: Cells
     offset_tables: tuple[tuple[int, int], ...]  # extents of the GOT's sections; empty without section headers
@@ -185,6 +180,7 @@ def _read(raw: t.RawFile, debug_files: Callable[[str, str], list[Path]] | None) 
         dynamic_section=dynamic.address,
         soname=dynamic.soname,
         needed=dynamic.needed,
+        symbolic=dynamic.symbolic,
         interpreter=_interpreter(raw),
         cells=dynamic.cells,
         offset_tables=_extents(raw, ".got", ".got.plt"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from patcher.blocks import Block, Blocks, External, Kind, Place, Reference, Target
+from patcher.blocks import Absolute, Block, Blocks, External, Kind, Place, Reference, Target
 from patcher.elf import Relocation
 from patcher.errors import PatcherError, UnsafeChange
 from patcher.lines import NONE as NO_LINES
 from patcher.lines import LineNumbers
-from patcher.link.relocations import RULES, R, type_name
+from patcher.link.relocations import RULES, Need, R, type_name
 from patcher.live import LiveFunction, LiveUnit, Scope, base_name
 from patcher.match.rewritten import (
     DIRECT,
@@ -24,6 +24,7 @@ from patcher.match.rewritten import (
     thread_immediate,
     width_of,
 )
+from patcher.match.tables import TableReferences, is_table_relative
 from patcher.match.threads import ThreadReferences
 from patcher.match.verdict import (
     Cause,
@@ -124,6 +125,7 @@ class Matcher:
         self._windows: dict[int, bytes] = {}
         self._current: Block | None = None
         self.threads = ThreadReferences(self)
+        self.tables = TableReferences(self)
 
     def delta(self) -> Delta:
         results: dict[Block, FunctionMatch] = {}
@@ -146,9 +148,11 @@ class Matcher:
             return FunctionMatch(block, Status.SAME, live)  # what the unit has of it is not what anybody calls
         self._current, self._trial = block, {}
         self.threads.start()
+        self.tables.start()
         pending = len(self.pending)
         try:
             self.maps[block] = self._compare(block, live)
+            self.tables.finish()
         except Mismatch as mismatch:
             self.unit.refuse_elsewhere(live, block)
             del self.pending[pending:]
@@ -290,12 +294,16 @@ class Matcher:
             self.threads.check(r, raw, place)
             return
         value = int.from_bytes(raw, "little", signed=True)
-        if r.type in (R.A64, R.A32, R.A32S, R.A16, R.A8):
+        if is_table_relative(r):
+            self.tables.check(r, value, place)
+        elif rule.need is Need.SIZE:
+            self._check_size(r.target, value - r.addend & MASK)
+        elif r.type in (R.A64, R.A32, R.A32S, R.A16, R.A8):
             if r.type == R.A32:
                 value &= 0xFFFFFFFF
             self.check_target(r.target, value - r.addend & MASK)
-        elif r.type in (R.GOTPCREL, R.GOTPCRELX, R.REX_GOTPCRELX):
-            self._check_cell(r.target, value + place - r.addend & MASK)
+        elif r.type in (R.GOTPCREL, R.GOTPCRELX, R.REX_GOTPCRELX, R.GOTPCREL64):
+            self.check_cell(r.target, value + place - r.addend & MASK)
         else:
             self.check_target(r.target, value + place - r.addend & MASK)
 
@@ -329,7 +337,16 @@ class Matcher:
         assert self._current is not None
         return self._current
 
-    def _check_cell(self, target: Target, cell: int) -> None:
+    def _check_size(self, target: Target, size: int) -> None:
+        known = target.value if isinstance(target, Absolute) else None
+        if isinstance(target, External):
+            definition = self.unit.image.resolve(target.name, self.unit.module)
+            known = definition.size if definition is not None else 0
+        if size != known:
+            raise Mismatch(Cause.CONSTANT, f"a size of {size} instead of {known}")
+
+    def check_cell(self, target: Target, cell: int) -> None:
+        """Check that a live cell of the offset table holds what the object means by `target`; raises `Mismatch`."""
         module = self.unit.module
         value = self.read_table(cell)
         known = self.unit.image.cell_at(cell)

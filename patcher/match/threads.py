@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from patcher.blocks import External, Place, Reference, Target
 from patcher.elf import SymbolType
-from patcher.elf.module import TLSDESC, Cell
+from patcher.elf.dynamic import TLSDESC, Cell
 from patcher.elf.relocations import R
 from patcher.match.rewritten import (
     MASK,
@@ -144,27 +144,18 @@ class ThreadReferences:
         return bool(number) and number == self.image.thread_module(self.module)
 
     def _check_descriptor(self, target: Target, cell: int) -> None:
-        argument = self.matcher.read_table(cell + 8 & MASK)
-        known = self.image.cell_at(cell)
+        argument, known = self.matcher.read_table(cell + 8 & MASK), self.image.cell_at(cell)
         if self.unit.view.contains(cell):
             # One of ours, whose argument are the cells that it hands to `__tls_get_addr`.
             self._check_index(target, argument)
         elif known is None or known.type != TLSDESC:
             raise Mismatch(Cause.REFERENCE, f"reads {cell:#x}, which is no thread-local descriptor")
-        elif not self._named(known, target):
-            self._check_own(target, known.addend + self._local_start(known.name, target))
+        elif known.name and not self._named(known, target):
+            raise self._other(target)
+        elif not known.name:
+            self._check_own(target, known.addend)
         if isinstance(target, External) and target.name == MODULE_BASE:
             self._expect_base(from_pointer=False)
-
-    def _local_start(self, name: str, target: Target) -> int:
-        """Return the offset of a static variable that the module's dynamic symbols name; no name is offset 0."""
-        if not name:
-            return 0
-        symbols = self.module.module.exports.get(name, ())
-        values = {s.value for s in symbols if s.defined and s.binding == 0 and s.type == SymbolType.TLS}
-        if len(values) != 1:
-            raise self._other(target)
-        return values.pop()
 
     def _named(self, known: Cell, target: Target) -> bool:
         return bool(known.name) and not known.addend and self.matcher.cell_names(target, known.name)

@@ -52,10 +52,10 @@ class Delta:
     functions: tuple[FunctionMatch, ...]
     bindings: dict[Block, int] = field(repr=False)
 
-    def with_line_only(self, functions: Sequence[FunctionMatch]) -> Delta:
-        """Return this delta with some functions taken to differ by line numbers only."""
+    def taken_as(self, status: Status, functions: Sequence[FunctionMatch]) -> Delta:
+        """Return this delta with another verdict on some functions."""
         chosen = {f.block for f in functions}
-        changed = tuple(replace(f, status=Status.LINE_ONLY) if f.block in chosen else f for f in self.functions)
+        changed = tuple(replace(f, status=status) if f.block in chosen else f for f in self.functions)
         return replace(self, functions=changed)
 
     def with_status(self, *statuses: Status) -> tuple[FunctionMatch, ...]:

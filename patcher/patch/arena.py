@@ -21,6 +21,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from patcher.code.entry import COPY_SIZE
 from patcher.errors import PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.link.place import Region, Space
 from patcher.target import Mapping, Result, SystemCall, Target, read_stat
@@ -165,12 +166,21 @@ class Arena:
         self.target.memory.write(self.header + _USED_OFFSET, raw)
 
     def space(self, usage: Usage) -> Space:
-        """Return the memory that is still free."""
+        """Return the memory that is still free for a generation's blocks.
+
+        What the slots that are left may need for displaced entries is kept back: these must be near their functions,
+        and blocks may go to another arena.
+        """
+        kept_back = (SLOT_COUNT - usage.slots) * COPY_SIZE
         return Space(
             Region(usage.read_only, self.code_start),
-            Region(usage.code, self.header),
+            Region(usage.code, max(usage.code, self.header - kept_back)),
             Region(usage.data, self.staging),
         )
+
+    def entry_space(self, usage: Usage) -> Region:
+        """Return the memory that is still free for displaced entries."""
+        return Region(usage.code, self.header)
 
     def bytes_used(self, usage: Usage) -> int:
         """Return the bytes of code, constants, data and islands, with their slots, that are in use."""
@@ -250,14 +260,26 @@ def _read_header(target: Target, mapping: Mapping) -> Arena | None:
     return arena if magic == MAGIC and arena.header == mapping.start else None
 
 
-def plan_arena(target: Target, low: int, high: int, primary: int | None, *, below_2g: bool) -> Arena:
-    """Choose where an arena within reach of the text in `low`..`high` can go. Raises `TargetBusy` without a hole."""
-    for base in _holes(target.mappings(), low, high, below_2g):
-        return Arena(target, base, base if primary is None else primary)
+def arena_near(target: Target, low: int, high: int, *, below_2g: bool) -> int:
+    """Return where an arena within reach of the text in `low`..`high` can go. Raises `TargetBusy` without a hole."""
+    floor, ceiling = high - REACH, low + REACH
+    if below_2g:
+        ceiling = min(ceiling, (1 << 31) - PAGE)
+    for base in _holes(target.mappings(), low, high, (floor, ceiling)):
+        return base
     raise TargetBusy(
         f"process {target.pid}: there is no hole of {TOTAL_SIZE >> 20} MiB within 2 GiB of {low:#x}",
         "restart the program with the new code",
         code="no-arena",
+    )
+
+
+def arena_anywhere(target: Target) -> int:
+    """Return where an arena can go at all. Raises `TargetBusy` without a hole."""
+    for base in _holes(target.mappings(), 1 << 46, 1 << 46, (0, 1 << 47)):
+        return base
+    raise TargetBusy(
+        f"process {target.pid}: its address space has no hole of {TOTAL_SIZE >> 20} MiB", "restart it", code="no-arena"
     )
 
 
@@ -311,15 +333,14 @@ def _map(part: tuple[int, int, int], base: int, flags: int, descriptor: Result |
     return SystemCall(_MMAP, (address, size, protection, flags, descriptor, address - base))
 
 
-def _holes(mappings: Iterable[Mapping], low: int, high: int, below_2g: bool) -> Iterator[int]:
-    """Yield base addresses at which an arena would fit, the best first.
+def _holes(mappings: Iterable[Mapping], low: int, high: int, limits: tuple[int, int]) -> Iterator[int]:
+    """Yield base addresses within `limits` at which an arena would fit, the best first.
 
     Below the module is best: above an executable the heap grows, below the stack the stack does.
     """
     ordered = sorted(mappings, key=lambda m: m.start)
-    floor, ceiling = max(1 << 16, high - REACH), min((1 << 47) - PAGE, low + REACH)
-    if below_2g:
-        ceiling = min(ceiling, (1 << 31) - PAGE)
+    floor, ceiling = max(1 << 16, limits[0]), min((1 << 47) - PAGE, limits[1])
+    below_2g = ceiling < 1 << 31
     gaps = []
     previous = 1 << 16
     for mapping in ordered:

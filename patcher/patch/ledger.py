@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 
 from patcher.code.entry import DETOUR_SIZE, detour, island
 from patcher.errors import PatcherError, TargetBusy, UnsafeChange
-from patcher.link.place import Space
 from patcher.patch import journal as records
 from patcher.patch.arena import (
     JOURNAL_SIZE,
     Arena,
     Usage,
+    arena_anywhere,
+    arena_near,
     create_arena,
     find_arenas,
-    plan_arena,
 )
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
 from patcher.patch.transaction import Flip, FlipResult, TextWrite, flip
@@ -122,20 +122,24 @@ class Ledger:
 
     # --- arenas -----------------------------------------------------------------------------------------------
 
-    def arena_near(self, low: int, high: int, *, below_2g: bool) -> Arena:
-        """Return an arena within reach of the text in `low`..`high`: one that is there, or one that could be made.
+    def plan_near(self, low: int, high: int, *, below_2g: bool) -> Arena:
+        """Choose where an arena within reach of the text in `low`..`high` could be made.
 
-        Nothing is mapped yet; `realise` does that.
+        Nothing is mapped yet; `realise` does that. Raises `TargetBusy` where the address space is full.
         """
-        for arena in self.arenas.values():
-            if arena.reaches(low, high):
-                return arena
+        return self._planned_at(arena_near(self.target, low, high, below_2g=below_2g))
+
+    def plan_anywhere(self) -> Arena:
+        """Do what `plan_near` does for an arena that may lie anywhere."""
+        return self._planned_at(arena_anywhere(self.target))
+
+    def _planned_at(self, base: int) -> Arena:
         primary = self.primary
-        arena = plan_arena(self.target, low, high, primary.base if primary else None, below_2g=below_2g)
-        self._planned.add(arena.base)
-        self.arenas[arena.base] = arena
-        self.usages[arena.base] = arena.fresh_usage()
-        self.slots[arena.base] = [0]
+        arena = Arena(self.target, base, primary.base if primary is not None else base)
+        self._planned.add(base)
+        self.arenas[base] = arena
+        self.usages[base] = arena.fresh_usage()
+        self.slots[base] = [0]
         return arena
 
     def realise(self) -> None:
@@ -149,9 +153,6 @@ class Ledger:
         for base in self._planned & set(self.arenas):
             del self.arenas[base], self.usages[base], self.slots[base]
         self._planned.clear()
-
-    def space(self, arena: Arena) -> Space:
-        return arena.space(self.usages[arena.base])
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -220,7 +220,7 @@ TABLE = {
     "build_failed": {"file", "diagnostics"},
     "refused": {"reason", "message", "hint", "file"},
     "unchanged": {"files"},
-    "applied": {"generation", "functions", "supplied", "undefined", "active", "timings"},
+    "applied": {"generation", "functions", "supplied", "undefined", "kept", "active", "timings"},
     "reverted": {"generation"},
     "exited": {"status"},
 }

@@ -94,6 +94,15 @@ def test_refused_with_the_reason(code: str, following: str, found: str) -> None:
     assert error.value.hint
 
 
+def test_an_address_that_only_leads_to_the_offset_table_may_be_taken_there() -> None:
+    # push %rbp; mov %rsp, %rbp; label: lea label(%rip), %rax; movabs $table-label, %rcx; ret
+    code = "55 48 89 e5 48 8d 05 f9 ff ff ff 48 b9 fc 2f 00 00 00 00 00 00 c3"
+    assert plan(code, table=ENTRY + 0x3000).length == 11
+    for table in (None, ENTRY + 0x3001):
+        with pytest.raises(NotDetourable, match="refers to the overwritten bytes"):
+            plan(code, table=table)
+
+
 def test_jump_back_to_the_entry_is_reported() -> None:
     assert plan("31 c0 ff c8 90 c3 eb f8").reentries == (6,)
     assert plan("31 c0 ff c8 90 c3 e8 f5 ff ff ff").reentries == ()  # recursion is a new call

@@ -28,6 +28,7 @@ from patcher.code.instructions import (
     padding_length,
     plt_cell,
     references_into,
+    wide_displacements,
 )
 
 
@@ -295,3 +296,18 @@ def test_disassembly_names_what_is_pointed_to() -> None:
         "0x100c: c3                             ret",
         "0x100d: 06 (not decoded)",
     ]
+
+
+def test_a_displacement_that_is_wider_than_its_number_is_a_linkers() -> None:
+    code = bytes.fromhex(
+        "8b 88 04 00 00 00"  # mov 4(%rax), %ecx
+        "8b 48 08"  # mov 8(%rax), %ecx
+        "8b 0d 10 00 00 00"  # mov 16(%rip), %ecx
+        "64 48 8b 04 25 20 00 00 00"  # mov %fs:32, %rax
+        "42 89 8c 00 e8 ff ff ff"  # mov %ecx, -24(%rax,%r8)
+        "48 8b 04 fd 40 00 00 00"  # mov 64(,%rdi,8), %rax
+        "81 c0 50 00 00 00"  # add $80, %eax
+    )
+    assert wide_displacements(code) == {4, -24}
+    with pytest.raises(UndecodableCode):
+        wide_displacements(code + b"\x06")
