@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Protocol
 
 from patcher.blocks import Block, Blocks, External, Kind, Place
@@ -259,7 +260,7 @@ class _Generation:
             if is_chosen(block):
                 _check_resolver(linkage.part_of(block), block)
         full: ArenaFull | None = None
-        for home in (first, *homes):
+        for home in chain((first,), homes):  # a further arena is planned only when it is wanted
             try:
                 return self._settle(home, found, linkage)
             except ArenaFull as error:

@@ -46,7 +46,7 @@ def test_apply_status_revert(project, program):
     assert "generation 1 is live" in done.stderr
     assert "changed: answer" in done.stderr
     found = status(program.pid)
-    assert set(found) == {"pid", "program", "generation", "functions", "arenas"}
+    assert set(found) == {"pid", "program", "generation", "functions", "arenas", "objects"}
     (function,), (arena,) = found["functions"], found["arenas"]
     assert set(function) == {"name", "module", "file", "original", "current", "generation"}
     assert (function["name"], function["module"], function["file"]) == ("answer", str(project.program), "unit.c")
