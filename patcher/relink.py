@@ -437,10 +437,10 @@ class _Generation:
             return
         self._allocate(part, islands=DOOR_SIZE)
         island = door.arena.island(door.index)
-        if is_chosen(block):
-            self.choices.append(Choice(block.name, door.arena.base, door.index, body))
         if live is None:
             self._define(block, Bound(island))
+            if is_chosen(block):  # the entry of a resolver that the program has is the resolver's for life
+                self.choices.append(Choice(block.name, door.arena.base, door.index, body))
         names = tuple(dict.fromkeys(s.name for s in block.symbols))
         self.redirects.append(
             Redirect(
