@@ -12,7 +12,9 @@ from __future__ import annotations
 import os
 import re
 import struct
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ _IDENTIFIER = re.compile(rb"[A-Za-z_]\w*")
 _TAGS = ("struct ", "union ", "enum ", "")
 _DTPOFF64, _DTPOFF32, _NONE = 17, 21, 0
 _NAMED = 4  # differences that a message lists
+_DENSEST = 100  # debug information that is smaller than this part of itself when compressed is made to fill memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,53 +45,65 @@ class TypeChange:
 
 
 class Layouts:
-    """The types of one program."""
+    """The types of one program; `name` is for messages."""
 
-    def __init__(self, program: Any) -> None:
+    def __init__(self, program: Any, name: str) -> None:
         self._program = program
+        self._name = name
         self._found: dict[tuple[str, str], Any] = {}
 
     @classmethod
     def of_program(cls, file: Path) -> Layouts | None:
         """Read a module's debug information; None when it has none."""
-        program = _load(str(file))
-        return cls(program) if program is not None else None
+        program = _load(str(file), str(file))
+        return cls(program, str(file)) if program is not None else None
 
     @classmethod
-    def of_object(cls, data: bytes) -> Layouts | None:
+    def of_object(cls, data: bytes, name: str) -> Layouts | None:
         """Read a relocatable object's debug information; None when it has none."""
         descriptor = os.memfd_create("object", os.MFD_CLOEXEC)
         try:
             with os.fdopen(descriptor, "wb", closefd=False) as file:
-                file.write(_readable(data))
-            program = _load(f"/proc/self/fd/{descriptor}")
+                file.write(_readable(data, name))
+            program = _load(f"/proc/self/fd/{descriptor}", name)
         finally:
             os.close(descriptor)
-        return cls(program) if program is not None else None
+        return cls(program, name) if program is not None else None
 
     def find(self, name: str, file: str = "") -> Any:
-        """Return a complete type, of that source file if one is given, or None."""
+        """Return a complete type, of that source file if one is given, or None.
+
+        Raises `PatcherError` when the debug information is damaged.
+        """
         key = name, file
         if key not in self._found:
-            try:
-                found = self._program.type(name, file) if file else self._program.type(name)
-            except (LookupError, SyntaxError, ValueError):
-                found = None
-            self._found[key] = found
+            with _reading(self._name):
+                self._found[key] = self._look_up(name, file)
         return self._found[key]
 
+    def _look_up(self, name: str, file: str) -> Any:
+        try:
+            return self._program.type(name, file) if file else self._program.type(name)
+        except (LookupError, SyntaxError, ValueError):
+            return None
 
-def changed_types(old: Layouts, data: bytes) -> tuple[TypeChange, ...]:
+
+def changed_types(old: Layouts, data: bytes, name: str = "the object") -> tuple[TypeChange, ...]:
     """Return the types that an object uses in another layout than the program does.
 
-    `data` is the object's contents. Types that only one of the two knows are no change. Where the program has
-    several types of one name, a change is one only if none of them, in any file the object was made from, fits.
+    `data` is the object's contents, `name` for messages. Types that only one of the two knows are no change. Where the
+    program has several types of one name, a change is one only if none of them, in any file the object was made from,
+    fits. Raises `PatcherError` when the debug information of either is damaged.
     """
-    new = Layouts.of_object(data)
+    new = Layouts.of_object(data, name)
     if new is None:
         return ()
-    raw = t.read_raw("object", data)
-    strings = _debug_strings(raw)
+    strings = _debug_strings(t.read_raw(name, data))
+    with _reading(name):  # members are read when they are looked at
+        return tuple(_causes(_changes(old, new, strings)))
+
+
+def _changes(old: Layouts, new: Layouts, strings: bytes) -> list[TypeChange]:
     changes = []
     for name in _candidates(strings):
         ours = old.find(name)  # remembered from save to save, so asked first
@@ -99,35 +114,55 @@ def changed_types(old: Layouts, data: bytes) -> tuple[TypeChange, ...]:
             continue
         if not any((other := old.find(name, f)) is not None and _same(other, theirs) for f in _files(strings)):
             changes.append(TypeChange(name, tuple(_differences(ours, theirs))))
-    return tuple(_causes(changes))
+    return changes
 
 
-def has_types(data: bytes) -> bool:
-    """Tell whether an object has debug information, and in a form that can be read here."""
-    raw = t.read_raw("object", data)
+def has_types(data: bytes, name: str = "the object") -> bool:
+    """Tell whether an object has debug information, and in a form that can be read here.
+
+    Raises `PatcherError` when it is damaged; `name` is for its message.
+    """
+    raw = t.read_raw(name, data)
     debug = [i for i in range(len(raw.section_headers)) if raw.section_name(i).startswith(".debug_")]
     if not any(raw.section_name(i) == ".debug_info" for i in debug):
         return False
     packed = [i for i in debug if int(raw.section_headers[i]["flags"]) & t.SHF_COMPRESSED]
-    return all(_inflate(bytes(raw.contents(i))) is not None for i in packed)
+    return all(_inflate(raw, i) is not None for i in packed)
 
 
-def _load(path: str) -> Any:
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Refuse a file whose debug information turns out to be damaged, or of a form that drgn does not know."""
+    try:
+        yield
+    except (PatcherError, MemoryError):
+        raise
+    except Exception as error:  # drgn has no class of its own for what libelf refuses
+        raise _unreadable(name, str(error)) from None
+
+
+def _unreadable(name: str, why: str) -> PatcherError:
+    return PatcherError(
+        f"the debug information of {name} cannot be read: {why}",
+        "compile it again with plain -g; or without -g, then the layouts of its types are not checked",
+        code="debug-info",
+    )
+
+
+def _load(path: str, name: str) -> Any:
     program = drgn.Program()
     module = program.extra_module("patcher", create=True)
     module = module[0] if isinstance(module, tuple) else module
     module.address_range = (0, (1 << 47) - 1)
-    try:
+    with _reading(name):
         module.try_file(path, force=True)
-    except (OSError, ValueError, LookupError) as error:
-        raise PatcherError(f"the debug information of {path} cannot be read: {error}", "", code="debug-info") from None
     return program if module.debug_file_status == drgn.ModuleFileStatus.HAVE else None
 
 
-def _readable(data: bytes) -> bytes:
+def _readable(data: bytes, name: str) -> bytes:
     """Return an object as drgn can read it: without the debug relocations that it does not know (offsets of
     thread-locals, which are no types), and with compressed debug sections inflated, behind the end of the file."""
-    raw = t.read_raw("object", data)
+    raw = t.read_raw(name, data)
     patched = bytearray(data)
     for index in range(len(raw.section_headers)):
         header = raw.section_headers[index]
@@ -148,7 +183,7 @@ def _drop_tls(raw: t.RawFile, index: int, patched: bytearray) -> None:
 
 
 def _append_inflated(raw: t.RawFile, index: int, patched: bytearray) -> None:
-    contents = _inflate(bytes(raw.contents(index))) or b""
+    contents = _inflate(raw, index) or b""
     headers = int.from_bytes(raw.data[40:48], "little")  # e_shoff
     place = headers + index * t.SHDR.itemsize
     flags = int(raw.section_headers[index]["flags"]) & ~t.SHF_COMPRESSED
@@ -162,24 +197,27 @@ def _debug_strings(raw: t.RawFile) -> bytes:
     found = b""
     for index in range(len(raw.section_headers)):
         if raw.section_name(index) in (".debug_str", ".debug_line_str"):
-            contents = bytes(raw.contents(index))
-            if int(raw.section_headers[index]["flags"]) & t.SHF_COMPRESSED:
-                contents = _inflate(contents) or b""
-            found += b"\0" + contents
+            compressed = int(raw.section_headers[index]["flags"]) & t.SHF_COMPRESSED
+            found += b"\0" + ((_inflate(raw, index) or b"") if compressed else bytes(raw.contents(index)))
     return found
 
 
-def _inflate(contents: bytes) -> bytes | None:
-    """Return what a compressed section holds, or None when it is not zlib's format (zstd), or damaged."""
-    import zlib
+def _inflate(raw: t.RawFile, index: int) -> bytes | None:
+    """Return what a compressed section holds, or None when it is not in zlib's format (but in zstd's).
 
+    Raises `PatcherError` when it is damaged.
+    """
+    contents, name = bytes(raw.contents(index)), raw.section_name(index)
     # Elf64_Chdr: type, reserved, size, alignment (System V ABI, "Section compression"); 1 is zlib
-    if len(contents) < 24 or int.from_bytes(contents[:4], "little") != 1:
+    kind, size = int.from_bytes(contents[:4], "little"), int.from_bytes(contents[8:16], "little")
+    if kind != 1:
         return None
+    if size > _DENSEST * len(contents):
+        raise _unreadable(raw.name, f"{name} claims {size} bytes, compressed to {len(contents)}")
     try:
-        return zlib.decompress(contents[24:])
-    except zlib.error:
-        return None
+        return zlib.decompressobj().decompress(contents[24:], size) if size else b""
+    except zlib.error as error:
+        raise _unreadable(raw.name, f"{name}: {error}") from None
 
 
 def _candidates(strings: bytes) -> Iterator[str]:

@@ -355,7 +355,7 @@ class Units:
             if layouts is None or not _has_types(part):
                 self._say_unchecked(part, layouts is None)
                 continue
-            found = dwarf.changed_types(layouts, data)
+            found = dwarf.changed_types(layouts, data, part.source)
             changes = [c for c in found if not _allowed(c.name, self.options.allowed_layouts)]
             if changes:
                 names = ", ".join(f"`{c.name}`" for c in changes[:3])

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from patcher.dwarf import Layouts, changed_types
+from patcher.elf.tables import read_raw
+from patcher.errors import PatcherError
 
 OLD = """
 #include <stddef.h>
@@ -114,3 +116,44 @@ def test_a_program_without_debug_information_has_no_layouts(tmp_path: Path) -> N
     (tmp_path / "unit.c").write_text(PROGRAM)
     subprocess.run(["gcc", "-o", "program", "unit.c"], cwd=tmp_path, check=True)
     assert Layouts.of_program(tmp_path / "program") is None
+
+
+# --- what cannot be read ---
+
+
+def refusal(layouts: Layouts, data: bytes) -> str:
+    with pytest.raises(PatcherError) as caught:
+        changed_types(layouts, data, "unit.o")
+    assert caught.value.code == "debug-info"
+    assert "unit.o" in caught.value.message
+    assert caught.value.hint
+    return caught.value.message
+
+
+def section(data: bytes, wanted: str) -> tuple[int, int]:
+    """Return where a section's header and contents are in an object."""
+    raw = read_raw("unit.o", data)
+    index = next(i for i in range(len(raw.section_headers)) if raw.section_name(i) == wanted)
+    return int.from_bytes(data[40:48], "little") + 64 * index, int(raw.section_headers[index]["offset"])
+
+
+def test_type_units_are_not_understood(layouts: Layouts, tmp_path: Path) -> None:
+    data = build("gcc", tmp_path, with_uses(OLD), "-fdebug-types-section")
+    assert "unexpected section" in refusal(layouts, data)
+
+
+def test_damaged_debug_information(layouts: Layouts, compiler: str, tmp_path: Path) -> None:
+    data = bytearray(build(compiler, tmp_path, with_uses(OLD)))
+    _, contents = section(bytes(data), ".debug_abbrev")
+    data[contents : contents + 20] = bytes(20)
+    assert "abbreviation" in refusal(layouts, bytes(data))
+
+
+def test_damaged_compression(layouts: Layouts, compiler: str, tmp_path: Path) -> None:
+    good = build(compiler, tmp_path, with_uses(OLD), "-gz=zlib")
+    header, contents = section(good, ".debug_str")
+    assert good[contents] == 1, "it is compressed"
+    for offset, value, reason in ((0, 2, "not zlib's"), (8, 1 << 36, "claims"), (26, 0xFFFF, "decompressing")):
+        data = bytearray(good)
+        data[contents + offset : contents + offset + 8] = value.to_bytes(8, "little")
+        assert reason in refusal(layouts, bytes(data))

@@ -161,9 +161,11 @@ def _member_name(raw: bytes, long_names: bytes) -> str:
 
 
 def _thin_member(archive: Path, name: str) -> bytes:
+    path = archive.parent / name
     try:
-        return (archive.parent / name).read_bytes()
+        if path.is_file():  # reading a device or a pipe might never end
+            return path.read_bytes()
+        reason = "it is no file" if path.exists() else "there is no such file"
     except OSError as error:
-        raise ObjectError(
-            f"{archive}: member {name} of this thin archive cannot be read: {error.strerror}", "build it again"
-        ) from None
+        reason = error.strerror
+    raise ObjectError(f"{archive}: member {name} of this thin archive cannot be read: {reason}", "build it again")
