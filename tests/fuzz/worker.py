@@ -1,0 +1,133 @@
+"""A process that applies mutants to running programs, dry: `python -m fuzz.worker FOLDER SEED FIRST END PIE FIXED`.
+
+PIE and FIXED are the process numbers of the two programs in FOLDER (`fuzz.corpus`). Prints a line of JSON for each
+mutant: what became of it. A mutant that uses up its time ends the process (SIGPROF, with the traceback on stderr), and
+so does one that crashes a library; the driver knows by the line that is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from fuzz.corpus import samples
+from fuzz.mutate import mutant
+from patcher.errors import PatcherError, TargetError
+from patcher.options import Options
+from patcher.patch.arena import SLOT_COUNT
+from patcher.relink import Linked
+from patcher.session import Session
+from patcher.target import Target
+from patcher.units import Changes, Units
+
+SECONDS = 2.0  # of processor time
+MEMORY = 200 << 20  # bytes of address space
+
+
+class InvalidLink(Exception):
+    """Something would be written where it must not be."""
+
+
+class CheckedSession(Session):
+    """A session that looks at what it would write."""
+
+    def _link(self, units: Units, changes: Changes) -> Linked:
+        linked = super()._link(units, changes)
+        free = [s for base in self.ledger.arenas for s in self._free(base)]
+        end = 0
+        for address, data in sorted(linked.commit.writes):
+            if address < end:
+                raise InvalidLink(f"{address:#x} is written twice")
+            end = address + len(data)
+            if not any(low <= address and end <= high for low, high in free):
+                raise InvalidLink(f"{address:#x}..{end:#x} lies outside the free memory {free}")
+        for base, index, body in linked.commit.record.bodies:
+            _, (low, high), _ = self._free(base)
+            if not (0 < index < SLOT_COUNT and low <= body < high):
+                raise InvalidLink(f"slot {index} would lead to {body:#x}")
+        return linked
+
+    def _free(self, base: int) -> list[tuple[int, int]]:
+        space = self.ledger.space(self.ledger.arenas[base])
+        return [(r.start, r.end) for r in (space.read_only, space.code, space.data)]
+
+
+def applied(session: Session, file: Path) -> dict[str, object]:
+    """Apply a file within the limits; return what became of it."""
+    limit_memory(MEMORY)
+    before = peak()
+    began = time.process_time()
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        outcome = outcome_of(session, file)
+    except Exception:
+        outcome = {"defect": traceback.format_exc()}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return {**outcome, "ms": round((time.process_time() - began) * 1e3, 1), "grown": peak() - before}
+
+
+def outcome_of(session: Session, file: Path) -> dict[str, object]:
+    try:
+        generation = session.apply(file)
+    except TargetError:
+        raise
+    except PatcherError as error:
+        if not error.message or not error.code:
+            raise
+        return {"outcome": error.code, "message": error.message}
+    return {"outcome": "linked" if generation.functions else "no change"}
+
+
+def peak() -> int:
+    """Return the most memory that this process ever had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def limit_memory(more: int) -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, resource.RLIM_INFINITY))
+
+
+@contextlib.contextmanager
+def sessions(pids: Mapping[str, int]) -> Iterator[dict[tuple[str, bool], Session]]:
+    """Open dry sessions on the programs: each with and without force."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            (program, force): stack.enter_context(
+                CheckedSession(Target.attach(pid), Options(dry_run=True, force=force))
+            )
+            for program, pid in pids.items()
+            for force in (True, False)
+        }
+
+
+def main(folder: Path, seed: int, first: int, end: int, *pids: int) -> None:
+    faulthandler.enable()
+    faulthandler.register(signal.SIGPROF, chain=True)
+    good = samples(folder)
+    file = folder / "good" / f"mutant{os.getpid()}.o"  # beside the members of the thin archive
+    with sessions(dict(zip(("pie", "fixed"), pids, strict=True))) as opened:
+        for (program, _), session in opened.items():
+            first_of = next(s for s in good if s.program == program)
+            session.apply(folder / "good" / first_of.name)  # what is read once is read before anything is measured
+        for index in range(first, end):
+            sample, data = mutant(good, seed, index)
+            file.write_bytes(data)
+            outcome = applied(opened[sample.program, index % 3 > 0], file)
+            print(json.dumps({"index": index, "sample": sample.name, **outcome}), flush=True)
+    file.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
