@@ -4,20 +4,22 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+COUNT ?= 100000
 
 VENV := .venv
 BIN := $(VENV)/bin
 METADATA := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test proof lint format bench real real-full clean
+.PHONY: help demo test proof lint format bench fuzz real real-full clean
 
 help: ## say what can be made (this)
 	@echo 'patcher: change the code of a native program while it runs'
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1 @\2/p' $(MAKEFILE_LIST) | awk -F@ '{ printf "%-17s%s\n", $$1, $$2 }'
 	@echo
-	@echo 'Variables: PYTHON (python3), PIP_ARGS (more arguments for pip install), PYTEST_ARGS (more for pytest)'
+	@echo 'Variables: PYTHON (python3), PIP_ARGS (more arguments for pip install), PYTEST_ARGS (more for pytest),'
+	@echo '           COUNT (100000 mutants)'
 
 demo: $(VENV)/run.stamp ## start a small program and edit it while it runs (needs gcc; 6 seconds)
 	@$(BIN)/python fixtures/demo/run.py
@@ -39,6 +41,9 @@ format: $(VENV)/dev.stamp ## put the sources into the one format
 
 bench: $(VENV)/run.stamp ## measure from the save to the first new answer (needs gcc and make; 2 minutes)
 	@$(BIN)/python benchmarks/latency.py
+
+fuzz: $(VENV)/dev.stamp ## apply COUNT damaged objects to running programs (needs gcc and clang; 20 minutes)
+	@cd tests && ../$(BIN)/python -m fuzz.driver $(COUNT) --save ../build/fuzz
 
 real: $(VENV)/dev.stamp ## patch redis, lua and memcached (fetches and builds them with apt, gcc and make)
 	@$(BIN)/python -m pytest -q tests/real -m real $(PYTEST_ARGS)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "sources"
 SECTIONS = ("-ffunction-sections", "-fdata-sections")
-C, CPP, ASSEMBLY = "unit.c", "unit.cc", "every.S"
+C, CPP, ASSEMBLY, TINY = "unit.c", "unit.cc", "every.S", "tiny.c"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ PIE = (
     Variant("gcc_classes", CPP, ("g++", "-O2", "-g")),
     Variant("gcc_groups", CPP, ("g++", "-O0"), SECTIONS),
     Variant("clang_classes", CPP, ("clang++", "-O2", "-g", "-fPIC")),
+    Variant("tiny", TINY, ("gcc", "-O1", "-g")),
 )
 FIXED = (
     Variant("gcc_fixed", C, ("gcc", "-O2", "-fno-pie", "-g"), SECTIONS),

@@ -234,7 +234,9 @@ class Mutant:
 def _meaningful(kind: str, field: Field, value: int) -> Sequence[int]:
     """Return values that a field's readers give a meaning to."""
     if kind in ("relocation", "debug relocation"):
-        return {8: range(44), 12: range(20), 0: range(0, 64, 3)}.get(field[0], (-4, -5, 0, 4, 1 << 31, -(1 << 31), 1 << 20))
+        return {8: range(44), 12: range(20), 0: range(0, 64, 3)}.get(
+            field[0], (-4, -5, 0, 4, 1 << 31, -(1 << 31), 1 << 20)
+        )
     if kind == "section":
         return {4: SECTION_TYPES, 8: [value ^ flag for flag in FLAGS]}.get(field[0], range(12))
     if kind == "symbol":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fuzz import driver
-from fuzz.corpus import Sample, build, samples
-from fuzz.driver import Report, programs, work
+from fuzz.corpus import build, samples
+from fuzz.driver import Program, Report, programs, work
+from fuzz.faulty import FAULTS
 from fuzz.mutate import mutant, shape
+from patcher.target import Target
 
 MUTANTS = 2000  # `make fuzz` tries many more
 
@@ -48,9 +51,36 @@ def test_the_tables_of_an_object_are_found(folder: Path) -> None:
     assert len(shape(good["pie-plain.a"].data).of("header")) == 2
 
 
-# --- what the driver would notice ---
+# --- what the driver notices ---
 
 
-def outcomes(folder: Path, lines: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
-    """Let the driver run another worker in place of its own: a script."""
-    ...
+@pytest.fixture
+def running(folder: Path) -> Iterator[list[Program]]:
+    with programs(folder) as started:
+        yield started
+
+
+def test_every_fault_is_a_defect(folder: Path) -> None:
+    report = Report()
+    for line in work(folder, [], 0, 0, len(FAULTS), worker="fuzz.faulty"):
+        report.add(line)
+    found = [report.defects.get(index, "") for index in range(len(FAULTS))]
+    assert report.outcomes == {"DEFECT": 5, "bad-object": 1, "no change": 1}
+    for text, (fault, word) in zip(found, FAULTS.items(), strict=True):
+        assert bool(text) == bool(word)
+        assert word in text, fault
+
+
+def test_a_program_that_was_written_to_is_not_as_it_was(running: list[Program]) -> None:
+    for program in running:
+        program.check()
+    with Target.attach(running[0].pid) as target:
+        text = next(m for m in target.mappings() if m.executable and m.path == target.program)
+        stack = next(m for m in target.mappings() if m.path == "[stack]")
+        for address in (text.start, stack.start):
+            before = target.memory.read(address, 1)
+            target.memory.write(address, bytes([before[0] ^ 1]))
+            with pytest.raises(AssertionError, match="not as it was"):
+                running[0].check()
+            target.memory.write(address, before)
+            running[0].check()
