@@ -15,11 +15,16 @@ class PatcherError(Exception):
     exit_status = 1
 
     def __init__(self, message: str, hint: str = "", *, code: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _printable(message)
+        self.hint = _printable(hint)
+        super().__init__(self.message)
         if code is not None:
             self.code = code
+
+
+def _printable(text: str) -> str:
+    # Names come from files that anybody may have made, and a terminal obeys control characters.
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 class TargetError(PatcherError):
