@@ -211,7 +211,8 @@ class _Planner:
                 "report it, with the compiler and its flags",
             )
         target = reference.target
-        if rule.need is Need.TABLE or (isinstance(target, External) and target.name == TABLE):
+        table = isinstance(target, External) and target.name == TABLE and not rule.need.thread_local
+        if rule.need is Need.TABLE or table:
             return
         if isinstance(target, Place):
             if (target.block.kind is Kind.THREAD_LOCAL) != rule.need.thread_local:
