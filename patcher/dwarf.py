@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,7 @@ def _readable(data: bytes, name: str) -> bytes:
     """Return an object as drgn can read it: without the debug relocations that it does not know (offsets of
     thread-locals, which are no types), and with compressed debug sections inflated, behind the end of the file."""
     raw = t.read_raw(name, data)
+    _check_apart(raw)
     patched = bytearray(data)
     for index in range(len(raw.section_headers)):
         header = raw.section_headers[index]
@@ -173,6 +175,19 @@ def _readable(data: bytes, name: str) -> bytes:
         elif int(header["flags"]) & t.SHF_COMPRESSED:
             _append_inflated(raw, index, patched)
     return bytes(patched)
+
+
+def _check_apart(raw: t.RawFile) -> None:
+    """Refuse sections that share bytes with something: drgn relocates debug sections in place, libelf goes on
+    reading what it wrote over, and the two end this process."""
+    headers = raw.section_headers
+    taken = headers[(headers["type"] != t.SHT_NOBITS) & (headers["type"] != t.SHT_NULL) & (headers["size"] > 0)]
+    table = int.from_bytes(raw.data[40:48], "little")  # e_shoff
+    extents = [(0, t.EHDR.itemsize), (table, table + headers.nbytes)]
+    extents += [(start, start + size) for start, size in taken[["offset", "size"]].tolist()]
+    extents.sort()
+    if any(end > start for (_, end), (start, _) in pairwise(extents)) or extents[-1][1] > len(raw.data):
+        raise _unreadable(raw.name, "its sections overlap, or reach beyond its end")
 
 
 def _drop_tls(raw: t.RawFile, index: int, patched: bytearray) -> None:

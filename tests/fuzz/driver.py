@@ -34,6 +34,7 @@ TESTS = Path(__file__).resolve().parent.parent
 BATCH = 500  # mutants that one process looks at
 PATIENCE = 60  # seconds until a worker that says nothing is taken for one that waits for ever
 WORKERS = 2
+PATCH = "good/fixed-gcc_fixed.o"
 
 
 @dataclass
@@ -63,7 +64,10 @@ class Program:
     def __init__(self, path: Path) -> None:
         self.process = subprocess.Popen([str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.pid = self.process.pid
-        self.answer = self.ask()  # the answers change: the program counts
+        self.ask()
+
+    def remember(self) -> None:
+        """Note how it is now."""
         self.before = self.state()
 
     def ask(self) -> str:
@@ -96,7 +100,7 @@ class Program:
         changed = [name for name in self.before if after.get(name) != self.before[name]]
         assert not changed, f"process {self.pid} is not as it was: {changed}"
         assert self.ask().strip().lstrip("-").isdigit()
-        self.before = self.state()
+        self.remember()
 
     def end(self) -> None:
         self.process.kill()
@@ -108,11 +112,15 @@ class Program:
 
 @contextlib.contextmanager
 def programs(folder: Path) -> Iterator[list[Program]]:
-    """Start the programs of a folder that `fuzz.corpus.build` filled."""
+    """Start the programs of a folder that `fuzz.corpus.build` filled; one of them has a patch already."""
     started: list[Program] = []
     try:
         for name in PROGRAMS:
             started.append(Program(folder / name))
+        command = [sys.executable, "-m", "patcher", "apply", "--quiet", str(started[-1].pid), str(folder / PATCH)]
+        subprocess.run(command, cwd=TESTS.parent, check=True)
+        for program in started:
+            program.remember()
         yield started
     finally:
         for program in started:
@@ -143,7 +151,7 @@ def work(
         with (
             tempfile.TemporaryFile() as errors,
             subprocess.Popen(
-                [sys.executable, "-m", worker, str(folder), *map(str, numbers)],
+                [sys.executable, "-W", "error", "-m", worker, str(folder), *map(str, numbers)],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 cwd=TESTS,

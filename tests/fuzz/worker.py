@@ -83,8 +83,8 @@ def outcome_of(session: Session, file: Path) -> dict[str, object]:
     except TargetError:
         raise
     except PatcherError as error:
-        if not error.message or not error.code:
-            raise
+        if not error.message or not error.message.replace("\n", "").isprintable():
+            raise  # a terminal would take it for a command
         return {"outcome": error.code, "message": error.message}
     return {"outcome": "linked" if generation.functions else "no change"}
 
