@@ -25,9 +25,12 @@ REFUSED = {
     "debug-relocation-type.o": "debug-info",
     "debug-section-beyond.o": "debug-info",
     "debug-symbols-section.o": "debug-info",
+    "name-with-control-characters.o": "unresolved-symbol",
+    "sections-overlap.o": "debug-info",
     "thin-member-device.a": "bad-object",
     "thin-member-long-device.a": "bad-object",
     "thin-member-nul.a": "bad-object",
+    "thread-local-table.o": "thread-local",
 }
 
 
