@@ -167,5 +167,5 @@ def _thin_member(archive: Path, name: str) -> bytes:
             return path.read_bytes()
         reason = "it is no file" if path.exists() else "there is no such file"
     except OSError as error:
-        reason = error.strerror
+        reason = error.strerror or str(error)
     raise ObjectError(f"{archive}: member {name} of this thin archive cannot be read: {reason}", "build it again")

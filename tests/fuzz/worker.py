@@ -21,6 +21,7 @@ from pathlib import Path
 
 from fuzz.corpus import samples
 from fuzz.mutate import mutant
+from patcher.elf import Archive, is_archive
 from patcher.errors import PatcherError, TargetError
 from patcher.options import Options
 from patcher.patch.arena import SLOT_COUNT
@@ -78,6 +79,7 @@ def applied(session: Session, file: Path) -> dict[str, object]:
 
 
 def outcome_of(session: Session, file: Path) -> dict[str, object]:
+    look_up_members(file)
     try:
         generation = session.apply(file)
     except TargetError:
@@ -87,6 +89,16 @@ def outcome_of(session: Session, file: Path) -> dict[str, object]:
             raise  # a terminal would take it for a command
         return {"outcome": error.code, "message": error.message}
     return {"outcome": "linked" if generation.functions else "no change"}
+
+
+def look_up_members(file: Path) -> None:
+    """Find members by symbols, as is done when new code lacks something."""
+    data = file.read_bytes()
+    if is_archive(data):
+        with contextlib.suppress(PatcherError):
+            archive = Archive(file, data)
+            for name in archive.symbols:
+                archive.defining(name)
 
 
 def peak() -> int:
