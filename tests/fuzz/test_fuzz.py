@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fuzz import driver
-from fuzz.corpus import build, samples
+from fuzz.corpus import samples
 from fuzz.driver import Program, Report, programs, work
 from fuzz.faulty import FAULTS
 from fuzz.mutate import mutant, shape
@@ -17,16 +17,9 @@ from patcher.target import Target
 MUTANTS = 2000  # `make fuzz` tries many more
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fuzz") / "corpus"
-    build(folder)
-    return folder
-
-
 @pytest.mark.timeout(600)
-def test_no_mutant_brings_it_down(folder: Path) -> None:
-    report = driver.run(folder, seed=0, first=0, count=MUTANTS)
+def test_no_mutant_brings_it_down(corpus: Path) -> None:
+    report = driver.run(corpus, seed=0, first=0, count=MUTANTS)
     assert report.defects == {}
     assert report.count == MUTANTS
     assert report.outcomes["linked"] > MUTANTS / 10, "mutants that get all the way"
@@ -34,16 +27,16 @@ def test_no_mutant_brings_it_down(folder: Path) -> None:
     assert len(report.outcomes) > 10, "many different ways to be refused"
 
 
-def test_a_seed_and_an_index_give_the_same_mutant(folder: Path) -> None:
-    good = samples(folder)
+def test_a_seed_and_an_index_give_the_same_mutant(corpus: Path) -> None:
+    good = samples(corpus)
     mutants = [mutant(good, 3, index) for index in range(200)]
     assert [mutant(good, 3, index) for index in range(200)] == mutants
     assert sum(data != sample.data for sample, data in mutants) > 150
     assert mutants != [mutant(good, 4, index) for index in range(200)]
 
 
-def test_the_tables_of_an_object_are_found(folder: Path) -> None:
-    good = {s.name: s for s in samples(folder)}
+def test_the_tables_of_an_object_are_found(corpus: Path) -> None:
+    good = {s.name: s for s in samples(corpus)}
     kinds = {t.kind for s in good.values() for t in shape(s.data).tables}
     assert kinds == {
         "header", "section", "symbol", "relocation", "debug relocation", "group", "compression", "archive",
@@ -55,14 +48,14 @@ def test_the_tables_of_an_object_are_found(folder: Path) -> None:
 
 
 @pytest.fixture
-def running(folder: Path) -> Iterator[list[Program]]:
-    with programs(folder) as started:
+def running(corpus: Path) -> Iterator[list[Program]]:
+    with programs(corpus) as started:
         yield started
 
 
-def test_every_fault_is_a_defect(folder: Path) -> None:
+def test_every_fault_is_a_defect(corpus: Path) -> None:
     report = Report()
-    for line in work(folder, [], 0, 0, len(FAULTS), worker="fuzz.faulty"):
+    for line in work(corpus, [], 0, 0, len(FAULTS), worker="fuzz.faulty"):
         report.add(line)
     found = [report.defects.get(index, "") for index in range(len(FAULTS))]
     assert report.outcomes == {"DEFECT": 5, "bad-object": 1, "no change": 1}

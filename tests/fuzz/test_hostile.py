@@ -1,14 +1,15 @@
-"""What brought patcher down once, or would have: fixtures/hostile, applied to a running program, is refused by name."""
+"""The good objects that mutants are made of link; what brought patcher down once (fixtures/hostile) is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from fuzz.corpus import build
-from fuzz.driver import Program, programs
+from fuzz.corpus import PROGRAMS, samples
+from fuzz.driver import PATCH, Program, programs
 from fuzz.worker import outcome_of, sessions
 from patcher.session import Session
 
@@ -34,15 +35,32 @@ REFUSED = {
 }
 
 
+@dataclass(frozen=True)
+class Running:
+    """The running programs and the sessions on them, by name."""
+
+    folder: Path
+    programs: dict[str, Program]
+    sessions: dict[tuple[str, bool], Session]
+
+
 @pytest.fixture(scope="module")
-def pie(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Program, Session]]:
-    folder = tmp_path_factory.mktemp("fuzz") / "corpus"
-    build(folder)
-    with (
-        programs(folder) as running,
-        sessions({"pie": running[0].pid}) as opened,
-    ):
-        yield running[0], opened["pie", True]
+def running(corpus: Path) -> Iterator[Running]:
+    with programs(corpus) as started:
+        named = dict(zip(PROGRAMS, started, strict=True))
+        with sessions({name: program.pid for name, program in named.items()}) as opened:
+            yield Running(corpus, named, opened)
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_every_good_object_links(running: Running, force: bool) -> None:
+    for sample in samples(running.folder):
+        outcome = outcome_of(running.sessions[sample.program, force], running.folder / "good" / sample.name)
+        # The patch that one of the programs has already is this very object.
+        expected = "no change" if sample.name == Path(PATCH).name else "linked"
+        assert outcome == {"outcome": expected}, f"{sample.name}: {outcome}"
+    for program in running.programs.values():
+        program.check()
 
 
 def test_every_fixture_is_tried() -> None:
@@ -50,9 +68,8 @@ def test_every_fixture_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_hostile_file_is_refused(pie: tuple[Program, Session], name: str) -> None:
-    program, session = pie
-    outcome = outcome_of(session, HOSTILE / name)
+def test_a_hostile_file_is_refused(running: Running, name: str) -> None:
+    outcome = outcome_of(running.sessions["pie", True], HOSTILE / name)
     assert outcome["outcome"] == REFUSED[name], outcome
     assert name in str(outcome["message"])
-    program.check()
+    running.programs["pie"].check()
