@@ -20,10 +20,26 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import drgn
-
 from patcher.elf import tables as t
 from patcher.errors import PatcherError
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable that is not set, for a library that looks at it only as it is loaded."""
+    given = name in os.environ
+    os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ[name]
+
+
+# While its threads wait for work they spin by default, for 20 ms of processor time after each small object. The
+# programs that are started from here must not inherit the setting.
+with _environment("OMP_WAIT_POLICY", "passive"):
+    import drgn
 
 _IDENTIFIER = re.compile(rb"[A-Za-z_]\w*")
 _TAGS = ("struct ", "union ", "enum ", "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,11 @@ def test_damaged_compression(layouts: Layouts, compiler: str, tmp_path: Path) ->
         data = bytearray(good)
         data[contents + offset : contents + offset + 8] = value.to_bytes(8, "little")
         assert reason in refusal(layouts, bytes(data))
+
+
+def test_threads_that_wait_sleep_and_programs_that_are_started_do_not_know() -> None:
+    text = "import os; before = dict(os.environ); import patcher.dwarf; assert os.environ == before"
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")):
+        environment = {"PATH": os.environ["PATH"], "OMP_DISPLAY_ENV": "true", **given}
+        done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, check=True)
+        assert f"OMP_WAIT_POLICY = '{expected}'" in done.stderr
