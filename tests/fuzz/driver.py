@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,35 +171,46 @@ def work(
             raise AssertionError(f"a worker ended with status {status}: {said}")
 
 
-def run(folder: Path, seed: int, first: int, count: int, workers: int = 1, progress: bool = False) -> Report:
-    """Try a range of mutants on programs of their own for each worker; return what became of them."""
-    report, lock = Report(), threading.Lock()
+def run(
+    folder: Path,
+    seed: int,
+    first: int,
+    count: int,
+    workers: int = 1,
+    tell: Callable[[Report, dict[str, Any]], None] = lambda report, line: None,
+) -> Report:
+    """Try a range of mutants on programs of their own for each worker; return what became of them.
+
+    `tell` is called with every outcome, by one thread at a time.
+    """
+    report, lock, failures = Report(), threading.Lock(), list[BaseException]()
     batches = iter(range(first, first + count, BATCH))
-    failures: list[BaseException] = []
+
+    def next_batch() -> int | None:
+        with lock:
+            return None if failures else next(batches, None)
 
     def take_batches() -> None:
         try:
             with programs(folder) as running:
-                while (start := take()) is not None:
+                while (start := next_batch()) is not None:
                     for line in work(folder, running, seed, start, min(start + BATCH, first + count)):
                         with lock:
                             report.add(line)
+                            tell(report, line)
                     for program in running:
                         program.check()
         except BaseException as error:
             failures.append(error)
 
-    def take() -> int | None:
-        with lock:
-            if progress:
-                print(f"\r{report.count} of {count}, {len(report.defects)} defects", end="", file=sys.stderr)
-            return next(batches, None)
-
     threads = [threading.Thread(target=take_batches) for _ in range(workers)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except KeyboardInterrupt as error:  # the batches that are under way are brought to their end
+        failures.append(error)
     if failures:
         raise failures[0]
     return report
@@ -216,17 +227,30 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         folder = Path(name)
         build(folder)
-        report = run(folder, asked.seed, asked.first, asked.count, WORKERS, progress=True)
-        for index in sorted(report.defects) if asked.save else ():
-            asked.save.mkdir(parents=True, exist_ok=True)
-            (asked.save / f"{asked.seed}-{index}.o").write_bytes(mutant(samples(folder), asked.seed, index)[1])
+
+        def tell(report: Report, line: dict[str, Any]) -> None:
+            if "defect" in line:
+                kept = _save(asked.save, folder, asked.seed, line["index"])
+                print(f"\r--- mutant {line['index']} of seed {asked.seed}{kept}: {line['sample']}: {line['defect']}")
+            if report.count % 100 == 0:
+                print(f"\r{report.count} of {asked.count}", end="", file=sys.stderr, flush=True)
+
+        report = run(folder, asked.seed, asked.first, asked.count, WORKERS, tell)
     print(f"\r{report.count} mutants of seed {asked.seed} in {time.monotonic() - began:.0f} s; the slowest took "
           f"{report.slowest:.0f} ms, memory grew by {report.largest / 1e6:.0f} MB at most")  # fmt: skip
     for outcome, number in report.outcomes.most_common():
         print(f"  {number:7} {outcome}")
-    for index, defect in sorted(report.defects.items()):
-        print(f"\n--- mutant {index} of seed {asked.seed}, {defect}")
     return 1 if report.defects else 0
+
+
+def _save(place: Path | None, folder: Path, seed: int, index: int) -> str:
+    """Write a mutant to a file, if a place is given; return what to say of it."""
+    if place is None:
+        return ""
+    place.mkdir(parents=True, exist_ok=True)
+    file = place / f"{seed}-{index}.o"
+    file.write_bytes(mutant(samples(folder), seed, index)[1])
+    return f", {file}"
 
 
 if __name__ == "__main__":

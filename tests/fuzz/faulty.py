@@ -61,7 +61,10 @@ def main(first: int, end: int) -> None:
     faulthandler.register(signal.SIGPROF, chain=True)
     for index, fault in list(enumerate(FAULTS))[first:end]:
         session = SimpleNamespace(apply=lambda file, fault=fault: fault())
-        print(json.dumps({"index": index, "sample": fault.__name__, **worker.applied(session, Path())}), flush=True)
+        print(
+            json.dumps({"index": index, "sample": fault.__name__, **worker.applied(session, Path(__file__))}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
