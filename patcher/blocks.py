@@ -413,7 +413,7 @@ class Blocks:
 
     def rows(self, references: Sequence[tuple[int, Reference]]) -> Fields:
         """Return (owner, reference) pairs as columns."""
-        rows = [(i, r.offset, r.type, self.number_of(r.target), r.addend) for i, r in references]
+        rows = [(i, r.offset, r.type, self.number_of(r.target), _wrapped(r.addend)) for i, r in references]
         table = np.array(rows, np.int64).reshape(-1, 5).T
         return Fields(*table)
 
@@ -600,6 +600,11 @@ def _preferred_name(symbols: tuple[Symbol, ...]) -> str:
 
 
 Piece = tuple[int, int, tuple[Symbol, ...]]
+
+
+def _wrapped(addend: int) -> int:
+    # Code that was rewritten counts from elsewhere, and an object may have the greatest addend there is.
+    return (addend + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _function_extents(section: Section, symbols: list[Symbol]) -> list[Piece]:

@@ -31,6 +31,7 @@ REFUSED = {
     "thin-member-device.a": "bad-object",
     "thin-member-long-device.a": "bad-object",
     "thin-member-nul.a": "bad-object",
+    "thread-local-addend.o": "far-data",
     "thread-local-table.o": "thread-local",
 }
 
