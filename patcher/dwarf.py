@@ -134,14 +134,17 @@ def _changes(old: Layouts, new: Layouts, strings: bytes) -> list[TypeChange]:
     return changes
 
 
-def has_types(data: bytes) -> bool:
-    """Tell whether an object has debug information, and in a form that can be read here."""
-    raw = t.read_raw("object", data)
+def has_types(data: bytes, name: str = "the object") -> bool:
+    """Tell whether an object has debug information, and in a form that can be read here.
+
+    Raises `PatcherError` when it is damaged; `name` is for its message.
+    """
+    raw = t.read_raw(name, data)
     debug = [i for i in range(len(raw.section_headers)) if raw.section_name(i).startswith(".debug_")]
     if not any(raw.section_name(i) == ".debug_info" for i in debug):
         return False
     packed = [i for i in debug if int(raw.section_headers[i]["flags"]) & t.SHF_COMPRESSED]
-    return all(bytes(raw.contents(i)[:4]) == _ZLIB for i in packed)
+    return all(_inflate(raw, i) is not None for i in packed)
 
 
 @contextmanager
@@ -211,7 +214,7 @@ def _drop_tls(raw: t.RawFile, index: int, patched: bytearray) -> None:
 
 
 def _append_inflated(raw: t.RawFile, index: int, patched: bytearray) -> None:
-    contents = _inflate(raw, index)
+    contents = _inflate(raw, index) or b""
     headers = int.from_bytes(raw.data[40:48], "little")  # e_shoff
     place = headers + index * t.SHDR.itemsize
     flags = int(raw.section_headers[index]["flags"]) & ~t.SHF_COMPRESSED
@@ -226,19 +229,20 @@ def _debug_strings(raw: t.RawFile) -> bytes:
     for index in range(len(raw.section_headers)):
         if raw.section_name(index) in (".debug_str", ".debug_line_str"):
             compressed = int(raw.section_headers[index]["flags"]) & t.SHF_COMPRESSED
-            found += b"\0" + (_inflate(raw, index) if compressed else bytes(raw.contents(index)))
+            found += b"\0" + ((_inflate(raw, index) or b"") if compressed else bytes(raw.contents(index)))
     return found
 
 
-_ZLIB = b"\x01\0\0\0"
+def _inflate(raw: t.RawFile, index: int) -> bytes | None:
+    """Return what a compressed section holds, or None when it is not in zlib's format (but in zstd's).
 
-
-def _inflate(raw: t.RawFile, index: int) -> bytes:
+    Raises `PatcherError` when it is damaged.
+    """
     contents, name = bytes(raw.contents(index)), raw.section_name(index)
     # Elf64_Chdr: type, reserved, size, alignment (System V ABI, "Section compression"); 1 is zlib
-    size = int.from_bytes(contents[8:16], "little")
-    if contents[:4] != _ZLIB:
-        raise _unreadable(raw.name, f"{name} is compressed in a way that is not zlib's")
+    kind, size = int.from_bytes(contents[:4], "little"), int.from_bytes(contents[8:16], "little")
+    if kind != 1:
+        return None
     if size > _DENSEST * len(contents):
         raise _unreadable(raw.name, f"{name} claims {size} bytes, compressed to {len(contents)}")
     try:

@@ -385,7 +385,7 @@ class Units:
 
 
 def _has_types(part: Part) -> bool:
-    return dwarf.has_types(bytes(part.delta.blocks.object.contents))
+    return dwarf.has_types(bytes(part.delta.blocks.object.contents), part.source)
 
 
 def _allowed(name: str, allowed: Sequence[str]) -> bool:

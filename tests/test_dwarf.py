@@ -155,7 +155,7 @@ def test_damaged_compression(layouts: Layouts, compiler: str, tmp_path: Path) ->
     good = build(compiler, tmp_path, with_uses(OLD), "-gz=zlib")
     contents = section(good, ".debug_str")
     assert good[contents] == 1, "it is compressed"
-    for offset, value, reason in ((0, 2, "not zlib's"), (8, 1 << 36, "claims"), (26, 0xFFFF, "decompressing")):
+    for offset, value, reason in ((8, 1 << 36, "claims"), (26, 0xFFFF, "decompressing")):
         data = bytearray(good)
         data[contents + offset : contents + offset + 8] = value.to_bytes(8, "little")
         assert reason in refusal(layouts, bytes(data))

@@ -23,6 +23,7 @@ from patcher.link.threads import to_local_exec
 
 TABLE = "_GLOBAL_OFFSET_TABLE_"
 """The name that stands for the table of cells of whoever refers to it."""
+_OF_TABLE = (Need.NOTHING, Need.CELL, Need.ISLAND)  # what may be wanted of its address
 
 FIND_THREAD_LOCAL = External("__tls_get_addr")
 
@@ -211,7 +212,7 @@ class _Planner:
                 "report it, with the compiler and its flags",
             )
         target = reference.target
-        table = isinstance(target, External) and target.name == TABLE and not rule.need.thread_local
+        table = isinstance(target, External) and target.name == TABLE and rule.need in _OF_TABLE
         if rule.need is Need.TABLE or table:
             return
         if isinstance(target, Place):

@@ -17,7 +17,6 @@ HOSTILE = Path(__file__).parent.parent.parent / "fixtures" / "hostile"
 
 REFUSED = {
     "compressed-badly.o": "debug-info",
-    "compressed-otherwise.o": "debug-info",
     "compressed-to-fill-memory.o": "debug-info",
     "debug-abbreviations.o": "debug-info",
     "debug-name-is-no-text.o": "debug-info",

@@ -23,6 +23,7 @@ from fuzz.corpus import samples
 from fuzz.mutate import mutant
 from patcher.elf import Archive, is_archive
 from patcher.errors import PatcherError, TargetError
+from patcher.link.place import Region
 from patcher.options import Options
 from patcher.patch.arena import SLOT_COUNT
 from patcher.relink import Linked
@@ -43,23 +44,26 @@ class CheckedSession(Session):
 
     def _link(self, units: Units, changes: Changes) -> Linked:
         linked = super()._link(units, changes)
-        free = [s for base in self.ledger.arenas for s in self._free(base)]
+        code, others = self._free()
         end = 0
         for address, data in sorted(linked.commit.writes):
             if address < end:
                 raise InvalidLink(f"{address:#x} is written twice")
             end = address + len(data)
-            if not any(low <= address and end <= high for low, high in free):
-                raise InvalidLink(f"{address:#x}..{end:#x} lies outside the free memory {free}")
-        for base, index, body in linked.commit.record.bodies:
-            _, (low, high), _ = self._free(base)
-            if not (0 < index < SLOT_COUNT and low <= body < high):
-                raise InvalidLink(f"slot {index} would lead to {body:#x}")
+            if not any(r.start <= address and end <= r.end for r in (*code, *others)):
+                raise InvalidLink(f"{address:#x}..{end:#x} lies outside the free memory {code} {others}")
+        for arena, index, body in linked.commit.record.bodies:
+            led_to = any(r.start <= body < r.end for r in code)
+            if not (arena in self.ledger.arenas and 0 < index < SLOT_COUNT and led_to):
+                raise InvalidLink(f"slot {index} of {arena:#x} would lead to {body:#x}")
         return linked
 
-    def _free(self, base: int) -> list[tuple[int, int]]:
-        space = self.ledger.space(self.ledger.arenas[base])
-        return [(r.start, r.end) for r in (space.read_only, space.code, space.data)]
+    def _free(self) -> tuple[list[Region], list[Region]]:
+        """Return the memory of all arenas that is free for code, and for the rest."""
+        known = [(arena, self.ledger.usages[base]) for base, arena in self.ledger.arenas.items()]
+        spaces = [arena.space(usage) for arena, usage in known]
+        code = [arena.entry_space(usage) for arena, usage in known]
+        return code, [region for space in spaces for region in (space.read_only, space.data)]
 
 
 def applied(session: Session, file: Path) -> dict[str, object]:
