@@ -228,7 +228,10 @@ class Supplies:
         stamp = _stamp(path)
         known = self._archives.get(path)
         if known is None or known[0] != stamp:
-            data = path.read_bytes()
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise _unreadable(path, error) from None
             if not is_archive(data):
                 raise ObjectError(f"{path}: not an archive", "give --archive a file that ar made")
             known = self._archives[path] = stamp, Archive(path, data)
@@ -450,5 +453,9 @@ def _stamp(path: Path) -> Stamp:
     try:
         status = path.stat()
     except OSError as error:
-        raise ObjectError(f"{path}: {(error.strerror or str(error)).lower()}", "check the path") from None
+        raise _unreadable(path, error) from None
     return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _unreadable(path: Path, error: OSError) -> ObjectError:
+    return ObjectError(f"{path}: {(error.strerror or str(error)).lower()}", "check the path")

@@ -541,11 +541,23 @@ def test_a_dry_run_touches_nothing(rooted: tuple[Project, Path], tmp_path: Path)
         assert program.ask(49) == "1049"
 
 
-def test_a_library_that_is_not_there_is_named(project: Project) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"libraries": ["no_such_library"]}, "--library no_such_library: there is no such library"),
+        ({"libraries": ["/etc/passwd"]}, "/etc/passwd: not an ELF file"),
+        ({"libraries": ["/"]}, "--library /: there is no such library"),
+        ({"archives": ["/etc/passwd"]}, "/etc/passwd: not an archive"),
+        ({"archives": ["/no/such.a"]}, "/no/such.a: no such file"),
+        ({"archives": ["/"]}, "/: is a directory"),
+    ],
+)
+def test_what_is_given_and_of_no_use_is_named(project: Project, options: dict[str, list[str]], message: str) -> None:
     wants = calling(project, "extra(n)", "int extra(int);")
-    with project.running() as program, patcher.attach(program.pid, libraries=["no_such_library"]) as session:
-        with pytest.raises(ObjectError, match="--library no_such_library"):
+    with project.running() as program, patcher.attach(program.pid, **options) as session:  # type: ignore[arg-type]
+        with pytest.raises(ObjectError, match=message):
             session.apply(wants)
+        assert session.status().arenas == ()
         assert program.ask(1) == "1001"
 
 

@@ -87,7 +87,7 @@ def _split(line: str) -> tuple[str, ...]:
 
 def _ninja_edges(file: Path, program: Path) -> Iterator[tuple[str, ...]]:
     """Yield the inputs of the build statement that makes the program, with the words of its variables."""
-    unfolded = file.read_text(errors="replace").replace("$\n", "").splitlines()
+    unfolded = "\n".join(_lines(file)).replace("$\n", "").splitlines()
     for number, line in enumerate(unfolded):
         if not line.startswith("build "):
             continue
@@ -183,8 +183,11 @@ def _resolved(path: Path, places: Sequence[Path], compiler: str, static: bool) -
 
 def _script(path: Path) -> tuple[str, ...] | None:
     """Return the files that a linker script names, or None for a library."""
-    with path.open("rb") as file:
-        start = file.read(_SCRIPT_BYTES + 1)
+    try:
+        with path.open("rb") as file:
+            start = file.read(_SCRIPT_BYTES + 1)
+    except OSError:
+        return None  # whoever wants the library finds out
     if start[:4] == b"\x7fELF" or start[:7] in (b"!<arch>", b"!<thin>") or len(start) > _SCRIPT_BYTES:
         return None
     text = _COMMENT.sub(" ", start.decode("utf-8", "replace"))
