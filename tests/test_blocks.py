@@ -223,3 +223,21 @@ def test_absolute_symbols_are_values(tmp_path: Path) -> None:
     blocks = assembled(tmp_path, ".globl f\n.type f, @function\n.set fixed, 0x1234\n.globl fixed\nf: mov $fixed, %eax\n"
                                  " movabs $fixed, %rax\n ret\n.size f, . - f\n")  # fmt: skip
     assert {r.target for r in targets(blocks, "f")} <= {Absolute(0x1234)}
+
+
+def test_references_without_relocations_are_found_far_from_the_start_of_a_section(tmp_path: Path) -> None:
+    source = tmp_path / "far.s"
+    functions = ["first", "second", "third"]
+    bodies = [
+        f".type {f}, @function\n{f}: call {g}\nret\n.size {f}, .-{f}\n.skip 100000, 0x90\n"
+        for f, g in zip(functions, [*functions[1:], "first"], strict=True)
+    ]
+    source.write_text("".join(bodies))
+    run("as", source, "-o", tmp_path / "far.o")
+    blocks = Blocks(read_object(tmp_path / "far.o"))
+    first, second, third = (function(blocks, name) for name in functions)
+    assert blocks.object.relocation_rows.offset.tolist() == []
+    for block, target in ((first, second), (second, third), (third, first)):
+        assert blocks.references(block) == (Reference(1, R.PLT32, Place(target, 0), -4),)
+        assert blocks.fields([block]).reference(blocks, 0) == blocks.references(block)[0]
+    assert blocks.fields([third, first]).owner.tolist() == [0, 1]

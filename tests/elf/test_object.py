@@ -6,11 +6,15 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from living import compile_text, run
 
 from elf.samples import FLAGS, TEXT, sample
 from patcher.elf import SymbolType, read_object, read_objects
+from patcher.elf import tables as t
 from patcher.elf.object import parse_object
 from patcher.errors import ObjectError
 
@@ -217,3 +221,9 @@ def test_relocations_without_addends_are_refused(tmp_path: Path) -> None:
     source = parse_object("rel.o", bytes(data))
     with pytest.raises(ObjectError, match="SHT_REL"):
         source.relocations(next(iter(source.sections)))
+
+
+@given(st.binary(max_size=40), st.lists(st.integers(0, 50), max_size=8))
+def test_strings_are_the_same_one_by_one_and_together(strings: bytes, offsets: list[int]) -> None:
+    together = t.strings_at(strings, np.array(offsets, np.uint32))
+    assert together == [t.string_at(strings, offset) for offset in offsets]
