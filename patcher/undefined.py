@@ -69,12 +69,12 @@ def undefined_function(name: str, users: Iterable[str], abort: int | None) -> Ob
         Symbol(1, UNDEFINED, tables.SHN_ABS - 0x10000, 0, 0, SymbolType.FILE, SymbolBinding.LOCAL, 0),
         Symbol(2, name, _TEXT, 0, len(code), SymbolType.FUNC, SymbolBinding.GLOBAL, 0),
     )
-    nothing = tables.RawFile(name, memoryview(b""), tables.ET_REL, _NO_SECTIONS, _NO_SEGMENTS, b"")
+    nothing = tables.RawFile(name, memoryview(b""), tables.ET_REL, _HEADERS, _NO_SEGMENTS, b"")
     return ObjectFile(f"undefined {name}", {_TEXT: section}, symbols, nothing)
 
 
 _FLAGS = tables.SHF_ALLOC | tables.SHF_EXECINSTR
-_NO_SECTIONS = np.empty(0, tables.SHDR)
+_HEADERS = np.zeros(_TEXT + 1, tables.SHDR)  # nothing is read through them
 _NO_SEGMENTS = np.empty(0, tables.PHDR)
 
 
