@@ -19,7 +19,7 @@ from patcher.elf import SymbolType, read_object
 from patcher.elf import tables as t
 from patcher.link.place import Layout, Region, Space, link
 from patcher.link.plan import Bound, Plan, Unit, plan
-from patcher.link.relocations import DYNAMIC_THREAD_LOCAL, RULES, Need, R
+from patcher.link.relocations import DYNAMIC_THREAD_LOCAL, RULES, Need, R, is_pc_relative
 
 LINKERS = ("bfd", "gold", "lld", "mold")
 _INPUT = re.compile(
@@ -27,6 +27,7 @@ _INPUT = re.compile(
     r"|^\s*(?:0x)?(?P<address2>[0-9a-f]+)\s.*\s(?P<file2>\S+\.o):\((?P<section2>\S+)\)$",  # lld, mold
     re.MULTILINE,
 )
+_OF_THE_LINKER = re.compile(r"__(start|stop)_|_?_(end|edata|etext|bss_start|(executable|ehdr)_start)$")
 _CELLS, _JUMPS, _NOWHERE = 0x7000_0000, 0x7100_0000, 0x7200_0000
 _PC_RELATIVE = (R.PC32, R.PLT32, R.PC64)
 _SKIPPED = (".eh_frame", ".note", ".comment", ".gnu")
@@ -49,6 +50,11 @@ class Linked:
     symbols: dict[str, tuple[int, int]]  # value, type
     thread_start: int  # link-time address of the thread-local block
     thread_pointer: int  # and of its end
+
+    @property
+    def table(self) -> int:
+        """The address of the table of cells."""
+        return self.symbols.get("_GLOBAL_OFFSET_TABLE_", (_CELLS, 0))[0]
 
     def read(self, address: int, size: int) -> bytes:
         return loaded(self.raw, address, size)
@@ -114,8 +120,8 @@ def _stub(objects: Sequence[Path], folder: Path) -> Path:
     wanted.pop("_GLOBAL_OFFSET_TABLE_", None)
     lines = []
     for name, symbol in sorted(wanted.items()):
-        if symbol.name.startswith(("__start_", "__stop_")):
-            continue  # the linker's own
+        if _OF_THE_LINKER.match(name):
+            continue
         thread = symbol.type == SymbolType.TLS
         lines += ['.section .tdata,"awT"' if thread else ".text", f".globl {name}"]
         lines += [f".type {name}, {'@tls_object' if thread else '@function'}", f"{name}: .quad 0, 0"]
@@ -133,6 +139,7 @@ class _Objects:
     def __init__(self, paths: Sequence[Path], reference: Linked) -> None:
         self.reference = reference
         self.units = {path: Blocks(read_object(path)) for path in paths}
+        self.units_of = {blocks.object: blocks for blocks in self.units.values()}
         self.addresses: dict[Block, int] = {}
         self.merged: dict[Block, int] = {}
         self.chosen: dict[str, int] = {}  # IFUNC: where the reference's calls lead
@@ -168,7 +175,8 @@ class _Objects:
         address = self._value(block, r) - target.offset
         if self.merged.setdefault(other, address) != address:
             self.problems.append(f"{other.name} has two addresses")
-        if self.reference.read(address, other.size) != other.data:
+        # An entry with references of its own is not merged; what it holds then depends on where they lead.
+        if not self.units_of[other.object].references(other) and self.reference.read(address, other.size) != other.data:
             self.problems.append(f"`{block.name}`+{r.offset:#x}: {other.name} is not at {address:#x}")
 
     def _value(self, block: Block, r: Reference) -> int:
@@ -179,7 +187,7 @@ class _Objects:
         if r.type in _PC_RELATIVE:
             return value + place
         if r.type == R.GOTOFF64:
-            return value + self.reference.symbols["_GLOBAL_OFFSET_TABLE_"][0]
+            return value + self.reference.table
         assert r.type in (R.A64, R.A32, R.A32S), f"type {r.type} against a merged section"
         return value
 
@@ -245,9 +253,8 @@ def compare(paths: Sequence[Path], reference: Linked) -> Comparison:
     """Link objects with ours at the reference's addresses, and compare every byte of every block."""
     objects = _Objects(paths, reference)
     found = objects.plan()
-    table = reference.symbols.get("_GLOBAL_OFFSET_TABLE_", (_CELLS, 0))[0]
     space = Space(*(Region(start, start + 0x100_0000) for start in (_CELLS, _JUMPS, _NOWHERE)))
-    writes = link(found, Layout(objects.addresses, table, space), {}, {}).writes
+    writes = link(found, Layout(objects.addresses, reference.table, space), {}, {}).writes
     problems, size = list(objects.problems), 0
     for blocks in objects.units.values():
         for block in objects.placed(blocks):
@@ -289,15 +296,15 @@ def _mask(
     if rule.need not in (Need.CELL, Need.THREAD_CELL):
         return
     start, end = r.offset, r.offset + rule.width
-    assert rule.width == 4
     if ours[start - 3 : start] != theirs[start - 3 : start]:
         yield from _relaxed(r, block, address, ours, theirs, writes, reference)
         return
-    cells = [address + r.offset - r.addend + _signed(code[start:end]) for code in (ours, theirs)]
+    base = address + r.offset if is_pc_relative(r.type) else reference.table
+    cells = [base - r.addend + _signed(code[start:end]) for code in (ours, theirs)]
     left, right = _written(writes, cells[0], 8), reference.read(cells[1], 8)
     if left != right:
         yield f"`{block.name}`+{r.offset:#x}: the cell of {r.target} holds {left.hex()} instead of {right.hex()}"
-    ours[start:end] = theirs[start:end] = bytes(4)
+    ours[start:end] = theirs[start:end] = bytes(rule.width)
 
 
 def _relaxed(
