@@ -436,7 +436,8 @@ def _check_joins(source: ObjectFile, module: LoadedModule) -> None:
 
 
 def _library_files(name: str, compiler: str) -> tuple[Path, ...]:
-    if "/" in name or Path(name).is_file():
+    # A file of a library's bare name, such as a program called `m`, is not meant; `libx.so` here is.
+    if "/" in name or (".so" in name and Path(name).is_file()):
         path = Path(name).resolve()
         found = _named(path, compiler) if path.is_file() else ()
     else:

@@ -517,6 +517,17 @@ def test_a_given_library_is_loaded_when_it_has_what_is_missing(rooted: tuple[Pro
         assert_untouched(program.pid)
 
 
+def test_a_program_that_has_a_librarys_bare_name_is_not_meant(
+    rooted: tuple[Project, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, wants = rooted
+    (tmp_path / "m").write_bytes(project.program.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    with project.running() as program, patcher.attach(program.pid, libraries=["m"]) as session:
+        assert members(session.apply(wants)) == ["libm.so.6"]
+        assert program.ask(49) == "7"
+
+
 def test_a_library_is_not_loaded_for_nothing(rooted: tuple[Project, Path]) -> None:
     project, _ = rooted
     with project.running() as program, patcher.attach(program.pid, libraries=["m"]) as session:
