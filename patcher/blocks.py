@@ -782,12 +782,22 @@ def _inside_string(data: bytes, offset: int) -> bool:
 
     A pool's string ends with a terminator; that some pieces become larger than they are does no harm.
     """
-    before = data[max(offset - 4, 0) : offset]
-    if not before or before[-1]:
-        return bool(before)
-    units = [int.from_bytes(before[i : i + 2], "little") for i in (0, 2)] if len(before) == 4 else [0]
-    wide = offset % 4 == 0 and units[0] and not units[-1]
-    return bool(wide) or (offset % 2 == 0 and all(0 < unit < 0x100 for unit in units))
+    if not offset or not data:
+        return False
+    return data[offset - 1] != 0 or any(_are_wide(data, offset, width) for width in _WIDE)
+
+
+_WIDE = {2: 0x100, 4: 0x110000}
+"""The first number that is no character, by bytes; more would be narrow strings seen two bytes at a time."""
+
+
+def _are_wide(data: bytes, offset: int, width: int) -> bool:
+    """Tell whether there is a character of several bytes before an offset, and another one at it."""
+    around = data[max(offset - 4, 0) : offset + 4]
+    if offset % width or len(around) < 8:
+        return False
+    characters = (int.from_bytes(around[i : i + width], "little") for i in range(0, 8, width))
+    return all(0 < c < _WIDE[width] for c in characters)
 
 
 def _by_value(symbols: Iterable[Symbol]) -> dict[int, tuple[Symbol, ...]]:
