@@ -140,6 +140,14 @@ class Fields:
         return cls(*(np.concatenate([getattr(p, c) for p in parts]) for c in columns))
 
 
+class Doubt(NamedTuple):
+    """Two pieces of a section that one reference may be about: it is right when they stay as far apart as they are."""
+
+    reference: Reference
+    first: Block
+    second: Block
+
+
 class Cuts(NamedTuple):
     """The blocks of one section, by rising start."""
 
@@ -152,6 +160,8 @@ STUB_SIZE = 5
 # Comparing with a member of an enum takes as long as making a tuple.
 _FILE, _SECTION, _IFUNC = int(SymbolType.FILE), int(SymbolType.SECTION), int(SymbolType.IFUNC)
 _SIZES = (R.SIZE32, R.SIZE64)
+_ACCESSES = (R.PC32, R.PLT32)  # fields of instructions that use what is there; but for lea
+_LEA = 0x8D
 _SKIPPED = (".eh_frame", ".note", ".comment", ".gnu", ".llvm", ".stapsdt")
 
 
@@ -174,6 +184,8 @@ class Blocks:
         self._numbers: dict[Target, int] = {}
         self._exact: tuple[Column, Column] | None = None
         self._boundaries: dict[Block, list[int]] = {}
+        self._runs: dict[Block, tuple[Block, ...]] = {}
+        self._doubts: dict[Block, dict[int, tuple[Doubt, ...]]] = {}
         self._keeps_local_names = False
         with collector_paused():
             self._sort_symbols()
@@ -393,7 +405,101 @@ class Blocks:
         bias, offset = 0, r.offset - block.start
         if is_pc_relative(r.type):
             bias = self._bytes_to_end(block, offset) if block.kind is Kind.CODE else -offset
-        return self.at(symbol.section, symbol.value + r.addend + bias), -bias
+        place = self.at(symbol.section, symbol.value + r.addend + bias)
+        if place.block.section in self._cuts and place.block.kind is not Kind.CODE:
+            self._note_doubts(block, r, Reference(offset, r.type, place, -bias))
+        return place, -bias
+
+    # --- which piece a section's symbol is about ---------------------------------------------------------------
+
+    def run(self, block: Block) -> tuple[Block, ...]:
+        """Return the constants without names that lie side by side with one, itself included.
+
+        Their cuts are guesses from where references lead, which may be the middle of a string or a table: code that
+        reads on from there finds what follows only if they stay together.
+        """
+        cuts = self._cuts.get(block.section)
+        if cuts is None or not _is_nameless_constant(block):
+            return (block,)
+        found = self._runs.get(block)
+        if found is None:
+            low = high = bisect.bisect_left(cuts.starts, block.start)
+            while low and _is_nameless_constant(cuts.blocks[low - 1]):
+                low -= 1
+            while high < len(cuts.blocks) and _is_nameless_constant(cuts.blocks[high]):
+                high += 1
+            found = tuple(cuts.blocks[low:high])
+            self._runs.update(dict.fromkeys(found, found))
+        return found
+
+    def doubts(self, block: Block) -> tuple[Doubt, ...]:
+        """Return what is not certain about the references of a block, once they have been worked out."""
+        noted = self._doubts.get(block)
+        return tuple(d for doubts in noted.values() for d in doubts) if noted else ()
+
+    def _note_doubts(self, block: Block, r: Relocation, reference: Reference) -> None:
+        pairs = self._pairs(block, r, reference)
+        if pairs:
+            doubts = tuple(Doubt(reference, first, second) for first, second in pairs)
+            self._doubts.setdefault(block, {})[reference.offset] = doubts
+
+    def _pairs(self, user: Block, r: Relocation, reference: Reference) -> list[tuple[Block, Block]]:
+        """Return the neighbours of a reference's target that it may be about as well.
+
+        An instruction reads or writes inside of what it is about; but an address may be that of a variable's end,
+        and where a register is added it may be anywhere near.
+        """
+        in_code = user.kind is Kind.CODE
+        if in_code and r.type in _ACCESSES and user.data[reference.offset - 2] != _LEA:
+            return []
+        indexed = in_code and not is_pc_relative(r.type)
+        assert isinstance(reference.target, Place)
+        target, offset = reference.target
+        run = self.run(target)
+        before, after = self._neighbours(run)
+        if before is None and (after is None or not indexed):
+            return []
+        at_end = before is not None and not before.anonymous and offset == 0 and target is run[0]
+        at_end = at_end and before is not None and before.start + before.size == target.start
+        if not (indexed or at_end) or self._is_own_table(user, r, target, before, after):
+            return []
+        pairs = [(before, run[0])] if before is not None else []
+        if indexed and after is not None:
+            pairs.append((before if before is not None and self._is_padding(target) else run[-1], after))
+        return pairs
+
+    def _neighbours(self, run: tuple[Block, ...]) -> tuple[Block | None, Block | None]:
+        """Return what lies before and behind some blocks of a section that is cut, padding left out."""
+        starts, blocks = self._cuts[run[0].section]
+        low = bisect.bisect_left(starts, run[0].start) - 1
+        high = low + len(run) + 1
+        while low >= 0 and self._is_padding(blocks[low]):
+            low -= 1
+        while high < len(blocks) and self._is_padding(blocks[high]):
+            high += 1
+        return blocks[low] if low >= 0 else None, blocks[high] if high < len(blocks) else None
+
+    def _is_padding(self, block: Block) -> bool:
+        if block.symbols:
+            return False
+        unused = block.start not in self._pointed_offsets(self.object.sections[block.section])
+        return block.kind is not Kind.READ_ONLY or (unused and not any(block.data))
+
+    def _is_own_table(
+        self, user: Block, r: Relocation, table: Block, before: Block | None, after: Block | None
+    ) -> bool:
+        """Tell whether a reference is the one by which a function finds its jump table.
+
+        There is at least one for each; so if it is the only one to that place, and what lies around is no table of
+        addresses, it is about no neighbour.
+        """
+        own = self._relocations_in(table) if table.anonymous and user.kind is Kind.CODE else []
+        if not own or any(b is not None and self._relocations_in(b) for b in (before, after)):
+            return False
+        if sum(o.symbol == r.symbol and o.addend == r.addend for o in self._relocations_in(user)) > 1:
+            return False
+        label = self.reference(table, own[0]).target
+        return isinstance(label, Place) and label.block is user
 
     # --- many references at once ------------------------------------------------------------------------------
 
@@ -593,6 +699,10 @@ _WINDOW = 15
 """The functions of so many bits of a section's offsets are looked at together: one of them costs as much as all."""
 
 
+def _is_nameless_constant(block: Block) -> bool:
+    return not block.symbols and block.kind is Kind.READ_ONLY
+
+
 def _preferred_name(symbols: tuple[Symbol, ...]) -> str:
     if len(symbols) < 2:
         return symbols[0].name if symbols else ""
@@ -653,7 +763,11 @@ def _data_extents(section: Section, symbols: list[Symbol], pointed: set[int]) ->
             covered[-1] = (s.value, min(max(covered[-1][1], s.value + s.size), section.size))
     cuts = {0} | {start for start, _ in covered} | {end for _, end in covered}
     cuts |= {s.value for s in named if not _inside(covered, s.value)}
-    cuts |= {offset for offset in pointed if 0 <= offset < section.size and not _inside(covered, offset)}
+    cuts |= {
+        offset
+        for offset in pointed
+        if 0 <= offset < section.size and not _inside(covered, offset) and not _inside_string(section.data, offset)
+    }
     ordered = sorted(c for c in cuts if c < section.size)
     names = _by_value(named)
     pieces: list[Piece] = []
@@ -661,6 +775,29 @@ def _data_extents(section: Section, symbols: list[Symbol], pointed: set[int]) ->
         end = ordered[i + 1] if i + 1 < len(ordered) else section.size
         pieces.append((start, end, names.get(start, ())))
     return pieces
+
+
+def _inside_string(data: bytes, offset: int) -> bool:
+    """Tell whether an offset may be in the middle of a string, of wide characters too: what leads there is no start.
+
+    A pool's string ends with a terminator; that some pieces become larger than they are does no harm.
+    """
+    if not offset or not data:
+        return False
+    return data[offset - 1] != 0 or any(_are_wide(data, offset, width) for width in _WIDE)
+
+
+_WIDE = {2: 0x100, 4: 0x110000}
+"""The first number that is no character, by bytes; more would be narrow strings seen two bytes at a time."""
+
+
+def _are_wide(data: bytes, offset: int, width: int) -> bool:
+    """Tell whether there is a character of several bytes before an offset, and another one at it."""
+    around = data[max(offset - 4, 0) : offset + 4]
+    if offset % width or len(around) < 8:
+        return False
+    characters = (int.from_bytes(around[i : i + width], "little") for i in range(0, 8, width))
+    return all(0 < c < _WIDE[width] for c in characters)
 
 
 def _by_value(symbols: Iterable[Symbol]) -> dict[int, tuple[Symbol, ...]]:

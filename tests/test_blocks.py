@@ -241,3 +241,127 @@ def test_references_without_relocations_are_found_far_from_the_start_of_a_sectio
         assert blocks.references(block) == (Reference(1, R.PLT32, Place(target, 0), -4),)
         assert blocks.fields([block]).reference(blocks, 0) == blocks.references(block)[0]
     assert blocks.fields([third, first]).owner.tolist() == [0, 1]
+
+
+# --- what shares a section ---
+
+STRINGS = r"""
+.text
+.globl f
+.type f, @function
+f:  lea .Ltail(%rip), %rax
+    lea .Lwhole(%rip), %rax
+    lea .Lnext(%rip), %rax
+    lea .Lwide+4(%rip), %rax
+    lea .Lwide(%rip), %rax
+    ret
+.size f, . - f
+.section .rodata,"a"
+.balign 16
+.type named, @object
+.size named, 4
+named: .long 1
+.Lwhole: .ascii "num"
+.Ltail: .string "erals"
+.Lnext: .string "nextone"
+.balign 4
+.Lwide: .long 'a', 'b', 0
+"""
+
+
+def test_a_string_is_not_cut_where_its_tail_is_used(tmp_path: Path) -> None:
+    blocks = assembled(tmp_path, STRINGS)
+    tail, whole, following, wide_tail, wide = (place_of(r) for r in targets(blocks, "f"))
+    assert tail.block is whole.block
+    assert (tail.offset, whole.offset) == (3, 0)
+    assert tail.block.data == b"numerals\0"
+    assert wide_tail.block is wide.block
+    assert (wide_tail.offset, wide.offset) == (4, 0)
+    assert following.block.data.rstrip(b"\0") == b"nextone"
+    assert following.offset == 0
+    assert [b.name for b in blocks.run(tail.block)] == [".rodata+0x4", ".rodata+0xd", ".rodata+0x18"]
+    named = next(b for b in blocks.data_blocks() if b.name == "named")
+    assert blocks.run(named) == (named,)
+
+
+def place_of(reference: Reference) -> Place:
+    assert isinstance(reference.target, Place)
+    return reference.target
+
+
+SHARED = r"""
+.text
+.globl f
+.type f, @function
+f:  %s
+    ret
+.size f, . - f
+.data
+.type one, @object
+.size one, 8
+one: .quad 1
+.type two, @object
+.size two, 8
+two: .quad 2
+.type three, @object
+.size three, 8
+three: .quad 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("instruction", "doubtful"),
+    {
+        "mov two(%rip), %rax": [],
+        "addl $1, two(%rip)": [],
+        "lea one(%rip), %rax": [],
+        "lea two+4(%rip), %rax": [],
+        "lea two(%rip), %rax": [("one", "two")],
+        "mov $two, %eax": [("one", "two"), ("two", "three")],
+        "mov two(,%rdi,8), %rax": [("one", "two"), ("two", "three")],
+        "mov three-4(,%rdi,8), %rax": [("one", "two"), ("two", "three")],
+    }.items(),
+    ids=str,
+)
+def test_which_of_two_neighbours_an_address_is_about_is_a_doubt(
+    tmp_path: Path, instruction: str, doubtful: list[tuple[str, str]]
+) -> None:
+    blocks = assembled(tmp_path, SHARED % instruction)
+    f = function(blocks, "f")
+    blocks.fields([f])
+    assert [(d.first.name, d.second.name) for d in blocks.doubts(f)] == doubtful
+
+
+def test_a_variable_s_own_symbol_leaves_no_doubt(tmp_path: Path) -> None:
+    blocks = assembled(tmp_path, SHARED % "lea two(%rip), %rax" + ".globl two\n")
+    f = function(blocks, "f")
+    blocks.fields([f])
+    assert blocks.doubts(f) == ()
+
+
+TABLE = r"""
+.text
+.globl f
+.type f, @function
+f:  lea .Ltable(%%rip), %%rdx
+    movslq (%%rdx,%%rdi,4), %%rax
+    add %%rdx, %%rax
+    jmp *%%rax
+.Lcase:
+    %s
+    ret
+.size f, . - f
+.section .rodata,"a"
+.type sizes, @object
+.size sizes, 8
+sizes: .long 3, 1
+.Ltable: .long .Lcase - .Ltable, .Lcase - .Ltable
+"""
+
+
+def test_a_jump_table_behind_an_array_is_no_array_s_end(tmp_path: Path) -> None:
+    for instruction, doubtful in (("nop", 0), ("lea sizes+8(%rip), %rax", 2)):
+        blocks = assembled(tmp_path, TABLE % instruction)
+        f = function(blocks, "f")
+        blocks.fields([f])
+        assert len(blocks.doubts(f)) == doubtful

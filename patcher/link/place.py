@@ -112,8 +112,9 @@ class _Cursor:
         self.end = region.end
         self._what = what
 
-    def take(self, size: int, alignment: int) -> int:
-        address = (self.at + alignment - 1) & -alignment
+    def take(self, size: int, alignment: int, phase: int = 0) -> int:
+        """Return the next address that is `phase` bytes beyond an aligned one."""
+        address = self.at + (phase - self.at) % alignment
         self.at = address + size
         if self.at > self.end:
             raise ArenaFull(
@@ -167,6 +168,10 @@ def _give_addresses(
     used: dict[ObjectFile, int] = {}
     linkables = plan.linkables
     for block in blocks:
+        if block in plan.runs:
+            if block not in addresses:
+                used[block.object] = used.get(block.object, 0) + _place_run(plan.runs[block], cursor, addresses)
+            continue
         lead, size, alignment = 0, block.size, block.alignment
         if block in linkables:
             lead, size = linkables[block].lead, max(len(linkables[block].data), size)
@@ -184,6 +189,17 @@ def _give_addresses(
         if block.string:
             strings.setdefault(block.data, start)
     return used
+
+
+def _place_run(run: Sequence[Block], cursor: _Cursor, addresses: dict[Block, int]) -> int:
+    """Place some blocks of one section as they lie there; return how many bytes that took."""
+    first, last = run[0], run[-1]
+    alignment = first.object.sections[first.section].alignment
+    size = last.start + last.size - first.start + (last.kind is Kind.DATA)
+    before = cursor.at
+    start = cursor.take(size, alignment, first.start % alignment)
+    addresses.update({block: start + block.start - first.start for block in run})
+    return cursor.at - before
 
 
 # --- contents -------------------------------------------------------------------------------------------------

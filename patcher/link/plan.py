@@ -11,11 +11,11 @@ things that they refer to. Decides what is placed and what names mean; where it 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from patcher.blocks import Block, Blocks, External, Fields, Kind, Linkable, Place, Reference, Target
+from patcher.blocks import Block, Blocks, Doubt, External, Fields, Kind, Linkable, Place, Reference, Target
 from patcher.bulk import collector_paused
 from patcher.errors import LinkError, UnresolvedSymbol, UnsupportedRelocation
 from patcher.link.relocations import DYNAMIC_THREAD_LOCAL, RULES, Need, type_name
@@ -71,7 +71,8 @@ class Group:
 class Plan:
     """Everything to place, grouped by the memory it needs, and everything that is only referred to.
 
-    `linkables` has the blocks whose bytes are not placed as the object has them.
+    `linkables` has the blocks whose bytes are not placed as the object has them; `runs`, by each of their members,
+    those that must stay as far apart as they are in the object.
     """
 
     code: tuple[Block, ...]
@@ -82,6 +83,7 @@ class Plan:
     bound: dict[Block, Bound] = field(repr=False)
     externals: dict[tuple[Blocks, str], Bound | Block] = field(repr=False)
     doors: frozenset[Block] = frozenset()
+    runs: dict[Block, tuple[Block, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def placed(self) -> tuple[Block, ...]:
@@ -113,6 +115,8 @@ class _Planner:
         self._bound: dict[Block, Bound] = {}
         self._externals: dict[tuple[Blocks, str], Bound | Block] = {}
         self._groups: list[Group] = []
+        self._runs: dict[Block, list[Block]] = {}
+        self._asked: dict[Block, Bound | None] = {}
         self._wave: dict[Blocks, list[Block]] = {}
 
     def run(self) -> Plan:
@@ -138,12 +142,27 @@ class _Planner:
             bound=self._bound,
             externals=self._externals,
             doors=frozenset(b for b in kinds[Kind.CODE] if self._placed[b].doors(b)),
+            runs={block: tuple(sorted(run, key=lambda b: b.start)) for block, run in self._runs.items()},
         )
 
     def _place(self, block: Block, unit: Unit) -> None:
         if block not in self._placed:
             self._placed[block] = unit
             self._wave.setdefault(unit.blocks, []).append(block)
+            if block.kind is Kind.READ_ONLY and not block.symbols:
+                self._keep_together(unit, unit.blocks.run(block))
+
+    def _keep_together(self, unit: Unit, blocks: tuple[Block, ...]) -> None:
+        """Place some blocks of a section as far apart as they are in it."""
+        if len(blocks) < 2 or self._runs.get(blocks[0], blocks) is self._runs.get(blocks[1]):
+            return
+        members: dict[Block, None] = {}
+        for block in blocks:
+            members.update(dict.fromkeys(self._runs.get(block, (block,))))
+        joined = list(members)
+        self._runs.update(dict.fromkeys(joined, joined))
+        for block in blocks:
+            self._place(block, unit)
 
     # --- a wave -----------------------------------------------------------------------------------------------
 
@@ -160,6 +179,9 @@ class _Planner:
         members = (*plain, *stretched)
         if stretched:
             fields = Fields.joined([fields, self._rewritten(unit, stretched, len(plain))])
+        for block in blocks:
+            for doubt in unit.blocks.doubts(block):
+                self._settle(unit, block, doubt)
         self._follow_all(unit, members, fields)
         self._groups.append(Group(unit.blocks, members, fields))
 
@@ -263,6 +285,35 @@ class _Planner:
             )
         else:
             self._place(block, unit)
+
+    def _settle(self, unit: Unit, user: Block, doubt: Doubt) -> None:
+        """See to it that a reference is right whichever of two blocks it is about, or refuse it."""
+        _, first, second = doubt
+        left, right = self._whereabouts(unit, first), self._whereabouts(unit, second)
+        apart = second.start - first.start
+        if left is not None and right is not None:
+            if right == replace(right, address=left.address + apart, module_id=left.module_id):
+                return
+        elif left is not None and second.anonymous and second.kind is Kind.DATA:
+            self._bound[second] = Bound(left.address + apart)  # padding
+            return
+        elif left is right and first.kind is second.kind:
+            self._keep_together(unit, (first, second))
+            return
+        raise LinkError(
+            f"{where(user, doubt.reference)}: {type_name(doubt.reference.type)} may be about `{first.name}` or about "
+            f"`{second.name}`, which lie side by side in the object and not in the process",
+            "compile the unit with -fdata-sections, or give the source file instead of the object",
+            code="ambiguous-reference",
+        )
+
+    def _whereabouts(self, unit: Unit, block: Block) -> Bound | None:
+        """Return where the process has a block; None for one that is placed."""
+        if block in self._placed or block in self._bound:
+            return self._bound.get(block)
+        if block not in self._asked:
+            self._asked[block] = unit.resident(block)
+        return self._asked[block]
 
     def _resolve_external(self, unit: Unit, block: Block, reference: Reference, target: External) -> None:
         key = (unit.blocks, target.name)

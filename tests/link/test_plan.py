@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from living import UNIT, compile_text
+from living import UNIT, compile_text, run
 
-from link.linking import planned
+from link.linking import planned, spaces
 from patcher.blocks import Block, Blocks, Kind
 from patcher.elf import read_object
 from patcher.errors import LinkError, UnresolvedSymbol
+from patcher.link.place import lay_out
 from patcher.link.plan import Bound, Plan, Unit, plan
 
 TEXT = r"""
@@ -100,3 +101,73 @@ def test_another_object_of_the_generation_brings_a_definition(tmp_path: Path) ->
     assert names(found.code) == {"caller", "born"}
     assert found.externals[left.blocks, "born"] is born
     assert {g.source: [b.name for b in g.members] for g in found.groups}[right.blocks] == ["born"]
+
+
+# --- what shares a section ---
+
+SHARED = """
+.globl f
+.type f, @function
+f:  lea two(%rip), %rax
+    ret
+.size f, . - f
+.data
+.balign 16
+.type one, @object
+.size one, 8
+one: .quad 1
+.type two, @object
+.size two, 8
+two: .quad 2
+"""
+
+
+def shared(folder: Path) -> Blocks:
+    (folder / "unit.s").write_text(SHARED)
+    run("as", folder / "unit.s", "-o", folder / "unit.o")
+    return Blocks(read_object(folder / "unit.o"))
+
+
+def test_neighbours_that_are_both_new_stay_neighbours(tmp_path: Path) -> None:
+    found = planned(shared(tmp_path), nowhere)
+    layout = lay_out(found, spaces(0x10000, 0x20000, 0x30003))
+    at = {block.name: address for block, address in layout.addresses.items()}
+    assert at["two"] == at["one"] + 8
+    assert at["one"] % 16 == 0
+
+
+def test_neighbours_that_the_process_has_side_by_side_are_bound(tmp_path: Path) -> None:
+    here = {"one": Bound(0x1000), "two": Bound(0x1008)}
+    found = planned(shared(tmp_path), nowhere, resident=lambda b: here.get(b.name))
+    assert {b.name: bound.address for b, bound in found.bound.items()} == {"two": 0x1008}
+    assert found.data == ()
+
+
+@pytest.mark.parametrize(
+    "here", [{"one": Bound(0x1000), "two": Bound(0x1010)}, {"one": Bound(0x1000)}, {"two": Bound(0x1008)}]
+)
+def test_an_address_that_may_be_about_either_neighbour_is_refused(tmp_path: Path, here: dict[str, Bound]) -> None:
+    with pytest.raises(LinkError) as caught:
+        planned(shared(tmp_path), nowhere, resident=lambda b: here.get(b.name))
+    assert caught.value.code == "ambiguous-reference"
+    for part in ("`one`", "`two`", "`f`", "unit.o"):
+        assert part in caught.value.message
+    assert "-fdata-sections" in caught.value.hint
+
+
+def test_nameless_constants_are_placed_as_they_lie(tmp_path: Path) -> None:
+    (tmp_path / "unit.s").write_text(
+        ".globl f\n.type f, @function\nf: lea .Lb(%rip), %rax\nmov .Lc(%rip), %rax\nret\n.size f, . - f\n"
+        '.section .rodata,"a"\n.balign 16\n.type named, @object\n.size named, 4\nnamed: .long 7\n'
+        ".La: .quad 0\n.Lb: .long 0\n.Lc: .quad 5, 6\n"
+    )
+    run("as", tmp_path / "unit.s", "-o", tmp_path / "unit.o")
+    found = planned(Blocks(read_object(tmp_path / "unit.o")), nowhere)
+    layout = lay_out(found, spaces(0x10000, 0x20001, 0x30000))
+    at = {block.name: address for block, address in layout.addresses.items() if block.kind is Kind.READ_ONLY}
+    assert {name: address - at[".rodata+0x4"] for name, address in at.items()} == {
+        ".rodata+0x4": 0,
+        ".rodata+0xc": 8,
+        ".rodata+0x10": 12,
+    }
+    assert at[".rodata+0x10"] % 16 == 0
