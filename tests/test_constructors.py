@@ -57,9 +57,9 @@ int added(int n) { return n + last.value + 10000 * runs; }
 C = """\
 #include <stdlib.h>
 extern int runs;
-static int old = 3;
+static volatile int old = 3;
 static __attribute__((constructor)) void start(void) { old = 4; }
-int answer(int n) { return n + old; }
+int answer(int n) { if (n < 0) abort(); return n + old; }
 """
 NEW_C = """\
 #include <stdlib.h>
@@ -134,7 +134,7 @@ def finish(process: subprocess.Popen[str]) -> int:
     return process.wait()
 
 
-CALLING = (("int answer(int n) { return n", "int added(int n);\nint answer(int n) { return added(n)"),)
+CALLING = (("int answer", "int added(int n);\nint answer"), ("return n +", "return added(n) +"))
 CALLING_CPLUSPLUS = (
     ('extern "C" int answer(int n) { return n', 'int added(int n);\nextern "C" int answer(int n) { return added(n)'),
 )
@@ -200,7 +200,7 @@ def test_an_object_beside_others_of_its_file_is_refused(tmp_path: Path, compiler
             ("static Number first(5);", "static Number first(5);\nstatic Number second(6);"),
             ("first.value;", "first.value + second.value;"),
         )
-        with pytest.raises(UnsafeChange, match=r"`second.*` of .* is new and initialised .* `first.*`") as refused:
+        with pytest.raises(UnsafeChange, match=r"second` of .* is new and initialised .*first`") as refused:
             session.apply(edited)
         assert refused.value.code == "constructor"
         assert ask(process) == 5
@@ -231,7 +231,7 @@ def test_an_initialiser_that_only_got_another_name_does_not_run_again(tmp_path: 
 
 @pytest.mark.parametrize(
     ("body", "code"),
-    [("*(volatile int *) 0 = 1;", "call-crashed"), ("abort();", "call-crashed")],
+    [("int *volatile nowhere = 0; *nowhere = 1;", "call-crashed"), ("abort();", "call-crashed")],
     ids=["fault", "abort"],
 )
 def test_a_constructor_that_crashes_leaves_the_program_as_it_was(tmp_path: Path, body: str, code: str) -> None:
@@ -250,12 +250,9 @@ def test_a_constructor_that_crashes_leaves_the_program_as_it_was(tmp_path: Path,
 def test_a_dry_run_runs_nothing(tmp_path: Path) -> None:
     program = Program(tmp_path, "gcc", C)
     with program.running() as (process, session):
-        edited, added = program.edit(("return n +", "return 1000 * runs + n +")), program.added(NEW_C)
-        session.apply(edited)
         commands = program.folder / "compile_commands.json"
-        calling = program.edit(("int answer(int n) {", "int added(int n);\nint answer(int n) { return added(n);"))
-    with program.running() as (process, session):
+        edited, added = program.edit(*CALLING), program.added(NEW_C)
         with patcher.attach(process.pid, compile_commands=commands, dry_run=True) as trying:
-            assert "begin" in [f.name for f in trying.apply(calling, added).functions]
-        session.apply(edited)
-        assert ask(process) != 4
+            assert "begin" in [f.name for f in trying.apply(edited, added).functions]
+        session.apply(program.write("unit", C.replace("return n +", "return n + 1000 * runs +")))
+        assert ask(process) == 4
