@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from patcher.blocks import Block, Blocks, External, Kind, Place
+from patcher.elf import Section
 from patcher.errors import LinkError
 
 _LISTS = re.compile(r"\.(init_array|ctors)(?:\.(\d+))?")
@@ -35,17 +36,17 @@ class Starter:
         return self.function.name.startswith(("_GLOBAL__", "__cxx_global_var_init"))
 
 
-def starters(blocks: Blocks) -> tuple[Starter, ...]:
+def starters(blocks: Blocks, *, complete: bool = True) -> tuple[Starter, ...]:
     """Return the functions that an object has run at the start of a program, in their order.
 
-    Raises `LinkError` for an entry that is no function of the object.
+    Raises `LinkError` for an entry that is no function of the object, if they have to be `complete`.
     """
     found: list[Starter] = []
     for section in blocks.object.sections.values():
         name = _LISTS.fullmatch(section.name)
         if name is None:
             continue
-        entries = [Starter(_priority(*name.groups()), f) for f in _listed(blocks, section.index, section.size)]
+        entries = [Starter(_priority(*name.groups()), f) for f in _listed(blocks, section, complete)]
         found += entries if name[1] == "init_array" else reversed(entries)
     return tuple(sorted(found, key=lambda s: s.priority))
 
@@ -56,14 +57,14 @@ def _priority(kind: str, number: str | None) -> int:
     return int(number) if kind == "init_array" else _LAST - 1 - int(number)
 
 
-def _listed(blocks: Blocks, section: int, size: int) -> list[Block]:
+def _listed(blocks: Blocks, section: Section, complete: bool) -> list[Block]:
     found = []
-    for offset in range(0, size, _WORD):
-        block, within = blocks.at(section, offset)
+    for offset in range(0, section.size, _WORD):
+        block, within = blocks.at(section.index, offset)
         target = next((r.target for r in blocks.references(block) if r.offset == within), None)
         if isinstance(target, Place) and target.block.kind is Kind.CODE and not target.offset:
             found.append(target.block)
-        elif target is not None or any(block.data[within : within + _WORD]):
+        elif complete and (target is not None or any(block.data[within : within + _WORD])):
             what = f"`{target.name}`" if isinstance(target, External) else "something else"
             raise LinkError(
                 f"{blocks.object.name}: what runs at the start of the program ({block.name}) includes {what}, "

@@ -127,7 +127,8 @@ class Part:
     @cached_property
     def starters(self) -> tuple[Starter, ...]:
         """The functions that a program linked with this unit starts with."""
-        return starters(self.blocks)
+        # What the process was started with has run, whatever it is.
+        return starters(self.blocks, complete=self.unit.born)
 
     def added(self) -> tuple[Block, ...]:
         """Return the functions that are new to the process and can be called from other units."""
