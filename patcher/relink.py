@@ -10,13 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import Protocol
 
 from patcher.blocks import Block, Blocks, External, Kind, Place
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
+from patcher.constructors import Starter, belonging, starters, touched
 from patcher.convention import Registers
-from patcher.elf import ObjectFile, SymbolType
+from patcher.elf import ObjectFile, SymbolBinding, SymbolType
 from patcher.elf.relocations import R
 from patcher.errors import LinkError, TargetBusy, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
@@ -26,7 +28,7 @@ from patcher.live import UNDEFINED, LiveFunction, LiveVariable, base_name, numbe
 from patcher.match import MODULE_BASE, Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
 from patcher.patch.arena import DOOR_SIZE, SLOT_COUNT, Arena, Usage
 from patcher.patch.journal import Allocation, Body, GenerationRecord, Placed, Redirect
-from patcher.patch.ledger import Choice, Commit, Ledger
+from patcher.patch.ledger import Choice, Commit, Constructor, Ledger
 from patcher.statics import candidates, find_static
 from patcher.undefined import Use, uses_of
 
@@ -117,7 +119,16 @@ class Part:
         """Return the functions that have to be new. Private pieces follow from who uses them."""
         if self.supplied:
             return ()
-        return tuple(b for b in self.blocks.functions if self.is_door(b) and self.status(b) is not Status.ADDED)
+        started = {s.function for s in self.starters}
+        return tuple(
+            b for b in self.blocks.functions if self.is_door(b) and (self.status(b) is not Status.ADDED or b in started)
+        )
+
+    @cached_property
+    def starters(self) -> tuple[Starter, ...]:
+        """The functions that a program linked with this unit starts with."""
+        # What the process was started with has run, whatever it is.
+        return starters(self.blocks, complete=self.unit.born)
 
     def added(self) -> tuple[Block, ...]:
         """Return the functions that are new to the process and can be called from other units."""
@@ -207,6 +218,7 @@ class _Generation:
         self.supply = supply
         self.defined: dict[str, Bound] = {}  # by the modules that were linked before
         self.choices: list[Choice] = []
+        self.constructors: list[tuple[int, Constructor]] = []
         self.supplied: list[Part] = []
         self.number = ledger.journal.next_number
         self.writes: list[tuple[int, bytes]] = []
@@ -235,7 +247,8 @@ class _Generation:
             quiet_back=tuple(self.quiet_back),
             allocations=tuple(self.allocations.values()),
         )
-        commit = Commit(record, tuple(self.writes), tuple(self.usages.items()), tuple(self.choices))
+        constructors = tuple(c for _, c in sorted(self.constructors, key=lambda found: found[0]))
+        commit = Commit(record, tuple(self.writes), tuple(self.usages.items()), tuple(self.choices), constructors)
         kept = tuple(name for part in parts for name in part.kept)
         return Linked(commit, tuple(self.replaced), tuple(self.new_variables), tuple(self.supplied), kept)
 
@@ -251,9 +264,10 @@ class _Generation:
         homes = self._homes(module)
         first = next(homes)  # chosen now: to resolve a symbol, a function of the target may have to be called
         linkage = _Linkage(self.image, self.ledger, (*parts, *waiting), _Beyond(module, self.supply, self.defined))
-        units = [linkage.unit(part, part.wanted()) for part in parts]
-        units += [linkage.unit(part, ()) for part in waiting]
-        found = plan(units, linkage.resolve, linkage.provide)
+        starts = {part: _start(part, linkage) for part in parts}
+        wanted = {part: tuple(b for b in part.wanted() if b not in starts[part].left) for part in parts}
+        wanted |= dict.fromkeys(waiting, ())
+        found = _planned(linkage, wanted, starts)
         for block in found.code:
             if linkage.part_of(block).supplied:
                 _check_end(block)
@@ -308,6 +322,12 @@ class _Generation:
         self._allocate_copies(copies, near.start, linkage)
         self.quiet += [_body(e.live) for e in entries if e.displaced.reentries]
         self._record(found, placement, doors, {copy.block: copy for copy in copies}, linkage)
+        for part in dict.fromkeys(door.part for door in doors):
+            for starter in part.starters:
+                if part.status(starter.function) is Status.ADDED and starter.function in placement.addresses:
+                    address = placement.addresses[starter.function]
+                    found_one = Constructor(starter.function.name, part.name, address)
+                    self.constructors.append((starter.priority, found_one))
         self._use(home, placement.space, end, sum(1 for d in doors if d.fresh))
         placed = {block.object for block in found.placed}
         self.supplied += [p for p in linkage.supplied if p.blocks.object in placed or p.unit.key == UNDEFINED]
@@ -467,6 +487,80 @@ class _Generation:
         return tuple(
             (cell, value, island) for name in names for cell, value in self.image.jump_slots(name, live.address)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What becomes of the functions that a unit has the program start with: those to run, those left as they are."""
+
+    run: tuple[Block, ...] = ()
+    left: frozenset[Block] = frozenset()
+
+
+def _start(part: Part, linkage: _Linkage) -> _Start:
+    """Decide what a unit's initialisers have to do in a program that has started.
+
+    Those that are new run. Those that changed have run: to run them again would initialise again what lives, so they
+    are left as they are, and refused where they initialise something new.
+    """
+    run: list[Block] = []
+    left: set[Block] = set()
+    functions = [s.function for s in part.starters]
+    if all(part.status(f) is Status.ADDED for f in functions) and (part.unit.born or not functions):
+        return _Start(tuple(functions))
+    belongs = belonging(part.blocks, functions)
+    for starter in part.starters:
+        function, own = starter.function, belongs[starter.function]
+        is_added = part.status(function) is Status.ADDED
+        if all(part.status(f) in (Status.SAME, Status.LINE_ONLY) for f in own):
+            continue
+        variables = touched(part.blocks, own)
+        living = [v for v in variables if linkage.lives(part, v)]
+        # A compiler names what it makes after something else in the unit: a new name may be an old initialiser.
+        again = not is_added or (starter.made and any(not _is_shared(v) for v in living))
+        new = [v for v in variables if v not in living]
+        if again and new:
+            raise _initialised_together(part, starter, new, living)
+        if again:
+            left |= {f for f in own if not f.exported}
+        else:
+            run.append(function)
+    return _Start(tuple(run), frozenset(left))
+
+
+def _is_shared(variable: Block) -> bool:
+    """Tell whether other units may define a variable as well: its initialiser asks whether it is initialised."""
+    return all(s.binding not in (SymbolBinding.LOCAL, SymbolBinding.GLOBAL) for s in variable.symbols)
+
+
+def _initialised_together(part: Part, starter: Starter, new: Sequence[Block], living: Sequence[Block]) -> UnsafeChange:
+    others = ", ".join(f"`{base_name(v.name)}`" for v in living[:3])
+    return UnsafeChange(
+        f"{', '.join(f'`{base_name(v.name)}`' for v in new[:3])} of {part.source} is new and initialised when the "
+        f"program starts, in `{starter.function.name}`"
+        + (f" together with {others}, which would be initialised again" if others else ", which has run already"),
+        "move it to a new source file, or make it a static variable of a function",
+        code="constructor",
+    )
+
+
+def _planned(linkage: _Linkage, wanted: dict[Part, tuple[Block, ...]], starts: dict[Part, _Start]) -> Plan:
+    """Plan what is wanted; a unit that comes in with something brings its initialisers."""
+    while True:
+        units = [linkage.unit(part, blocks) for part, blocks in wanted.items()]
+        found = plan(units, linkage.resolve, linkage.provide)
+        placed = set(found.placed)
+        for part in dict.fromkeys(linkage.part_of(block) for block in found.placed):
+            if part not in starts:
+                starts[part] = _start(part, linkage)
+        missing = {
+            part: tuple(b for b in start.run if b not in placed)
+            for part, start in starts.items()
+            if not placed.issuperset(start.run)
+        }
+        if not missing:
+            return found
+        wanted |= {part: (*wanted.get(part, ()), *blocks) for part, blocks in missing.items()}
 
 
 _ENDS = ("jmp", "ret", "call", "ud2", "hlt", "int3", "syscall")  # what is called there does not come back
@@ -698,6 +792,10 @@ class _Linkage:
             for r in reversed(ledger.journal.redirects)
             if r.born and not r.local and not (r.unit == UNDEFINED and ledger.slots[r.arena][r.index] in stubs)
         ]
+
+    def lives(self, part: Part, variable: Block) -> bool:
+        """Tell whether the process has a variable of a unit."""
+        return self._variable(part, variable) is not None
 
     def part_of(self, block: Block) -> Part:
         return self.part_with(block.object)

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from patcher.errors import UnresolvedSymbol, UnsafeChange
+from patcher.errors import AttachDenied, PatcherError, TargetGone, UnresolvedSymbol, UnsafeChange
 from patcher.options import Options
 from patcher.report import Applied, Event, Function, Note, Reporter, Timings, Unchanged
 from patcher.target import Target
@@ -27,7 +27,7 @@ from patcher.texts import Texts
 if TYPE_CHECKING:
     from patcher.image import Image
     from patcher.link.place import FarData
-    from patcher.patch.ledger import Ledger
+    from patcher.patch.ledger import Constructor, Ledger
     from patcher.relink import Linked, Part
     from patcher.units import Changes, Source, Units
 
@@ -298,7 +298,7 @@ class Session:
         if self.options.dry_run:
             return outcome
         self.ledger.realise()
-        result = self.ledger.commit(linked.commit)
+        result = self.ledger.commit(linked.commit, self._construct)
         bodies = [(r.name, r.extents) for r in linked.replaced]
         active = find_active(self.target, bodies, result.threads)
         return replace(
@@ -306,6 +306,25 @@ class Session:
             active=tuple((a.thread, a.function) for a in active),
             timings=Timings(stop=result.stop_ns / 1e6),
         )
+
+    def _construct(self, constructors: Sequence[Constructor]) -> None:
+        """Run constructors on a thread of the target that is at a safe point, one after another."""
+        from patcher.loader import Caller, workspace
+
+        caller = Caller(self.image)
+        with workspace(self.target) as memory:
+            for constructor in constructors:
+                try:
+                    caller.run_constructors([constructor.address], memory)
+                except (TargetGone, AttachDenied):
+                    raise
+                except PatcherError as error:
+                    raise UnsafeChange(
+                        f"`{constructor.name}` of {constructor.unit} initialises what is new, and could not be run to "
+                        f"its end: {error.message}",
+                        error.hint,
+                        code=error.code,
+                    ) from None
 
     # --- revert, status ---------------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ _FAR = 0x7FFE_0000_0000  # where a library that is not loaded yet is thought to 
 _C_ARCHIVES = ("libm.a", "libc.a", "libpthread.a", "librt.a", "libdl.a", "libgcc.a", "libgcc_eh.a")
 _GATHERED = re.compile(r"[A-Za-z_]\w*")
 _ONLY_AT_EXIT = ("__libc_freeres", "__libc_subfreeres")  # glibc's: what memory checkers have released at the end
-_STARTED = (".init_array", ".fini_array", ".preinit_array", ".ctors", ".dtors")
+_STARTED = (".fini_array", ".preinit_array", ".dtors")
 
 Stamp = tuple[int, int, int]
 

@@ -53,7 +53,9 @@ ALLOWED: dict[str, set[str]] = {
     "convention": MATCHING | {"match"},
     "statics": MATCHING | {"match", "relink"},
     # Joins verdicts, linker and arena to a generation that is ready to be written.
-    "relink": MATCHING | {"match", "patch", "statics", "convention", "undefined"},
+    "relink": MATCHING | {"match", "patch", "statics", "convention", "undefined", "constructors"},
+    # What a program starts with: lists of functions in an object.
+    "constructors": READING | {"blocks"},
     # An object that nobody compiled: it has the tables of one, and its unit has a name of its own.
     "undefined": READING | {"blocks", "live"},
     # Where a definition comes from that the process has never had: brought in as units that are matched like others.

@@ -329,15 +329,27 @@ def test_two_objects_of_the_build_that_define_it_are_refused(project: Project) -
         assert program.ask(1) == "1001"
 
 
+def test_a_member_that_a_program_would_have_started_with_is_started_once(project: Project, tmp_path: Path) -> None:
+    text = "static int k;\n__attribute__((constructor)) static void start(void) { k += 30; }\n"
+    found = archive(
+        tmp_path / "libx.a", extra=text + "int extra(int n) { return n + k; }\nint more(int n) { return k; }\n"
+    )
+    with project.running() as program, patcher.attach(program.pid, archives=[found]) as session:
+        session.apply(calling(project, "extra(n)", "int extra(int);"))
+        assert program.ask(1) == "31"
+        session.apply(calling(project, "extra(n) + more(n)", "int extra(int), more(int);"))
+        assert program.ask(1) == "61"
+
+
 @pytest.mark.parametrize(
     ("text", "code", "message"),
     [
         ("int answer(int n) { return n; }\nint extra(int n) { return n; }\n", "duplicate-symbol", "`answer`"),
         (
-            "static int k;\n__attribute__((constructor)) static void start(void) { k = 1; }\n"
+            "static int k;\n__attribute__((destructor)) static void end(void) { k = 1; }\n"
             "int extra(int n) { return n + k; }\n",
             "constructor",
-            ".init_array",
+            ".fini_array",
         ),
         ("__thread int own;\nint extra(int n) { return n + own++; }\n", "new-thread-local", "`own`"),
         (
@@ -347,7 +359,7 @@ def test_two_objects_of_the_build_that_define_it_are_refused(project: Project) -
             "`extra`",
         ),
     ],
-    ids=["duplicate", "constructor", "thread-local", "falls-through"],
+    ids=["duplicate", "destructor", "thread-local", "falls-through"],
 )
 def test_members_that_cannot_join_are_refused_by_name(
     project: Project, tmp_path: Path, text: str, code: str, message: str

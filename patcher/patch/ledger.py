@@ -7,7 +7,7 @@ Decides what a commit or a revert writes, and in which order; what is in a gener
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -39,6 +39,15 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
+class Constructor:
+    """A function that has to run once, when all of its generation is written and nobody can see it yet."""
+
+    name: str
+    unit: str
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """A generation that is linked and ready: what to write where nobody looks yet, and what then changes at once."""
 
@@ -46,6 +55,10 @@ class Commit:
     writes: tuple[tuple[int, bytes], ...]
     usage: tuple[tuple[int, Usage], ...]  # arena base -> how far it will be in use
     choices: tuple[Choice, ...] = ()
+    constructors: tuple[Constructor, ...] = ()  # in the order in which they run
+
+
+Construct = Callable[[Sequence[Constructor]], None]
 
 
 class Ledger:
@@ -201,8 +214,13 @@ class Ledger:
 
     # --- changing ---------------------------------------------------------------------------------------------
 
-    def commit(self, change: Commit) -> FlipResult:
-        """Make a generation live, or leave everything as it was and raise."""
+    def commit(self, change: Commit, construct: Construct | None = None) -> FlipResult:
+        """Make a generation live, or leave everything as it was and raise.
+
+        `construct` runs the generation's constructors in the target, or raises. What they may have handed out to the
+        program by then is not used again, should the generation not become live.
+        """
+        constructing = False
         before = {base: self.arenas[base].usage() for base in self.arenas}
         primary = self.primary
         assert primary is not None
@@ -217,6 +235,10 @@ class Ledger:
             if change.choices:
                 change = self._chosen(change)
                 self._write_islands(change)
+            if change.constructors:
+                assert construct is not None
+                constructing = True
+                construct(change.constructors)
             encoded = records.encode(change.record)
             if start + len(encoded) > JOURNAL_SIZE:
                 raise UnsafeChange(
@@ -232,7 +254,8 @@ class Ledger:
             # A detour that is in place must stay on record.
             if self.target.alive() and not any(self._is_in_place(r) for r in change.record.redirects):
                 for base, usage in before.items():
-                    self.arenas[base].set_usage(usage)
+                    kept = replace(self.arenas[base].usage(), journal=usage.journal) if constructing else usage
+                    self.arenas[base].set_usage(kept)
             raise
         finally:
             if self.target.alive():
