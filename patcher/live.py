@@ -475,7 +475,7 @@ def _other_files(image: Image, view: ArenaView, module: LoadedModule, blocks: Bl
                     "give the objects that it was linked of",
                     code="ambiguous-symbol",
                 )
-            local[file].add(name)
+            local.setdefault(file, set()).add(name)  # some stand under no file's name
     return [
         (name, _best_group(image, view, module, blocks, name, _Names(frozenset(), frozenset(local[name])))[1])
         for name in source.files[1:]

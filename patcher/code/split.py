@@ -119,7 +119,9 @@ def suspects(section: bytes, functions: Sequence[tuple[int, int]], relocated: Co
     offsets of fields that have relocations, rising. Whatever its alignment, each byte that could end the opcode or
     ModRM before a relative field is taken for one; a function without such a field that leaves it needs no decoding.
     """
-    low, high = functions[0][0], functions[-1][0] + functions[-1][1]
+    low, high = functions[0][0], min(functions[-1][0] + functions[-1][1], len(section))
+    if low >= high:  # a damaged object's code that takes no room in its file
+        return {}
     starts, sizes = np.array(functions, np.int64).T
     fields, classes = _possible_fields(np.frombuffer(section, np.uint8, high - low, low))
     fields += low

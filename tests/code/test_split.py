@@ -248,3 +248,9 @@ def test_without_its_stubs_a_moved_function_goes_astray(build: Build, tmp_path: 
     subprocess.run(["objcopy", "--redefine-sym", "run=old_run", str(compiled), str(data)], check=True)
     done = subprocess.run([build("astray", ["patched_run.c", source, data])], capture_output=True, timeout=20)
     assert done.returncode == -5, "the short branch must have hit the int3 between the functions"
+
+
+def test_code_that_has_no_bytes_is_not_looked_into() -> None:
+    none = np.empty(0, np.int64)
+    assert suspects(b"", [(0, 16), (16, 16)], none) == {}
+    assert suspects(b"\x90\xe8\x20\0\0\0", [(0, 6), (6, 64)], none) == {}

@@ -44,7 +44,7 @@ PIE = (
 )
 FIXED = (
     Variant("gcc_fixed", C, ("gcc", "-O2", "-fno-pie", "-g"), SECTIONS),
-    Variant("gcc_large", C, ("gcc", "-O1", "-fno-pie", "-mcmodel=large")),
+    Variant("gcc_large", C, ("gcc", "-O1", "-fno-pie", "-mcmodel=large", "-fdata-sections")),
     Variant("clang_fixed", C, ("clang", "-O2", "-fno-pic")),
     Variant("every", ASSEMBLY, ("gcc",)),
 )

@@ -16,6 +16,7 @@ from patcher.session import Session
 HOSTILE = Path(__file__).parent.parent.parent / "fixtures" / "hostile"
 
 REFUSED = {
+    "file-symbol-without-name.o": "unresolved-symbol",
     "compressed-badly.o": "debug-info",
     "compressed-to-fill-memory.o": "debug-info",
     "debug-abbreviations.o": "debug-info",

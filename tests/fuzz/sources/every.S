@@ -96,6 +96,7 @@ table:
     .word absolute
     .byte absolute
     .size table, . - table
+    .section .rodata.narrow, "a"
     .type narrow, @object
 narrow:
     .word N(helper) - .
