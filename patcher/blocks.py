@@ -452,7 +452,7 @@ class Blocks:
         in_code = user.kind is Kind.CODE
         if in_code and r.type in _ACCESSES and user.data[reference.offset - 2] != _LEA:
             return []
-        indexed = in_code and not is_pc_relative(r.type)
+        indexed = in_code and r.type == R.A32S
         assert isinstance(reference.target, Place)
         target, offset = reference.target
         run = self.run(target)
