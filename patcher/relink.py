@@ -322,12 +322,7 @@ class _Generation:
         self._allocate_copies(copies, near.start, linkage)
         self.quiet += [_body(e.live) for e in entries if e.displaced.reentries]
         self._record(found, placement, doors, {copy.block: copy for copy in copies}, linkage)
-        for part in dict.fromkeys(door.part for door in doors):
-            for starter in part.starters:
-                if part.status(starter.function) is Status.ADDED and starter.function in placement.addresses:
-                    address = placement.addresses[starter.function]
-                    found_one = Constructor(starter.function.name, part.name, address)
-                    self.constructors.append((starter.priority, found_one))
+        self._record_constructors(doors, placement)
         self._use(home, placement.space, end, sum(1 for d in doors if d.fresh))
         placed = {block.object for block in found.placed}
         self.supplied += [p for p in linkage.supplied if p.blocks.object in placed or p.unit.key == UNDEFINED]
@@ -416,6 +411,14 @@ class _Generation:
         for source, account in placement.accounts.items():
             sizes = asdict(account)
             self._allocate(linkage.part_with(source), islands=sizes.pop("jumps"), **sizes)
+
+    def _record_constructors(self, doors: list[_Door], placement: Placement) -> None:
+        for part in dict.fromkeys(door.part for door in doors):
+            for starter in part.starters:
+                function = starter.function
+                if part.status(function) is Status.ADDED and function in placement.addresses:
+                    constructor = Constructor(function.name, part.name, placement.addresses[function])
+                    self.constructors.append((starter.priority, constructor))
 
     def _allocate_copies(self, copies: Sequence[_Copy], start: int, linkage: _Linkage) -> None:
         for copy in copies:

@@ -257,3 +257,32 @@ def test_a_dry_run_runs_nothing(tmp_path: Path) -> None:
             assert "begin" in [f.name for f in trying.apply(edited, added).functions]
         session.apply(program.write("unit", C.replace("return n +", "return n + 1000 * runs +")))
         assert ask(process) == 4
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_the_first_object_of_a_file_that_the_program_has_is_constructed(tmp_path: Path, compiler: str) -> None:
+    text = CPLUSPLUS.replace("static Number first(5);", "static volatile int first[1];").replace(
+        "first.value", "first[0]"
+    )
+    program = Program(tmp_path, compiler, text)
+    with program.running() as (process, session):
+        assert ask(process) == 0
+        edited = program.edit(
+            ("static volatile int first[1];", "static volatile int first[1];\nstatic Number second(6);"),
+            ("first[0];", "first[0] + second.value + 100 * runs;"),
+        )
+        session.apply(edited)
+        assert ask(process) == 106
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_an_object_that_only_registers_itself_is_refused_where_it_would_be_forgotten(
+    tmp_path: Path, compiler: str
+) -> None:
+    program = Program(tmp_path, compiler, CPLUSPLUS)
+    with program.running() as (process, session):
+        edited = program.edit(("static Number first(5);", "static Number first(5);\nstatic Number second(6);"))
+        with pytest.raises(UnsafeChange, match=r"second` of .* is new") as refused:
+            session.apply(edited)
+        assert refused.value.code == "constructor"
+        assert ask(process) == 5
