@@ -34,7 +34,7 @@ PIE = (
     Variant("gcc_local", C, ("gcc", "-O2", "-fPIC", "-ftls-model=local-dynamic", "-gdwarf-4")),
     Variant("gcc_descriptor", C, ("gcc", "-O2", "-fPIC", "-mtls-dialect=gnu2"), SECTIONS),
     Variant("gcc_initial", C, ("gcc", "-O3", "-fPIC", "-ftls-model=initial-exec", "-g")),
-    Variant("clang_plain", C, ("clang", "-O0", "-g", "-fPIC")),
+    Variant("clang_plain", C, ("clang", "-O0", "-g", "-fPIC", "-fdata-sections")),
     Variant("clang_sections", C, ("clang", "-O2", "-fPIE"), SECTIONS),
     Variant("clang_addresses", C, ("clang", "-O1", "-g", "-fPIE", "-faddrsig")),
     Variant("gcc_classes", CPP, ("g++", "-O2", "-g")),
@@ -45,7 +45,7 @@ PIE = (
 FIXED = (
     Variant("gcc_fixed", C, ("gcc", "-O2", "-fno-pie", "-g"), SECTIONS),
     Variant("gcc_large", C, ("gcc", "-O1", "-fno-pie", "-mcmodel=large", "-fdata-sections")),
-    Variant("clang_fixed", C, ("clang", "-O2", "-fno-pic")),
+    Variant("clang_fixed", C, ("clang", "-O2", "-fno-pic", "-fdata-sections")),
     Variant("every", ASSEMBLY, ("gcc",)),
 )
 PROGRAMS = {"pie": PIE, "fixed": FIXED}
