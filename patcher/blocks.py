@@ -233,6 +233,10 @@ class Blocks:
         whole = self._whole.get(section_index)
         if whole is not None:
             return Place(whole, offset)
+        cuts = self._cuts.get(section_index)
+        if cuts is not None and cuts.starts:
+            i = max(0, bisect.bisect_right(cuts.starts, offset) - 1)
+            return Place(cuts.blocks[i], offset - cuts.starts[i])
         section = self.object.sections.get(section_index)
         if section is None:
             raise ObjectError(
@@ -244,14 +248,9 @@ class Blocks:
         if section.mergeable and section.entry_size and not section.code:
             return self._entry_at(section, offset)
         self._cut(section)
-        whole = self._whole.get(section_index)
-        if whole is not None:
-            return Place(whole, offset)
-        cuts = self._cuts[section_index]
-        if not cuts.starts:
+        if section_index in self._cuts and not self._cuts[section_index].starts:
             raise self._outside(section, offset)
-        i = max(0, bisect.bisect_right(cuts.starts, offset) - 1)
-        return Place(cuts.blocks[i], offset - cuts.starts[i])
+        return self.at(section_index, offset)
 
     def _cut(self, section: Section) -> None:
         index = section.index

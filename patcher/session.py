@@ -27,8 +27,9 @@ from patcher.texts import Texts
 if TYPE_CHECKING:
     from patcher.image import Image
     from patcher.link.place import FarData
+    from patcher.part import Part
     from patcher.patch.ledger import Constructor, Ledger
-    from patcher.relink import Linked, Part
+    from patcher.relink import Linked
     from patcher.units import Changes, Source, Units
 
 
@@ -235,7 +236,8 @@ class Session:
 
     def _link(self, units: Units, changes: Changes) -> Linked:
         from patcher.link.place import FarData
-        from patcher.relink import NeedsArena, link_generation
+        from patcher.linkage import NeedsArena
+        from patcher.relink import link_generation
 
         parts = list(changes.parts)
         waiting = [*changes.idle, *units.waiting(changes)]

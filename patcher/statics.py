@@ -17,7 +17,7 @@ from patcher.errors import UnsafeChange
 from patcher.live import LiveFunction, LiveUnit, LiveVariable, base_name, numbered
 
 if TYPE_CHECKING:
-    from patcher.relink import Part
+    from patcher.part import Part
 
 
 def candidates(unit: LiveUnit, block: Block) -> list[LiveVariable]:

@@ -44,8 +44,9 @@ from patcher.link.plan import Bound
 from patcher.live import UNDEFINED, LiveUnit, born_unit, find_unit
 from patcher.match import Cause, FunctionMatch, Status, match
 from patcher.options import Options
+from patcher.part import Part
 from patcher.patch.ledger import Ledger
-from patcher.relink import Linked, Part
+from patcher.relink import Linked
 from patcher.undefined import Use, undefined_function
 
 _FAR = 0x7FFE_0000_0000  # where a library that is not loaded yet is thought to be: beyond 2 GiB of everything

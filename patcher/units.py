@@ -37,8 +37,8 @@ from patcher.lines import LineNumbers, line_fields, moves_of_lines
 from patcher.live import UNDEFINED, LiveUnit, born_unit, find_unit
 from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, match, past_lines
 from patcher.options import Options
+from patcher.part import Part
 from patcher.patch.ledger import Ledger
-from patcher.relink import Part
 from patcher.stamps import NONE as NO_STAMPS
 from patcher.stamps import Stamps, stamps_between
 from patcher.supply import Supplies

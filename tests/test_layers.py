@@ -51,21 +51,39 @@ ALLOWED: dict[str, set[str]] = {
     "patch": {"errors", "target", "code", "link.place"},
     "report": {"errors"},
     "convention": MATCHING | {"match"},
-    "statics": MATCHING | {"match", "relink"},
+    # One unit's share of a generation: its verdicts, and the object that new code is taken from.
+    "part": MATCHING | {"match", "constructors"},
+    "statics": MATCHING | {"match", "part"},
+    # What the names and blocks of parts mean in the process.
+    "linkage": MATCHING | {"match", "part", "patch", "statics", "undefined"},
     # Joins verdicts, linker and arena to a generation that is ready to be written.
-    "relink": MATCHING | {"match", "patch", "statics", "convention", "undefined", "constructors"},
+    "relink": MATCHING | {"match", "part", "linkage", "patch", "convention", "constructors"},
     # What a program starts with: lists of functions in an object.
     "constructors": READING | {"blocks"},
     # An object that nobody compiled: it has the tables of one, and its unit has a name of its own.
     "undefined": READING | {"blocks", "live"},
     # Where a definition comes from that the process has never had: brought in as units that are matched like others.
-    "supply": MATCHING | {"match", "patch", "relink", "undefined", "options", "build"},
+    "supply": MATCHING | {"match", "part", "linkage", "patch", "relink", "undefined", "options", "build"},
     "options": {"errors"},
     "texts": {"errors", "build"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
-    "units": MATCHING | {"match", "patch", "relink", "supply", "options", "texts", "stamps", "build", "dwarf"},
+    "units": MATCHING | {"match", "part", "patch", "relink", "supply", "options", "texts", "stamps", "build", "dwarf"},
     "session": MATCHING
-    | {"match", "patch", "relink", "loader", "options", "texts", "units", "build", "watch", "report", "loop"},
+    | {
+        "match",
+        "part",
+        "linkage",
+        "patch",
+        "relink",
+        "loader",
+        "options",
+        "texts",
+        "units",
+        "build",
+        "watch",
+        "report",
+        "loop",
+    },
     # The watch loop drives a session, which starts it.
     "loop": {"errors", "session", "build", "watch", "report"},
     "cli": {"errors", "options", "report", "session", "target", "build", ""},

@@ -1,0 +1,133 @@
+"""A part: one unit's share of a generation, with what was found out about its functions.
+
+Says which of them are wanted, added or kept, and by which object's blocks they are made; what a block means in the
+process is `linkage`'s business.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from patcher.blocks import Block, Blocks, Kind
+from patcher.constructors import Starter, starters
+from patcher.image import LoadedModule
+from patcher.live import LiveFunction
+from patcher.match import Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
+
+
+class Part:
+    """One unit's share of a generation: its verdicts, and the object that new code is taken from.
+
+    That object is the one that was matched, or the same unit compiled with indirect access to external data;
+    its blocks then go by the names of the matched one's. A part that is `supplied` is there only for what others
+    miss: nothing of it that the process has is replaced.
+
+    `every`: functions that are the same are to be new as well, all but those that `keep` names.
+    """
+
+    def __init__(
+        self, delta: Delta, source: str, blocks: Blocks | None = None, *, supplied: bool = False, every: bool = False
+    ) -> None:
+        self.delta = delta
+        self.supplied = supplied
+        self.source = source
+        self.blocks = blocks or delta.blocks
+        self.every = every
+        self.kept: list[str] = []
+        self._left: set[Block] = set()
+        self.unit = delta.unit
+        self._verdicts = {f.block: f for f in delta.functions}
+        self._named: dict[tuple[Kind, str], Block] = {}
+        if self.blocks is not delta.blocks:
+            matched = (*delta.blocks.functions, *delta.blocks.data_blocks())
+            self._named = {(b.kind, b.name): b for b in matched}
+
+    def compiled_otherwise(self, blocks: Blocks) -> Part:
+        """Return the same part with the blocks of another object, made from the same source."""
+        return Part(self.delta, self.source, blocks, supplied=self.supplied, every=self.every)
+
+    def judged(self, delta: Delta) -> Part:
+        """Return the same part with other verdicts."""
+        return Part(delta, self.source, self.blocks, supplied=self.supplied, every=self.every)
+
+    @property
+    def module(self) -> LoadedModule:
+        return self.unit.module
+
+    @property
+    def name(self) -> str:
+        """The file that it comes from, for people; `archive(member)` for a member."""
+        given = self.delta.blocks.object.name
+        return given if given.startswith(self.source) else self.source
+
+    def matched(self, block: Block) -> Block | None:
+        """Return the block of the matched object that stands for one of this part's."""
+        if self.blocks is self.delta.blocks:
+            return block
+        return self._named.get((block.kind, block.name))
+
+    def verdict(self, block: Block) -> FunctionMatch | None:
+        matched = self.matched(block)
+        return self._verdicts.get(matched) if matched is not None else None
+
+    def status(self, block: Block) -> Status:
+        verdict = self.verdict(block)
+        return verdict.status if verdict is not None else Status.ADDED
+
+    def live(self, block: Block) -> LiveFunction | None:
+        verdict = self.verdict(block)
+        return verdict.live if verdict is not None else None
+
+    def keep(self, block: Block) -> None:
+        """Leave a function that is the same as it is, though every one is to be new, and say so."""
+        self.leave(block)
+        self.kept.append(block.name)
+
+    def leave(self, block: Block) -> None:
+        """Leave a function that is the same to another unit, which replaces it."""
+        self._left.add(block)
+
+    def is_new(self, block: Block) -> bool:
+        """Tell whether new code takes the place of a function's code, or there is none yet."""
+        status = self.status(block)
+        if status is Status.SAME:
+            return self.every and block not in self._left
+        return status is not Status.LINE_ONLY
+
+    def is_door(self, block: Block) -> bool:
+        return self.is_new(block) and not is_private_piece(block.name)
+
+    def wanted(self) -> tuple[Block, ...]:
+        """Return the functions that have to be new. Private pieces follow from who uses them."""
+        if self.supplied:
+            return ()
+        started = {s.function for s in self.starters}
+        return tuple(
+            b for b in self.blocks.functions if self.is_door(b) and (self.status(b) is not Status.ADDED or b in started)
+        )
+
+    @cached_property
+    def starters(self) -> tuple[Starter, ...]:
+        """The functions that a program linked with this unit starts with."""
+        # What the process was started with has run, whatever it is.
+        return starters(self.blocks, complete=self.unit.born)
+
+    def added(self) -> tuple[Block, ...]:
+        """Return the functions that are new to the process and can be called from other units."""
+        return tuple(
+            b
+            for b in self.blocks.functions
+            if self.status(b) is Status.ADDED and b.exported and not is_private_piece(b.name)
+        )
+
+    def defining(self, name: str) -> Block | None:
+        """Return the function or variable that the unit defines for others under a name."""
+        for block in (*self.blocks.functions, *self.blocks.data_blocks()):
+            if any(s.name == name and not s.local for s in block.symbols):
+                return block
+        return None
+
+    def cold_pieces(self, block: Block) -> list[LiveFunction]:
+        """Return the live pieces that were split off a function."""
+        pieces = (b for b in self.delta.blocks.functions if is_cold_piece(b.name) and parent_of(b.name) == block.name)
+        return [live for b in pieces if (live := self._verdicts[b].live) is not None]
