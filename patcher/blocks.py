@@ -15,9 +15,10 @@ Pure: knows neither process nor file system.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -179,6 +180,7 @@ class Blocks:
         self._commons: dict[int, Block] = {}
         self._suspects: dict[tuple[int, int], dict[int, int]] = {}
         self._hidden: dict[Block, tuple[HiddenReference, ...]] = {}
+        self._hidden_found: dict[Block, tuple[Reference, ...]] = {}
         self._pointed: dict[int, set[int]] | None = None
         self._targets: dict[int, Target | None] = {}  # of symbols, and of the numbers beyond theirs
         self._numbers: dict[Target, int] = {}
@@ -513,7 +515,7 @@ class Blocks:
         starts = np.array([b.start for b in blocks], np.int64)
         offset = table.offset[rows] - starts[owner]
         plain = Fields(owner, offset, table.type[rows], target[rows], addend[rows])
-        hidden = [(i, r) for i, b in enumerate(blocks) if self._is_suspect(b) for r in self._found_hidden(b)]
+        hidden = [(i, r) for i, b in self._suspected(blocks) for r in self._found_hidden(b)]
         return Fields.joined([plain, self.rows(hidden)]) if hidden else plain
 
     def rows(self, references: Sequence[tuple[int, Reference]]) -> Fields:
@@ -537,9 +539,9 @@ class Blocks:
             target = self._targets[number] = self._symbol_target(self.object.symbols[number])
         return target
 
-    def is_stretched(self, block: Block) -> bool:
-        """Tell whether a block needs jumps of its own around it, so that `linkable` is not the block as it is."""
-        return bool(self._hidden_references(block)) and any(h.width == 1 for h in self._hidden[block])
+    def stretched(self, blocks: Iterable[Block]) -> list[Block]:
+        """Return the blocks that need jumps of their own around them, so that `linkable` is not the block as it is."""
+        return [b for _, b in self._suspected(blocks) if any(r.type == R.PC8 for r in self._found_hidden(b))]
 
     def _rows_of(self, blocks: Sequence[Block]) -> tuple[Column, Column]:
         """Return the first row of each block among the object's relocations, and how many it has."""
@@ -646,21 +648,23 @@ class Blocks:
         return section is not None and not section.code and not section.mergeable
 
     def _hidden_references(self, block: Block) -> tuple[Reference, ...]:
-        return self._found_hidden(block) if self._is_suspect(block) else ()
+        return next((self._found_hidden(b) for _, b in self._suspected((block,))), ())
 
-    def _is_suspect(self, block: Block) -> bool:
-        """Tell whether a block may have references that the assembler resolved: they take decoding to find."""
-        return self._last_hidden(block) is not None
+    def _suspected(self, blocks: Iterable[Block]) -> Iterator[tuple[int, Block]]:
+        """Yield the blocks that may have references which the assembler resolved, each with its place among the given.
 
-    def _last_hidden(self, block: Block) -> int | None:
-        """Return where in its section a block may have the last field without a relocation, if it may have any."""
-        if block.kind is not Kind.CODE or block.section not in self._cuts or len(self._cuts[block.section].starts) < 2:
-            return None
-        window = block.section, block.start >> _WINDOW
-        found = self._suspects.get(window)
-        if found is None:
-            found = self._suspects[window] = self._suspects_in(*window)
-        return found.get(block.start)
+        To find the references takes decoding.
+        """
+        cuts, windows = self._cuts, self._suspects
+        for i, block in enumerate(blocks):
+            if block.kind is not Kind.CODE or block.section not in cuts or len(cuts[block.section].starts) < 2:
+                continue
+            window = block.section, block.start >> _WINDOW
+            found = windows.get(window)
+            if found is None:
+                found = windows[window] = self._suspects_in(*window)
+            if block.start in found:
+                yield i, block
 
     def _suspects_in(self, section: int, window: int) -> dict[int, int]:
         from patcher.code.split import suspects
@@ -679,19 +683,26 @@ class Blocks:
         return rows.offset[first:last]
 
     def _found_hidden(self, block: Block) -> tuple[Reference, ...]:
+        """Return the references without relocations of a block that is suspected to have some."""
+        found = self._hidden_found.get(block)
+        if found is None:
+            found = self._hidden_found[block] = tuple(map(partial(self._hidden_reference, block), self._decoded(block)))
+        return found
+
+    def _hidden_reference(self, block: Block, hidden: HiddenReference) -> Reference:
+        kind = {1: R.PC8, 4: R.PLT32 if hidden.is_branch else R.PC32}[hidden.width]
+        place = self.at(block.section, hidden.target)
+        return Reference(hidden.field - block.start, kind, place, -(hidden.width + hidden.end))
+
+    def _decoded(self, block: Block) -> tuple[HiddenReference, ...]:
         from patcher.code.split import hidden_references
 
-        section = self.object.sections[block.section]
         if block not in self._hidden:
             relocated = self._relocated(block.section, block.start, block.start + block.size).tolist()
-            functions, until = [(block.start, block.size)], self._last_hidden(block)
-            self._hidden[block] = hidden_references(section.data, functions, relocated, until)
-        found = []
-        for hidden in self._hidden[block]:
-            kind = {1: R.PC8, 4: R.PLT32 if hidden.is_branch else R.PC32}[hidden.width]
-            place = self.at(block.section, hidden.target)
-            found.append(Reference(hidden.field - block.start, kind, place, -(hidden.width + hidden.end)))
-        return tuple(found)
+            functions, until = [(block.start, block.size)], self._suspects[block.section, block.start >> _WINDOW]
+            data = self.object.sections[block.section].data
+            self._hidden[block] = hidden_references(data, functions, relocated, until[block.start])
+        return self._hidden[block]
 
 
 _WINDOW = 15

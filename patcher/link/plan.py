@@ -168,7 +168,7 @@ class _Planner:
 
     def _take(self, unit: Unit, blocks: list[Block]) -> None:
         """Follow what some blocks of one unit refer to, and keep it for the linker."""
-        stretched = [b for b in blocks if unit.blocks.is_stretched(b)]
+        stretched = unit.blocks.stretched(blocks)
         plain = _without(blocks, stretched)
         fields = unit.blocks.fields(plain)
         asking = np.unique(fields.owner[np.isin(fields.type, DYNAMIC_THREAD_LOCAL)]).tolist()

@@ -157,7 +157,7 @@ class _Objects:
     def placed(self, blocks: Blocks) -> tuple[Block, ...]:
         """Return what is to be linked: all but thread-locals, and code that needs jumps around it to stand alone."""
         own = (b for b in self.addresses if b.object is blocks.object and b.kind is not Kind.THREAD_LOCAL)
-        return tuple(b for b in own if not (b.kind is Kind.CODE and blocks.is_stretched(b)))
+        return tuple(b for b in own if not (b.kind is Kind.CODE and blocks.stretched((b,))))
 
     def _take_merged(self, blocks: Blocks) -> None:
         for block in self.placed(blocks):
