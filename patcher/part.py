@@ -84,8 +84,9 @@ class Part:
         self.kept.append(block.name)
 
     def leave(self, block: Block) -> None:
-        """Leave a function that is the same to another unit, which replaces it."""
+        """Leave a function that is the same, with what was split off it, to another unit, which replaces it."""
         self._left.add(block)
+        self._left.update(b for b in self.blocks.functions if is_cold_piece(b.name) and parent_of(b.name) == block.name)
 
     def is_new(self, block: Block) -> bool:
         """Tell whether new code takes the place of a function's code, or there is none yet."""
