@@ -26,7 +26,7 @@ from patcher.elf.module import (
     Module,
     read_module,
 )
-from patcher.elf.relocations import R
+from patcher.elf.relocations import OFFSET_TABLE, R
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import ObjectError, PatcherError, TargetGone, UnsafeChange
 from patcher.linkmap import BLOCK_OFFSET, MODULE_NUMBER, RENDEZVOUS, Layout, ThreadBlock, rendezvous, thread_blocks
@@ -83,7 +83,7 @@ class LoadedModule:
     @property
     def offset_table(self) -> int | None:
         """Return the address that the module's code takes for its global offset table, if a symbol tells."""
-        found = {s.value for s in self.module.symbols.named("_GLOBAL_OFFSET_TABLE_")}
+        found = {s.value for s in self.module.symbols.named(OFFSET_TABLE)}
         return found.pop() + self.bias if len(found) == 1 else None
 
     def in_offset_table(self, cell: int) -> bool:

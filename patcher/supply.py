@@ -106,7 +106,7 @@ class Supplies:
     def find(
         self, name: str, module: LoadedModule, uses: Callable[[], tuple[Use, ...]]
     ) -> tuple[Part, Block] | Bound | None:
-        """Return where a missing name is defined; see `relink.Supply`.
+        """Return where a missing name is defined; see `linkage.Supply`.
 
         Raises `UnsafeChange` for a definition that cannot join this process, `ObjectError` for a damaged file.
         """

@@ -52,6 +52,9 @@ class R(IntEnum):
     REX_GOTPCRELX = 42
 
 
+OFFSET_TABLE = "_GLOBAL_OFFSET_TABLE_"
+"""The symbol that stands for the table of cells (GOT) of whoever refers to it."""
+
 _PC_RELATIVE = {
     R.PC64, R.PC32, R.PC16, R.PC8, R.PLT32, R.GOTPCREL, R.GOTPCRELX, R.REX_GOTPCRELX, R.GOTTPOFF,
     R.TLSGD, R.TLSLD, R.GOTPC32, R.GOTPC32_TLSDESC, R.GOTPCREL64, R.GOTPC64,

@@ -19,8 +19,9 @@ from patcher.bulk import collector_paused
 from patcher.code.descriptor import FIND_THROUGH_DESCRIPTOR
 from patcher.elf import ObjectFile
 from patcher.elf.object import Column
+from patcher.elf.relocations import OFFSET_TABLE
 from patcher.errors import LinkError, RelocationOverflow
-from patcher.link.plan import FIND_THREAD_LOCAL, TABLE, Bound, Group, Plan, where
+from patcher.link.plan import FIND_THREAD_LOCAL, Bound, Group, Plan, where
 from patcher.link.relocations import RULES, Need, Operands, R, Rule, type_name
 
 _CODE_ALIGNMENT = 16
@@ -438,7 +439,7 @@ class _GroupLinker:
             return target.value
         if isinstance(target, Place):
             return self._block_address(target.block, target.offset, call)
-        if target.name == TABLE:
+        if target.name == OFFSET_TABLE:
             return self.table
         found = self.plan.externals[self.group.source, target.name]
         if isinstance(found, Block):

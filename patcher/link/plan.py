@@ -17,12 +17,11 @@ import numpy as np
 
 from patcher.blocks import Block, Blocks, Doubt, External, Fields, Kind, Linkable, Place, Reference, Target
 from patcher.bulk import collector_paused
+from patcher.elf.relocations import OFFSET_TABLE
 from patcher.errors import LinkError, UnresolvedSymbol, UnsupportedRelocation
 from patcher.link.relocations import DYNAMIC_THREAD_LOCAL, RULES, Need, type_name
 from patcher.link.threads import to_local_exec
 
-TABLE = "_GLOBAL_OFFSET_TABLE_"
-"""The name that stands for the table of cells of whoever refers to it."""
 _OF_TABLE = (Need.NOTHING, Need.CELL, Need.ISLAND)  # what may be wanted of its address
 
 FIND_THREAD_LOCAL = External("__tls_get_addr")
@@ -234,7 +233,7 @@ class _Planner:
                 "report it, with the compiler and its flags",
             )
         target = reference.target
-        table = isinstance(target, External) and target.name == TABLE and rule.need in _OF_TABLE
+        table = isinstance(target, External) and target.name == OFFSET_TABLE and rule.need in _OF_TABLE
         if rule.need is Need.TABLE or table:
             return
         if isinstance(target, Place):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from patcher.blocks import External, Reference
-from patcher.elf.relocations import R, is_pc_relative
+from patcher.elf.relocations import OFFSET_TABLE, R, is_pc_relative
 from patcher.match.rewritten import MASK
 from patcher.match.verdict import Cause, Mismatch
 
@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from patcher.match.matcher import Matcher
 
 _RELATIVE = frozenset((R.GOTPC32, R.GOTPC64, R.GOTOFF64, R.PLTOFF64, R.GOT32, R.GOT64, R.GOTPLT64))
-_TABLE = "_GLOBAL_OFFSET_TABLE_"
 
 
 def is_table_relative(r: Reference) -> bool:
     """Tell whether a reference is to the table itself, or counts from there."""
-    return r.type in _RELATIVE or (isinstance(r.target, External) and r.target.name == _TABLE)
+    return r.type in _RELATIVE or (isinstance(r.target, External) and r.target.name == OFFSET_TABLE)
 
 
 class TableReferences:
