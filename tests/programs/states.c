@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/select.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -40,7 +41,8 @@ static void in_mutex(void) { pthread_mutex_lock(&mutex); pthread_mutex_lock(&mut
 static void in_semaphore(void) { sem_init(&semaphore, 0, 0); sem_wait(&semaphore); }
 static void *sleeper(void *unused) { sleep_for_ever(); return unused; }
 static void in_join(void) { pthread_t t; pthread_create(&t, 0, sleeper, 0); pthread_join(t, 0); }
-static void in_wait(void) { if (!fork()) { sleep_for_ever(); } wait(0); }
+/* The child ends with the test's program. */
+static void in_wait(void) { if (!fork()) { prctl(PR_SET_PDEATHSIG, SIGKILL); sleep_for_ever(); } wait(0); }
 static void in_fgets(void) { char line[80]; if (!fgets(line, sizeof line, input())) abort(); }
 static void in_getline(void) { char *line = 0; size_t size = 0; if (getline(&line, &size, input()) < 0) abort(); }
 static void in_scanf(void) { int n; if (fscanf(input(), "%d", &n) != 1) abort(); }
