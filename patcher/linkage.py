@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from patcher.blocks import Block, Blocks, External, Kind, Place
+from patcher.data.statics import candidates, find_static
 from patcher.elf import ObjectFile, SymbolType
 from patcher.elf.relocations import R
 from patcher.errors import LinkError, UnsafeChange
@@ -21,7 +22,6 @@ from patcher.live import UNDEFINED, LiveVariable, base_name, numbered
 from patcher.match import MODULE_BASE, Status, is_private_piece
 from patcher.part import Part
 from patcher.patch.ledger import Ledger
-from patcher.statics import candidates, find_static
 from patcher.undefined import Use, uses_of
 
 

@@ -16,6 +16,7 @@ from patcher.blocks import Block, Kind, Place
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
 from patcher.constructors import Starter, belonging, touched
 from patcher.convention import Registers
+from patcher.data.outcome import Datum, Fate
 from patcher.elf import SymbolBinding
 from patcher.errors import LinkError, TargetBusy, UnsafeChange
 from patcher.image import Image, LoadedModule
@@ -44,7 +45,7 @@ class Linked:
 
     commit: Commit
     replaced: tuple[Replaced, ...]
-    new_variables: tuple[str, ...]
+    data: tuple[Datum, ...]  # what becomes of variables
     supplied: tuple[Part, ...] = ()  # the parts that came in because something was missing
     kept: tuple[str, ...] = ()  # functions that could not be entered anew, and are as they were
 
@@ -84,7 +85,7 @@ class _Generation:
         self.replaced: list[Replaced] = []
         self.quiet: list[Body] = []
         self.quiet_back: list[Body] = []
-        self.new_variables: list[str] = []
+        self.data: list[Datum] = []
         self.allocations: dict[str, Allocation] = {}
 
     def finish(self, parts: Sequence[Part]) -> Linked:
@@ -104,7 +105,7 @@ class _Generation:
         constructors = tuple(c for _, c in sorted(self.constructors, key=lambda found: found[0]))
         commit = Commit(record, tuple(self.writes), tuple(self.usages.items()), tuple(self.choices), constructors)
         kept = tuple(name for part in parts for name in part.kept)
-        return Linked(commit, tuple(self.replaced), tuple(self.new_variables), tuple(self.supplied), kept)
+        return Linked(commit, tuple(self.replaced), tuple(self.data), tuple(self.supplied), kept)
 
     def link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
         _keep_twins(parts)
@@ -261,7 +262,7 @@ class _Generation:
                 if block.kind is not Kind.CODE:
                     self._define(block, Bound(placement.addresses[block]))
                 if block.kind is Kind.DATA and not part.supplied:
-                    self.new_variables.append(base_name(block.name))
+                    self.data.append(Datum(base_name(block.name), part.source, Fate.ADDED))
         for source, account in placement.accounts.items():
             sizes = asdict(account)
             self._allocate(linkage.part_with(source), islands=sizes.pop("jumps"), **sizes)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from patcher.errors import AttachDenied, PatcherError, TargetGone, UnresolvedSymbol, UnsafeChange
 from patcher.options import Options
-from patcher.report import Applied, Event, Function, Note, Reporter, Timings, Unchanged
+from patcher.report import Applied, Event, Function, Note, Reporter, Timings, Unchanged, Variable
 from patcher.target import Target
 from patcher.texts import Texts
 
@@ -45,7 +45,7 @@ class Generation:
     active: tuple[tuple[int, str], ...] = ()  # threads, and the functions whose old code they are still in
     timings: Timings = field(default_factory=Timings)
     line_only: tuple[str, ...] = ()
-    new_variables: tuple[str, ...] = ()
+    variables: tuple[Variable, ...] = ()  # what became of data
     waiting: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()  # functions that are the same, and whose entry has no room for a jump
     dry_run: bool = False
@@ -56,7 +56,7 @@ class Generation:
         """Return the event that tells of it."""
         names = tuple(str(f) for f in files)
         if not self.functions:
-            return Unchanged(names, self.line_only, self.waiting, self.kept)
+            return Unchanged(names, self.line_only, self.waiting, self.kept, self.variables)
         return Applied(
             self.number,
             names,
@@ -64,7 +64,7 @@ class Generation:
             self.active,
             self.timings,
             self.line_only,
-            self.new_variables,
+            self.variables,
             self.dry_run,
             self.supplied,
             self.undefined,
@@ -296,7 +296,8 @@ class Session:
         functions = tuple(Function(*status) for status in record.statuses)
         if not functions:
             return Generation(self.ledger.generation, kept=linked.kept)
-        outcome = Generation(record.number, functions, new_variables=linked.new_variables, kept=linked.kept)
+        variables = tuple(Variable(d.name, d.file, d.fate.value, d.note) for d in linked.data)
+        outcome = Generation(record.number, functions, variables=variables, kept=linked.kept)
         if self.options.dry_run:
             return outcome
         self.ledger.realise()

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from patcher import dwarf
 from patcher.blocks import Blocks
 from patcher.build import (
     INDIRECT,
@@ -30,6 +29,7 @@ from patcher.build import (
     Variant,
     is_unit,
 )
+from patcher.data import dwarf
 from patcher.elf import ObjectFile, read_object, read_objects
 from patcher.errors import ObjectError, PatcherError, UnsafeChange
 from patcher.image import Image, LoadedModule

@@ -28,7 +28,6 @@ ALLOWED: dict[str, set[str]] = {
     "target": {"errors"},
     "build": {"errors"},
     "watch": {"errors"},
-    "dwarf": {"errors", "elf.tables"},  # finds sections in a copy of the object, to mend relocations there
     # Blocks cut code at the references that an assembler resolved: that takes decoding.
     "blocks": READING | {"code", "bulk"},
     # The linker is pure: blocks in, bytes out; the only code it makes is a far jump.
@@ -53,11 +52,12 @@ ALLOWED: dict[str, set[str]] = {
     "convention": MATCHING | {"match"},
     # One unit's share of a generation: its verdicts, and the object that new code is taken from.
     "part": MATCHING | {"match", "constructors"},
-    "statics": MATCHING | {"match", "part"},
+    # What becomes of variables; the types are read from a copy of the object, in which relocations are mended.
+    "data": MATCHING | {"match", "part"},
     # What the names and blocks of parts mean in the process.
-    "linkage": MATCHING | {"match", "part", "patch", "statics", "undefined"},
+    "linkage": MATCHING | {"match", "part", "patch", "data", "undefined"},
     # Joins verdicts, linker and arena to a generation that is ready to be written.
-    "relink": MATCHING | {"match", "part", "linkage", "patch", "convention", "constructors"},
+    "relink": MATCHING | {"match", "part", "linkage", "patch", "convention", "constructors", "data"},
     # What a program starts with: lists of functions in an object.
     "constructors": READING | {"blocks"},
     # An object that nobody compiled: it has the tables of one, and its unit has a name of its own.
@@ -67,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"errors"},
     "texts": {"errors", "build"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
-    "units": MATCHING | {"match", "part", "patch", "relink", "supply", "options", "texts", "stamps", "build", "dwarf"},
+    "units": MATCHING | {"match", "part", "patch", "relink", "supply", "options", "texts", "stamps", "build", "data"},
     "session": MATCHING
     | {
         "match",
@@ -93,7 +93,7 @@ ALLOWED: dict[str, set[str]] = {
 ONE_IMPORTER = {
     "ptrace": "target",
     "capstone": "code",
-    "drgn": "dwarf",
+    "drgn": "data",
     "elftools": "build",
     "watchfiles": "watch",
     "rich": "report",

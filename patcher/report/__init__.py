@@ -14,6 +14,7 @@ from patcher.report.events import (
     Saved,
     Timings,
     Unchanged,
+    Variable,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "Saved",
     "Timings",
     "Unchanged",
+    "Variable",
 ]

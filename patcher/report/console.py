@@ -18,6 +18,7 @@ from patcher.report.events import (
     Refused,
     Reverted,
     Unchanged,
+    Variable,
 )
 
 if TYPE_CHECKING:
@@ -72,8 +73,7 @@ class ConsoleReport:
             found = [f.name for f in event.functions if f.status == status]
             if found:
                 lines.append(f"  {status}: {_escape(_listed(found))}")
-        if event.new_variables:
-            lines.append(f"  new variables: {_escape(_listed(event.new_variables))}")
+        lines += _told(event.variables)
         if event.supplied:
             lines.append(f"  brought in, being missing: {_escape(_listed([_short(s) for s in event.supplied]))}")
         if event.undefined:
@@ -97,6 +97,8 @@ class ConsoleReport:
         text = f"{names}: nothing to do, the process has this code"
         if event.line_only:
             text += f"\n  only line numbers differ, left as they are: {_escape(self._some(event.line_only))}"
+        for line in _told(event.variables):
+            text += f"\n{line}"
         if event.kept:
             text += f"\n  kept, no room for a jump at their entry: {_escape(self._some(event.kept))}"
         if event.waiting:
@@ -131,6 +133,28 @@ class ConsoleReport:
         with self._console.capture() as captured:
             self._console.print(markup, end="", soft_wrap=True)
         return captured.get()
+
+
+_FATES = {
+    "added": "new variables",
+    "found": "variables that are back, with their values",
+    "moved": "the same variables as before",
+    "kept": "initialisers that changed, values kept",
+    "reinitialised": "written anew",
+    "migrated": "migrated",
+    "rewritten": "constants written where they stand",
+    "stale": "[yellow]constants whose old copy is still in use[/]",
+}
+
+
+def _told(variables: tuple[Variable, ...]) -> list[str]:
+    lines = []
+    for outcome, words in _FATES.items():
+        found = [v for v in variables if v.outcome == outcome]
+        named = [f"{v.name} ({v.note})" if v.note else v.name for v in found]
+        if found:
+            lines.append(f"  {words}: {_escape(_listed(named))}")
+    return lines
 
 
 def _listed(names: list[str] | tuple[str, ...]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TextIO
 
 
@@ -19,6 +19,16 @@ class Function:
     name: str
     module: str
     status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Variable:
+    """A variable or constant that a change did something to. `outcome` is one of the words of `data.outcome`."""
+
+    name: str
+    file: str
+    outcome: str
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +106,10 @@ class Unchanged(Event):
     line_only: tuple[str, ...] = ()
     waiting: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    variables: tuple[Variable, ...] = ()
 
     def fields(self) -> dict[str, Any]:
-        return {"files": list(self.files)}
+        return {"files": list(self.files), "data": [asdict(v) for v in self.variables]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +120,7 @@ class Applied(Event):
     active: tuple[tuple[int, str], ...]  # thread, function
     timings: Timings
     line_only: tuple[str, ...] = ()
-    new_variables: tuple[str, ...] = ()
+    variables: tuple[Variable, ...] = ()
     dry_run: bool = False
     supplied: tuple[str, ...] = ()  # objects and libraries that were brought in because something was missing
     undefined: tuple[str, ...] = ()  # functions that are nowhere
@@ -120,6 +131,7 @@ class Applied(Event):
         return {
             "generation": self.generation,
             "functions": [{"name": f.name, "module": f.module, "status": f.status} for f in self.functions],
+            "data": [asdict(v) for v in self.variables],
             "supplied": list(self.supplied),
             "undefined": list(self.undefined),
             "kept": list(self.kept),

@@ -22,6 +22,7 @@ from patcher.report import (
     Saved,
     Timings,
     Unchanged,
+    Variable,
 )
 from patcher.report.console import ConsoleReport
 from patcher.report.events import EventStream, Reporters
@@ -33,7 +34,7 @@ APPLIED = Applied(
     ((11, "main"), (12, "main"), (12, "loop")),
     Timings(1.5, 20.25, 3.0, 0.12345, 24.9),
     line_only=("h",),
-    new_variables=("cache",),
+    variables=(Variable("cache", "a.c", "added"),),
     supplied=("/usr/lib/libx.a(y.o)",),
     undefined=("z",),
     kept=("tiny",),
@@ -49,7 +50,7 @@ EVENTS: list[tuple[Event, dict[str, object]]] = [
         Refused("layout", "it grew", "restart", "/a.c"),
         {"event": "refused", "reason": "layout", "message": "it grew", "hint": "restart", "file": "/a.c"},
     ),
-    (Unchanged(("/a.c",), ("f",)), {"event": "unchanged", "files": ["/a.c"]}),
+    (Unchanged(("/a.c",), ("f",)), {"event": "unchanged", "files": ["/a.c"], "data": []}),
     (
         APPLIED,
         {
@@ -59,6 +60,7 @@ EVENTS: list[tuple[Event, dict[str, object]]] = [
                 {"name": "f", "module": "/bin/p", "status": "changed"},
                 {"name": "g", "module": "/bin/p", "status": "added"},
             ],
+            "data": [{"name": "cache", "file": "a.c", "outcome": "added", "note": ""}],
             "supplied": ["/usr/lib/libx.a(y.o)"],
             "undefined": ["z"],
             "kept": ["tiny"],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from patcher.dwarf import Layouts, changed_types
+from patcher.data.dwarf import Layouts, changed_types
 from patcher.elf.tables import read_raw
 from patcher.errors import PatcherError
 
@@ -162,7 +162,7 @@ def test_damaged_compression(layouts: Layouts, compiler: str, tmp_path: Path) ->
 
 
 def test_threads_that_wait_sleep_and_programs_that_are_started_do_not_know() -> None:
-    text = "import os; before = dict(os.environ); import patcher.dwarf; assert os.environ == before"
+    text = "import os; before = dict(os.environ); import patcher.data.dwarf; assert os.environ == before"
     for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")):
         environment = {"PATH": os.environ["PATH"], "OMP_DISPLAY_ENV": "true", **given}
         done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, check=True)
