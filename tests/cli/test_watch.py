@@ -219,8 +219,8 @@ TABLE = {
     "saved": {"files"},
     "build_failed": {"file", "diagnostics"},
     "refused": {"reason", "message", "hint", "file"},
-    "unchanged": {"files"},
-    "applied": {"generation", "functions", "supplied", "undefined", "kept", "active", "timings"},
+    "unchanged": {"files", "data"},
+    "applied": {"generation", "functions", "data", "supplied", "undefined", "kept", "active", "timings"},
     "reverted": {"generation"},
     "exited": {"status"},
 }
