@@ -1,7 +1,8 @@
-"""Fetch Debian source packages with the machine's own package tools, and unpack them without Debian's patches.
+"""Fetch source packages with the machine's own package tools: Debian's without its patches, and Python's.
 
 Decides where they are kept and asks apt for them; it names no host: the private source list is made from the
-machine's own apt configuration, with `deb-src` in place of `deb` (sources.list(5), apt-get(8), dpkg-source(1)).
+machine's own apt configuration, with `deb-src` in place of `deb` (sources.list(5), apt-get(8), dpkg-source(1)); Python
+packages come through pip as it is set up.
 Nothing of the packages enters the repository. It builds nothing.
 """
 
@@ -12,6 +13,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 APT_CONFIGURATION = Path("/etc/apt")
@@ -44,6 +47,28 @@ def fetch(package: str, cache_dir: Path) -> Path:
     unpacked.parent.mkdir(parents=True, exist_ok=True)
     _run(["dpkg-source", "-x", "--skip-patches", str(description), str(unpacked)], unpacked.parent)
     unpacked.rename(tree)  # last, so that an interrupted run leaves no half tree behind that name
+    return tree
+
+
+def fetch_python(package: str, within: str, cache_dir: Path) -> Path:
+    """Return one folder of the source distribution of a Python package, given with its version: `name==1.0`.
+
+    Nothing of it is installed. As with `fetch`, the tree is to be read, not edited. Raises SourcesUnavailable.
+    """
+    tree = cache_dir / "pristine" / package.replace("==", "-")
+    if not tree.is_dir():
+        directory = cache_dir / "downloads" / tree.name
+        directory.mkdir(parents=True, exist_ok=True)
+        unpacked = directory / "unpacking"
+        shutil.rmtree(unpacked, ignore_errors=True)
+        if not list(directory.glob("*.tar.gz")):
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", package]
+            _run(pip, directory)
+        with tarfile.open(next(directory.glob("*.tar.gz"))) as archive:
+            archive.extractall(unpacked, filter="data")
+        tree.parent.mkdir(parents=True, exist_ok=True)
+        (unpacked / tree.name / within).rename(tree)
+        shutil.rmtree(unpacked)
     return tree
 
 

