@@ -133,6 +133,7 @@ class Image:
         self._by_dynamic: dict[int, LoadedModule] = {}
         self._imports: dict[int, Cell | None] = {}
         self._ifuncs: dict[int, int] = {}
+        self.asked: dict[tuple[str, int], int] = {}  # what resolvers chose when asked: module, resolver
         self._blocks: dict[int, ThreadBlock] | None = None
         self._vdso: tuple[int, int] | None = None
         self.refresh()
@@ -439,6 +440,9 @@ class Image:
         if definition.address in self._ifuncs:
             return self._ifuncs[definition.address]
         owner = definition.module
+        asked = self.asked.get((owner.path, definition.address), 0)
+        if owner.executable_at(asked) or self._in_kernel_code(asked):
+            return asked
         for module in self.modules:
             cells = module.module.cells
             wanted = [c for c in module.module.cells_named(definition.name) if cells[c].type in _BOUND]
@@ -464,6 +468,7 @@ class Image:
             if not self._in_kernel_code(found) and (module is None or not module.executable_at(found)):
                 raise UnsafeChange(f"the resolver of `{definition.name}` gave {found:#x}, which is not code", "")
             self._ifuncs[definition.address] = found
+            self.asked[definition.module.path, definition.address] = found
         return found
 
     def chosen_stub(self, definition: Definition) -> int | None:

@@ -89,6 +89,7 @@ class _Generation:
         self.allocations: dict[str, Allocation] = {}
 
     def finish(self, parts: Sequence[Part]) -> Linked:
+        known = self.ledger.journal.chosen
         record = GenerationRecord(
             number=self.number,
             parent=self.ledger.generation,
@@ -101,6 +102,7 @@ class _Generation:
             quiet=tuple(self.quiet),
             quiet_back=tuple(self.quiet_back),
             allocations=tuple(self.allocations.values()),
+            chosen=tuple((m, at, to) for (m, at), to in self.image.asked.items() if (m, at) not in known),
         )
         constructors = tuple(c for _, c in sorted(self.constructors, key=lambda found: found[0]))
         commit = Commit(record, tuple(self.writes), tuple(self.usages.items()), tuple(self.choices), constructors)

@@ -217,6 +217,7 @@ class Session:
     def _relink(self, units: Units, sources: Sequence[Source]) -> Generation:
         self.image.refresh()
         with self.ledger.transaction():
+            self.image.asked |= self.ledger.journal.chosen
             if self.ledger.primary is not None:
                 self.image.stub_area = self.ledger.primary.stub
             changes = units.changes(sources)

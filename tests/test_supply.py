@@ -770,3 +770,17 @@ def test_the_command_line_has_it_all(project: Project, tmp_path: Path) -> None:
         assert "not-there.a" in wrong.stderr
         text = subprocess.run([*command, *given[:2], "--archive", str(wants)], capture_output=True, text=True)
         assert (text.returncode, "Traceback" in text.stderr) == (0, False)  # nothing is missing any more
+
+
+def test_what_a_resolver_answered_is_known_to_the_next_session(project: Project) -> None:
+    """Nothing in the process has bound `strstr`: the first session asks, and for the next one nothing is new."""
+    text = calling(
+        project,
+        '({ const char *volatile all = "abcd"; strstr(all, "bcd") != 0; })',
+        "char *strstr(const char *, const char *);",
+    )
+    with project.running() as program:
+        for expected in (("answer",), ()):
+            with patcher.attach(program.pid) as session:
+                assert tuple(f.name for f in session.apply(text).functions) == expected
+                assert program.ask(3) == "1"

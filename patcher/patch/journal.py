@@ -103,6 +103,7 @@ class GenerationRecord:
     quiet: tuple[Body, ...] = ()  # bodies without a frame when it went live
     quiet_back: tuple[Body, ...] = ()  # bodies that must have no frame when it is taken back
     allocations: tuple[Allocation, ...] = ()  # not in the records of older versions
+    chosen: tuple[tuple[str, int, int], ...] = ()  # IFUNCs that were asked: module, resolver, implementation
 
 
 @dataclass
@@ -131,6 +132,11 @@ class Journal:
             name = sizes.pop("object")
             found[name] = found.get(name, Allocation(name)).plus(**sizes)
         return list(found.values())
+
+    @property
+    def chosen(self) -> dict[tuple[str, int], int]:
+        """What resolvers of IFUNCs answered: by module and resolver."""
+        return {(m, resolver): found for g in self.generations.values() for m, resolver, found in g.chosen}
 
     @property
     def placed(self) -> list[Placed]:
@@ -240,6 +246,7 @@ def _record(raw: dict[str, Any]) -> GenerationRecord:
         quiet=_bodies(raw["quiet"]),
         quiet_back=_bodies(raw["quiet_back"]),
         allocations=tuple(_allocation(a) for a in raw.get("allocations", ())),
+        chosen=tuple((str(m), _number(a), _number(b)) for m, a, b in raw.get("chosen", ())),
     )
 
 
