@@ -46,6 +46,7 @@ class Linked:
     commit: Commit
     replaced: tuple[Replaced, ...]
     data: tuple[Datum, ...]  # what becomes of variables
+    used: tuple[tuple[str, str], ...] = ()  # variables that new code goes on using: name, file
     supplied: tuple[Part, ...] = ()  # the parts that came in because something was missing
     kept: tuple[str, ...] = ()  # functions that could not be entered anew, and are as they were
 
@@ -86,6 +87,7 @@ class _Generation:
         self.quiet: list[Body] = []
         self.quiet_back: list[Body] = []
         self.data: list[Datum] = []
+        self.used: dict[tuple[str, str], None] = {}
         self.allocations: dict[str, Allocation] = {}
 
     def finish(self, parts: Sequence[Part]) -> Linked:
@@ -107,7 +109,7 @@ class _Generation:
         constructors = tuple(c for _, c in sorted(self.constructors, key=lambda found: found[0]))
         commit = Commit(record, tuple(self.writes), tuple(self.usages.items()), tuple(self.choices), constructors)
         kept = tuple(name for part in parts for name in part.kept)
-        return Linked(commit, tuple(self.replaced), tuple(self.data), tuple(self.supplied), kept)
+        return Linked(commit, tuple(self.replaced), tuple(self.data), tuple(self.used), tuple(self.supplied), kept)
 
     def link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
         _keep_twins(parts)
@@ -265,6 +267,9 @@ class _Generation:
                     self._define(block, Bound(placement.addresses[block]))
                 if block.kind is Kind.DATA and not part.supplied:
                     self.data.append(Datum(base_name(block.name), part.source, Fate.ADDED))
+        for block in found.bound:
+            if block.symbols and block.kind in (Kind.DATA, Kind.THREAD_LOCAL):
+                self.used[base_name(block.name), linkage.part_of(block).source] = None
         for source, account in placement.accounts.items():
             sizes = asdict(account)
             self._allocate(linkage.part_with(source), islands=sizes.pop("jumps"), **sizes)

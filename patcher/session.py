@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from patcher.errors import AttachDenied, PatcherError, TargetGone, UnresolvedSymbol, UnsafeChange
 from patcher.options import Options
-from patcher.report import Applied, Event, Function, Note, Reporter, Timings, Unchanged, Variable
+from patcher.report import Applied, Event, Explanation, Function, Note, Reporter, Timings, Unchanged, Variable
 from patcher.target import Target
 from patcher.texts import Texts
 
@@ -214,17 +215,39 @@ class Session:
         timings = Timings(detect, build, (now - started) * 1e3 - build - stop, stop, total)
         return replace(outcome, timings=timings, dry_run=self.options.dry_run)
 
-    def _relink(self, units: Units, sources: Sequence[Source]) -> Generation:
+    def explain(self, *files: str | Path) -> Explanation:
+        """Tell what `apply` would do, and whether it would be refused. Changes nothing.
+
+        Raises `BuildError` and its kin for what does not compile or cannot be read.
+        """
+        from patcher.explain import explain
+
+        self.target.check_alive()
+        units = self.units
+        sources = units.sources([Path(f) for f in files], lambda: False)
+        with self._transaction():
+            try:
+                return explain(units, sources, lambda changes: self._link(units, changes, dry_run=True))
+            finally:
+                self.ledger.forget_plans()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Read the process and its ledger anew, and keep other controllers away."""
         self.image.refresh()
         with self.ledger.transaction():
             self.image.asked |= self.ledger.journal.chosen
             if self.ledger.primary is not None:
                 self.image.stub_area = self.ledger.primary.stub
+            yield
+
+    def _relink(self, units: Units, sources: Sequence[Source]) -> Generation:
+        with self._transaction():
             changes = units.changes(sources)
             if not changes.parts:
                 return Generation(self.ledger.generation, line_only=changes.line_only, waiting=changes.uncalled)
             try:
-                linked = self._link(units, changes)
+                linked = self._link(units, changes, dry_run=self.options.dry_run)
                 supplied, undefined = units.supplies.outcome(linked)
                 outcome = replace(
                     self._commit(linked), line_only=changes.line_only, supplied=supplied, undefined=undefined
@@ -235,7 +258,7 @@ class Session:
             finally:
                 self.ledger.forget_plans()
 
-    def _link(self, units: Units, changes: Changes) -> Linked:
+    def _link(self, units: Units, changes: Changes, *, dry_run: bool) -> Linked:
         from patcher.link.place import FarData
         from patcher.linkage import NeedsArena
         from patcher.relink import link_generation
@@ -249,7 +272,7 @@ class Session:
             try:
                 linked = link_generation(self.image, self.ledger, parts, waiting, supplies)
             except NeedsArena:
-                self._map_stub_area()
+                self._map_stub_area(dry_run)
             except FarData as error:
                 own = any(part.blocks.object is error.object for part in (*parts, *waiting))
                 if not own and not units.supply_farther(error.object):
@@ -259,7 +282,7 @@ class Session:
             except UnresolvedSymbol as error:
                 raise UnresolvedSymbol(error.message, supplies.advice()) from None
             else:
-                if self.options.dry_run or not self._load(tuple(supplies.to_load)):
+                if dry_run or not self._load(tuple(supplies.to_load)):
                     units.check_supplied(linked.supplied)
                     return linked
         raise UnsafeChange("the change cannot be linked", "restart the program with the new code")
@@ -281,8 +304,8 @@ class Session:
             raise error
         return found
 
-    def _map_stub_area(self) -> None:
-        if self.options.dry_run:
+    def _map_stub_area(self, dry_run: bool) -> None:
+        if dry_run:
             raise UnsafeChange(
                 "a library function's implementation has to be asked from the process, which --dry-run forbids",
                 "run it without --dry-run",

@@ -204,7 +204,13 @@ class Units:
     # --- verdicts ---------------------------------------------------------------------------------------------
 
     def changes(self, sources: Sequence[Source]) -> Changes:
-        """Match objects against the process. Raises `UnsafeChange` for what cannot be proven."""
+        """Match objects against the process, and compare types. Raises `UnsafeChange` for what cannot be proven."""
+        found = self.matched(sources)
+        self.check_layouts(found.parts)
+        return found
+
+    def matched(self, sources: Sequence[Source]) -> Changes:
+        """Do what `changes` does, save that types are not compared."""
         self._command_of = {s.object: s.command for s in sources if s.command is not None}
         _check_code(sources)
         view = self.ledger.view()
@@ -229,7 +235,6 @@ class Units:
             self._refuse_absent(sources, absent)
         parts = [self._with_needed_reach(p) for p in parts]
         changed = tuple(p for p in parts if p.wanted())
-        self._check_layouts(changed)
         return Changes(changed, tuple(p for p in parts if not p.wanted()), tuple(absent))
 
     def waiting(self, present: Changes) -> list[Part]:
@@ -343,9 +348,9 @@ class Units:
 
     def check_supplied(self, parts: Sequence[Part]) -> None:
         """Refuse objects that were brought in and see existing data in another layout."""
-        self._check_layouts([p for p in parts if p.unit.key != UNDEFINED and _has_types(p)])
+        self.check_layouts([p for p in parts if p.unit.key != UNDEFINED and _has_types(p)])
 
-    def _check_layouts(self, parts: Sequence[Part]) -> None:
+    def check_layouts(self, parts: Sequence[Part]) -> None:
         """Refuse new code that sees existing data in another layout."""
         for part in parts:
             if not part.supplied and all(part.status(b) is Status.SAME for b in part.wanted()):

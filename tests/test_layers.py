@@ -68,8 +68,10 @@ ALLOWED: dict[str, set[str]] = {
     "texts": {"errors", "build"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
     "units": MATCHING | {"match", "part", "patch", "relink", "supply", "options", "texts", "stamps", "build", "data"},
+    "explain": {"errors", "match", "part", "relink", "units", "report"},
     "session": MATCHING
     | {
+        "explain",
         "match",
         "part",
         "linkage",

@@ -12,6 +12,7 @@ import click
 from patcher import __version__
 from patcher.cli.attach import attach
 from patcher.cli.change import apply, revert
+from patcher.cli.explain import explain
 from patcher.cli.spawn import spawn
 from patcher.cli.status import status
 from patcher.errors import BuildError, PatcherError
@@ -27,10 +28,11 @@ def cli() -> None:
     patcher attach 4711 --watch src/      the same for a process that is already there
     patcher apply 4711 physics.o          one object, archive or source, no watching
     patcher revert 4711                   back by one generation
+    patcher explain 4711 physics.c        what a save would do
     """
 
 
-for command in (spawn, attach, apply, revert, status):
+for command in (spawn, attach, apply, revert, status, explain):
     cli.add_command(command)
 
 

@@ -16,20 +16,26 @@ from patcher.report.events import (
     Unchanged,
     Variable,
 )
+from patcher.report.explanation import Explanation, FunctionOutlook, Outlook, Refusal, TypeOutlook
 
 __all__ = [
     "Applied",
     "BuildFailed",
     "Event",
     "Exited",
+    "Explanation",
     "Function",
+    "FunctionOutlook",
     "Note",
+    "Outlook",
     "Ready",
+    "Refusal",
     "Refused",
     "Reporter",
     "Reverted",
     "Saved",
     "Timings",
+    "TypeOutlook",
     "Unchanged",
     "Variable",
 ]

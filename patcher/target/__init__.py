@@ -1,7 +1,7 @@
 """The target: the only room that touches the live process, its threads, memory and mappings."""
 
 from patcher.target.jobcontrol import JobControl, exit_code, wait_exit
-from patcher.target.maps import Mapping
+from patcher.target.maps import Mapping, processes_mapping
 from patcher.target.memory import Memory, WriteRefused
 from patcher.target.process import read_stat
 from patcher.target.spawn import NoSuchProgram, SpawnedProcess, spawn
@@ -24,6 +24,7 @@ __all__ = [
     "Target",
     "WriteRefused",
     "exit_code",
+    "processes_mapping",
     "read_stat",
     "spawn",
     "wait_exit",

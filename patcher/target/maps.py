@@ -6,9 +6,11 @@ read for one (`image.py`). Specification: proc_pid_maps(5).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 _DELETED = " (deleted)"
 _ESCAPE = re.compile(r"\\([0-7]{3})")
@@ -64,6 +66,21 @@ class Mapping:
 def read_mappings(lines: Iterable[str]) -> tuple[Mapping, ...]:
     """Parse the lines of a maps file, in the order of the file (ascending addresses)."""
     return tuple(_mapping(line) for line in lines)
+
+
+def processes_mapping(path: str) -> list[int]:
+    """Return the processes of this user that have something of that path mapped, in the order of their numbers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if folder.stat().st_uid != os.geteuid():
+                continue
+            with (folder / "maps").open(encoding="utf-8", errors="surrogateescape") as lines:
+                if any(m.path.startswith(path) for m in read_mappings(lines)):
+                    found.append(int(folder.name))
+        except OSError:
+            continue  # it ended meanwhile, or may not be looked at
+    return sorted(found)
 
 
 def _mapping(line: str) -> Mapping:

@@ -1,0 +1,48 @@
+"""EXPLAIN: what a save would do to a process, function by function and variable by variable, and whether it may.
+
+A dry run that goes on where the real one stops: what is refused is explained as far as it was understood. Nothing is
+decided here, and nothing written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from patcher.errors import PatcherError, TargetError
+from patcher.match import Status
+from patcher.part import Part
+from patcher.relink import Linked
+from patcher.report import Explanation, FunctionOutlook, Outlook, Refusal, Variable
+from patcher.units import Changes, Source, Units
+
+_TOLD = (Status.CHANGED, Status.ADDED, Status.LINE_ONLY)
+
+
+def explain(units: Units, sources: Sequence[Source], link: Callable[[Changes], Linked]) -> Explanation:
+    """Explain what some sources would change; `link` links changes without any effect on the process."""
+    files = tuple(dict.fromkeys(str(s.file) for s in sources))
+    found = Explanation(Outlook.UNCHANGED, files)
+    try:
+        changes = units.matched(sources)
+        found = replace(found, functions=_functions((*changes.parts, *changes.idle)))
+        if not changes.parts:
+            return found
+        found = replace(found, outlook=Outlook.LIVE)
+        units.check_layouts(changes.parts)
+        linked = link(changes)
+    except TargetError:
+        raise
+    except PatcherError as error:
+        return replace(found, outlook=Outlook.REFUSED, refusal=Refusal(error.code, error.message, error.hint))
+    supplied, _ = units.supplies.outcome(linked)
+    variables = tuple(Variable(d.name, d.file, d.fate.value, d.note) for d in linked.data)
+    return replace(found, variables=variables, kept=linked.used, supplied=supplied)
+
+
+def _functions(parts: Sequence[Part]) -> tuple[FunctionOutlook, ...]:
+    return tuple(
+        FunctionOutlook(f.name, part.source, f.status.value, f.reason)
+        for part in parts
+        for f in part.delta.with_status(*_TOLD)
+    )
