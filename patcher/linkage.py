@@ -133,7 +133,7 @@ class Linkage:
                         if symbol.type != SymbolType.IFUNC or part.live(block) is None:
                             self._brought.setdefault(symbol.name, (part, block))
             for block in part.blocks.data_blocks():
-                if block.exported and block.kind is Kind.DATA:
+                if block.exported and block.kind in (Kind.DATA, Kind.READ_ONLY):
                     for symbol in block.symbols:
                         known = self._brought.setdefault(symbol.name, (part, block))
                         if _is_tentative(known[1]):
