@@ -34,9 +34,10 @@ from patcher.elf import ObjectFile, read_object, read_objects
 from patcher.errors import ObjectError, PatcherError, UnsafeChange
 from patcher.image import Image, LoadedModule
 from patcher.lines import LineNumbers, line_fields, moves_of_lines
-from patcher.live import UNDEFINED, LiveUnit, born_unit, find_unit
+from patcher.live import UNDEFINED, LiveUnit
 from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, match, past_lines
 from patcher.options import Options
+from patcher.origin import born_unit, find_unit
 from patcher.part import Part
 from patcher.patch.ledger import Ledger
 from patcher.stamps import NONE as NO_STAMPS

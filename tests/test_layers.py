@@ -39,13 +39,14 @@ ALLOWED: dict[str, set[str]] = {
     "unwind": {"errors", "elf.tables", "image", "target"},
     "safepoint": {"elf", "image", "target", "unwind"},
     "loader": {"errors", "elf.tables", "image", "safepoint", "target"},
-    # What earlier generations placed has names too: the journal's records say so. Units of one name are told
-    # apart by matching each (the one edge that goes against the direction).
-    "live": READING | {"blocks", "image", "code", "patch.journal", "match"},
+    # What earlier generations placed has names too: the journal's records say so.
+    "live": READING | {"blocks", "image", "code", "patch.journal"},
     "lines": READING,
     "stamps": set(),
     # The relocation table says how wide a field is, and which are relative.
     "match": READING | {"blocks", "live", "lines", "stamps", "link.relocations", "code"},
+    # Units of one name are told apart by matching each.
+    "origin": READING | {"blocks", "image", "live", "match", "patch.journal"},
     # The arena's free memory is what the linker lays out.
     "patch": {"errors", "target", "code", "link.place"},
     "report": {"errors"},
@@ -63,11 +64,12 @@ ALLOWED: dict[str, set[str]] = {
     # An object that nobody compiled: it has the tables of one, and its unit has a name of its own.
     "undefined": READING | {"blocks", "live"},
     # Where a definition comes from that the process has never had: brought in as units that are matched like others.
-    "supply": MATCHING | {"match", "part", "linkage", "patch", "relink", "undefined", "options", "build"},
+    "supply": MATCHING | {"match", "part", "linkage", "patch", "relink", "undefined", "options", "origin", "build"},
     "options": {"errors"},
     "texts": {"errors", "build"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
-    "units": MATCHING | {"match", "part", "patch", "relink", "supply", "options", "texts", "stamps", "build", "data"},
+    "units": MATCHING
+    | {"match", "origin", "part", "patch", "relink", "supply", "options", "texts", "stamps", "build", "data"},
     "explain": {"errors", "match", "part", "relink", "units", "report"},
     "session": MATCHING
     | {
