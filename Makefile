@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 METADATA := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test proof lint format bench fuzz real real-full clean
+.PHONY: help demo test proof lint format bench fuzz real real-full races clean
 
 help: ## say what can be made (this)
 	@echo 'patcher: change the code of a native program while it runs'
@@ -45,6 +45,9 @@ bench: $(VENV)/run.stamp ## measure from a save to the first new answer, and the
 
 fuzz: $(VENV)/dev.stamp ## apply COUNT damaged objects to running programs (needs gcc and clang; 20 minutes)
 	@cd tests && ../$(BIN)/python -m fuzz.driver $(COUNT) --save ../build/fuzz
+
+races: $(VENV)/dev.stamp ## let two patchers change one process a thousand times each, at once (3 minutes)
+	@PATCHER_RACES=1000 $(BIN)/python -m pytest -q tests/patch/test_race.py $(PYTEST_ARGS)
 
 real: $(VENV)/dev.stamp ## patch redis, lua and memcached (fetches and builds them with apt, gcc and make)
 	@$(BIN)/python -m pytest -q tests/real -m real $(PYTEST_ARGS)
