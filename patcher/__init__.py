@@ -49,17 +49,21 @@ def attach(
     archives: Sequence[str | Path] = (),
     libraries: Sequence[str] = (),
     allow_undefined: bool = False,
+    tree: bool = False,
+    best_effort: bool = False,
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
     `compile_commands` and `watched` say where commands for source files are to be found; the sources that they
     name are read now, as what the process was built from. `every_function` replaces functions that did not change as
     well. `archives` and `libraries` are where to find what the process lacks; with `allow_undefined`, a call of what
-    is nowhere aborts when it is reached. Raises `TargetGone` or `AttachDenied`, with what to do about it.
+    is nowhere aborts when it is reached. With `tree`, its descendants are changed with it: all or none, unless
+    `best_effort`. Raises `TargetGone` or `AttachDenied`, with what to do about it.
     """
     from patcher.options import Options
     from patcher.session import Session
     from patcher.target import Target
+    from patcher.tree import Tree
 
     options = Options(
         compile_commands=Path(compile_commands) if compile_commands is not None else None,
@@ -70,8 +74,9 @@ def attach(
         archives=tuple(Path(a) for a in archives),
         libraries=tuple(libraries),
         allow_undefined=allow_undefined,
+        best_effort=best_effort,
     )
-    session = Session(Target.attach(pid), options)
+    session = (Tree if tree else Session)(Target.attach(pid), options)
     session.remember_texts()
     return session
 

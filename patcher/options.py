@@ -16,6 +16,7 @@ class Options:
     force: bool = False
     every_function: bool = False  # replace functions that did not change as well
     dry_run: bool = False
+    best_effort: bool = False  # of several processes, change those that can be
     colour: bool = False
     allowed_layouts: tuple[str, ...] = ()  # types whose layout may change, on the user's responsibility
     archives: tuple[Path, ...] = ()  # where to look for what is missing

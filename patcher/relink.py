@@ -76,7 +76,7 @@ class _Generation:
         self.choices: list[Choice] = []
         self.constructors: list[tuple[int, Constructor]] = []
         self.supplied: list[Part] = []
-        self.number = ledger.journal.next_number
+        self.number = max(ledger.journal.next_number, ledger.least_number)
         self.writes: list[tuple[int, bytes]] = []
         self.usages: dict[int, Usage] = {}  # of the arenas that something was put into
         self.bodies: list[tuple[int, int, int]] = []

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from patcher.errors import AttachDenied, PatcherError, TargetGone, UnresolvedSymbol, UnsafeChange
 from patcher.options import Options
-from patcher.report import Applied, Event, Explanation, Function, Note, Reporter, Timings, Unchanged, Variable
+from patcher.report import Applied, Event, Explanation, Function, Member, Note, Reporter, Timings, Unchanged, Variable
 from patcher.target import Target
 from patcher.texts import Texts
 
@@ -52,6 +52,7 @@ class Generation:
     dry_run: bool = False
     supplied: tuple[str, ...] = ()  # objects and libraries that were brought in, being missing
     undefined: tuple[str, ...] = ()  # functions that are nowhere: a call aborts
+    members: tuple[Member, ...] = ()  # the processes, where several were changed together
 
     def as_event(self, files: Sequence[Path]) -> Event:
         """Return the event that tells of it."""
@@ -70,6 +71,7 @@ class Generation:
             self.supplied,
             self.undefined,
             self.kept,
+            self.members,
         )
 
 
@@ -129,7 +131,7 @@ class Session:
         self._units: Units | None = None
         self.texts = Texts()
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -208,7 +210,7 @@ class Session:
         started = time.perf_counter()
         units = self.units
         units.build_seconds = 0.0
-        outcome = self._relink(units, units.sources(files, cancelled))
+        outcome = self.relink(units.sources(files, cancelled))
         now = time.perf_counter()
         build, stop = units.build_seconds * 1e3, outcome.timings.stop
         total = detect + (now - (began if began is not None else started)) * 1e3
@@ -241,7 +243,28 @@ class Session:
                 self.image.stub_area = self.ledger.primary.stub
             yield
 
-    def _relink(self, units: Units, sources: Sequence[Source]) -> Generation:
+    def rehearse(self, sources: Sequence[Source]) -> set[str]:
+        """Match and link objects as far as that goes without any effect; returns the modules that they are part of.
+
+        Raises what `relink` would raise.
+        """
+        self.target.check_alive()
+        units = self.units
+        with self._transaction():
+            changes = units.changes(sources)
+            try:
+                if changes.parts:
+                    self._link(units, changes, dry_run=True)
+            except UnsafeChange as error:
+                if error.code != "dry-run":
+                    raise
+            finally:
+                self.ledger.forget_plans()
+            return {part.module.path for part in (*changes.parts, *changes.idle)}
+
+    def relink(self, sources: Sequence[Source]) -> Generation:
+        """Match objects against the process, and link and commit what is new, as one generation."""
+        units = self.units
         with self._transaction():
             changes = units.changes(sources)
             if not changes.parts:
@@ -309,6 +332,7 @@ class Session:
             raise UnsafeChange(
                 "a library function's implementation has to be asked from the process, which --dry-run forbids",
                 "run it without --dry-run",
+                code="dry-run",
             )
         self.ledger.realise()
         self.image.stub_area = next(iter(self.ledger.arenas.values())).stub
@@ -370,10 +394,15 @@ class Session:
                     code="nothing-to-revert",
                 )
             if generation is None:
-                generation = self.ledger.journal.lineage(live)[-1].parent
+                generation = self.previous()
             if generation != live:
                 self.ledger.revert(generation)
         return generation
+
+    def previous(self) -> int:
+        """Return the generation before the live one; 0 when that is the first, or the program as it was started."""
+        lineage = self.ledger.journal.lineage(self.ledger.generation)
+        return lineage[-1].parent if lineage else 0
 
     def status(self) -> Status:
         """Tell which generation is live and where every patched function goes. Writes nothing."""

@@ -88,10 +88,12 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "loop",
     },
+    # Several sessions as one.
+    "tree": {"errors", "options", "report", "session", "target", "units"},
     # The watch loop drives a session, which starts it.
     "loop": {"errors", "session", "build", "watch", "report"},
-    "cli": {"errors", "options", "report", "session", "target", "build", ""},
-    "": {"errors", "options", "session", "target", "report"},  # the package itself: the public API
+    "cli": {"errors", "options", "report", "session", "target", "tree", "build", ""},
+    "": {"errors", "options", "session", "target", "tree", "report"},  # the package itself: the public API
     "__main__": {"cli"},
 }
 ONE_IMPORTER = {

@@ -10,8 +10,6 @@ import click
 
 from patcher.cli.options import common, gather
 from patcher.report import Applied, Reverted
-from patcher.session import Session
-from patcher.target import Target
 
 
 @click.command()
@@ -28,7 +26,7 @@ def apply(pid: int, files: tuple[Path, ...], as_json: bool, **rest: Any) -> int:
     patcher apply 4711 physics.c          a source: compiled as the program was
     """
     asked = gather(rest)
-    with asked.reporter() as reporter, Session(Target.attach(pid), asked.options(), reporter) as session:
+    with asked.reporter() as reporter, asked.session(pid, reporter) as session:
         outcome = session.apply(*files)
         event = outcome.as_event(files)
         reporter.emit(event)
@@ -48,7 +46,7 @@ def apply(pid: int, files: tuple[Path, ...], as_json: bool, **rest: Any) -> int:
 def revert(pid: int, generation: int | None, as_json: bool, **rest: Any) -> int:
     """Take process PID back to GENERATION (default: the one before; 0: as it was started)."""
     asked = gather(rest)
-    with asked.reporter() as reporter, Session(Target.attach(pid), asked.options(), reporter) as session:
+    with asked.reporter() as reporter, asked.session(pid, reporter) as session:
         number = session.revert(generation)
         event = Reverted(number)
         reporter.emit(event)

@@ -15,6 +15,9 @@ from patcher.errors import PatcherError
 from patcher.options import Options
 from patcher.report.console import ConsoleReport
 from patcher.report.events import EventStream, Reporter, Reporters
+from patcher.session import Session
+from patcher.target import Target
+from patcher.tree import Tree
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,6 +41,8 @@ class Common:
     archive: tuple[Path, ...]
     library: tuple[str, ...]
     allow_undefined: bool
+    tree: bool
+    best_effort: bool
 
     def options(self) -> Options:
         return Options(
@@ -52,7 +57,13 @@ class Common:
             archives=self.archive,
             libraries=self.library,
             allow_undefined=self.allow_undefined,
+            best_effort=self.best_effort,
         )
+
+    def session(self, pid: int, reporter: Reporter) -> Session:
+        """Open a session on a process, or on it and its descendants."""
+        kind = Tree if self.tree else Session
+        return kind(Target.attach(pid), self.options(), reporter)
 
     @contextlib.contextmanager
     def reporter(self) -> Iterator[Reporter]:
@@ -101,6 +112,8 @@ def common(watch: bool) -> Callable[[F], F]:
                 help="Take what is missing from this archive. Repeatable.",
             ),
             click.option("--every-function", is_flag=True, help="Replace functions that did not change as well."),
+            click.option("--best-effort", is_flag=True, help="With --tree: change those processes that can be."),
+            click.option("--tree", is_flag=True, help="Take the process and its descendants as one."),
             click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
             click.option("-v", "--verbose", is_flag=True, help="Say more."),
             click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
@@ -148,4 +161,6 @@ def gather(arguments: dict[str, Any]) -> Common:
         archive=tuple(arguments["archive"]),
         library=tuple(arguments["library"]),
         allow_undefined=arguments["allow_undefined"],
+        tree=arguments["tree"],
+        best_effort=arguments["best_effort"],
     )

@@ -70,6 +70,7 @@ class Ledger:
         self.usages: dict[int, Usage] = {}
         self.journal = Journal()
         self.slots: dict[int, list[int]] = {}
+        self.least_number = 1  # of the next generation: processes of one tree count together
         self._planned: set[int] = set()  # arenas that are chosen and not mapped
         self._journal_read = b""
         self._controller = (os.getpid(), read_stat(os.getpid()).start_time)
