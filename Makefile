@@ -27,8 +27,9 @@ demo: $(VENV)/run.stamp ## start a small program and edit it while it runs (need
 test: $(VENV)/dev.stamp ## run the tests (PYTEST_ARGS="-k words" for some of them)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-proof: $(VENV)/dev.stamp ## hold the linker against four others, on 300 programs that are also replaced as they run (10 minutes)
-	@PATCHER_PROGRAMS=300 $(BIN)/python -m pytest -q tests/proof tests/link/test_against_linkers.py $(PYTEST_ARGS)
+proof: $(VENV)/dev.stamp ## hold the linker against four others, on 300 programs that are also replaced as they run, and data against a model (20 minutes)
+	@PATCHER_PROGRAMS=300 PATCHER_RUNS=1000 $(BIN)/python -m pytest -q tests/proof tests/link/test_against_linkers.py \
+		tests/data/test_model.py $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.stamp ## check style, format and types
 	@$(BIN)/ruff check .
