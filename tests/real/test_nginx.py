@@ -167,8 +167,8 @@ def test_master_and_workers_change_as_one_under_load(nginx_tree: Tree, tmp_path:
 
         # A worker that dies is replaced by one that has the code from the master.
         os.kill(workers[0], signal.SIGKILL)
+        until(lambda: workers[0] not in descendants(master.pid) or None, 20, "the end of a worker")
         until(lambda: len(descendants(master.pid)) == WORKERS or None, 20, "a new worker")
-        assert workers[0] not in descendants(master.pid)
         until(lambda: names(path) == {"Nginx"} or None, 20, "the new worker's answers")
         assert set(generations(master.pid).values()) == {2}
         nginx_tree.edit(UNIT, named("Nginx"), named("NginX"))
