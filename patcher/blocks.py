@@ -25,9 +25,11 @@ import numpy as np
 
 from patcher.bulk import collector_paused
 from patcher.elf import ObjectFile, Relocation, Section, Symbol, SymbolType
-from patcher.elf.object import Column, row_key
+from patcher.elf.object import KEY_BITS, Column, SymbolBinding, row_key
 from patcher.elf.relocations import R, is_pc_relative
+from patcher.elf.tables import SHF_EXECINSTR, SHF_TLS
 from patcher.errors import ObjectError
+from patcher.extents import Extents, data_extents, function_extents, is_one_variable, string_extent
 
 if TYPE_CHECKING:
     from patcher.code.split import HiddenReference
@@ -43,7 +45,8 @@ class Kind(Enum):
 # Not frozen: a large unit has hundreds of thousands, and a frozen dataclass takes three times as long to make.
 @dataclass(slots=True, eq=False)
 class Block:
-    """A piece of an object; it never changes. `data` is empty for zero-initialised storage."""
+    """A piece of an object; it never changes. `data` is empty for zero-initialised storage; `number` is its place
+    in the order in which its `Blocks` made them."""
 
     object: ObjectFile = field(repr=False)
     kind: Kind
@@ -54,6 +57,7 @@ class Block:
     alignment: int
     data: bytes = field(repr=False)
     symbols: tuple[Symbol, ...] = field(repr=False)
+    number: int = field(repr=False)
     string: bool = False
 
     @property
@@ -150,10 +154,11 @@ class Doubt(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """The blocks of one section, by rising start."""
+    """The blocks of one section, by rising start; `column` are the starts again."""
 
     starts: list[int]
     blocks: list[Block]
+    column: Column
 
 
 STUB_SIZE = 5
@@ -171,7 +176,7 @@ class Blocks:
 
     def __init__(self, source: ObjectFile) -> None:
         self.object = source
-        self._symbols_of: dict[int, list[Symbol]] = {}
+        self._made: list[Block] = []
         self._relocations: dict[int, list[Relocation]] = {}
         self._whole: dict[int, Block] = {}  # sections that are one block
         self._cuts: dict[int, Cuts] = {}  # those that have several, or none
@@ -188,38 +193,32 @@ class Blocks:
         self._boundaries: dict[Block, list[int]] = {}
         self._runs: dict[Block, tuple[Block, ...]] = {}
         self._doubts: dict[Block, dict[int, tuple[Doubt, ...]]] = {}
-        self._keeps_local_names = False
+        self._place_columns: tuple[Column, Column] | None = None
         with collector_paused():
             self._sort_symbols()
-            self.functions: tuple[Block, ...] = tuple(self._code_blocks())
+            self._cut_code([s for s in source.sections.values() if s.size and _is_looked_at(s) and s.code])
+            self.functions: tuple[Block, ...] = tuple(b for b in self._made if b.symbols)
 
     def _sort_symbols(self) -> None:
-        sections, found = self.object.sections, self._symbols_of
-        for symbol in self.object.symbols:
-            _, name, section, _, _, kind, binding, _ = symbol  # attributes would take as long as all the rest
-            if kind == _FILE:
-                continue
-            if name and not binding:
-                self._keeps_local_names = True
-            if section in sections and kind != _SECTION:
-                if section in found:
-                    found[section].append(symbol)
-                else:
-                    found[section] = [symbol]
+        rows = self.object.symbol_rows
+        numbers = np.flatnonzero((rows.type != _FILE) & (rows.type != _SECTION))
+        self._sorted = numbers[np.argsort(rows.section[numbers], kind="stable")]
+        bounds = np.arange(max(self.object.sections, default=0) + 2)
+        self._first_symbol = np.searchsorted(rows.section[self._sorted], bounds).tolist()
+        local = np.flatnonzero((rows.type != _FILE) & (rows.binding == SymbolBinding.LOCAL)).tolist()
+        self._keeps_local_names = any(self.object.symbols[number].name for number in local)
+
+    def _symbols_in(self, section: int) -> Column:
+        """Return the numbers of the symbols that stand in a section."""
+        return self._sorted[self._first_symbol[section] : self._first_symbol[section + 1]]
 
     # --- blocks -----------------------------------------------------------------------------------------------
-
-    def _code_blocks(self) -> Iterable[Block]:
-        for section in self.object.sections.values():
-            if section.code and section.size and not section.name.startswith(_SKIPPED):
-                yield from self._named_blocks(section)
 
     def data_blocks(self) -> Iterable[Block]:
         """Yield every named variable and constant that the object defines, commons included."""
         for section in self.object.sections.values():
-            if section.code or section.mergeable or not section.size or section.name.startswith(_SKIPPED):
-                continue
-            yield from self._named_blocks(section)
+            if section.size and not section.code and not section.mergeable and _is_looked_at(section):
+                yield from self._named_blocks(section)
         for symbol in self.object.symbols:
             if symbol.common:
                 yield self._common(symbol)
@@ -258,51 +257,83 @@ class Blocks:
         index = section.index
         if index in self._whole or index in self._cuts:
             return
-        symbols = self._symbols_of.get(index, [])
-        if len(symbols) > 1 or (symbols and symbols[0].value > section.size):
-            symbols = sorted((s for s in symbols if s.value <= section.size), key=lambda s: s.value)
         if section.code:
-            pieces = _function_extents(section, symbols)
-        elif _is_one_variable(section, symbols):
-            pieces = [(0, section.size, tuple(symbols))]
+            self._cut_code([section])
+            return
+        numbers = self._symbols_in(index)
+        symbols = [s for s in map(self.object.symbols.__getitem__, numbers.tolist()) if s.value <= section.size]
+        if is_one_variable(section, symbols):
+            extents = Extents.whole(section, tuple(symbols))
         else:
-            pieces = _data_extents(section, symbols, self._pointed_offsets(section))
-        blocks = [self._block(section, start, end - start, named) for start, end, named in pieces]
-        if len(blocks) == 1 and not blocks[0].start:
-            self._whole[index] = blocks[0]
-        else:
-            self._cuts[index] = Cuts([b.start for b in blocks], blocks)
+            extents = data_extents(self.object, section, numbers, self._pointed_offsets(section))
+        self._keep(section, self._make([section], extents))
 
-    def _block(self, section: Section, start: int, size: int, symbols: tuple[Symbol, ...]) -> Block:
-        if section.code:
-            kind = Kind.CODE
-        elif section.thread_local:
-            kind = Kind.THREAD_LOCAL
-        elif section.read_only or (not symbols and section.data and self._keeps_local_names):
-            # Compilers name every variable; nameless writable data is their own pool of initialisers
-            # (gcc puts those with relocations into .data), which nothing writes to.
-            kind = Kind.READ_ONLY
+    def _cut_code(self, sections: list[Section]) -> None:
+        if not sections:
+            return
+        numbers = self._sorted if len(sections) > 1 else self._symbols_in(sections[0].index)
+        extents = function_extents(self.object, sections, numbers)
+        blocks = self._make(sections, extents)
+        if len(blocks) == len(sections) and not any(extents.starts):
+            self._whole.update(zip([s.index for s in sections], blocks, strict=True))
+            return
+        bounds = np.searchsorted(extents.owners, np.arange(len(sections) + 1)).tolist()
+        for section, low, high in zip(sections, bounds, bounds[1:], strict=False):
+            self._keep(section, blocks[low:high])
+
+    def _keep(self, section: Section, blocks: list[Block]) -> None:
+        """Remember the pieces of a section."""
+        if len(blocks) == 1 and not blocks[0].start:
+            self._whole[section.index] = blocks[0]
         else:
-            kind = Kind.DATA
-        alignment = min(section.alignment, start & -start) if start else section.alignment
-        name = _preferred_name(symbols) or f"{section.name}+{start:#x}"
-        data = section.data[start : start + size]
-        return Block(self.object, kind, name, section.index, start, size, alignment, data, symbols)
+            starts = [b.start for b in blocks]
+            self._cuts[section.index] = Cuts(starts, blocks, np.array(starts, np.int64))
+
+    def _make(self, sections: Sequence[Section], extents: Extents) -> list[Block]:
+        """Return the pieces of some sections as blocks."""
+        made: list[Block] = []
+        source, number = self.object, len(self._made)
+        last = -1
+        for owner, start, end, symbols in zip(*extents, strict=True):
+            if owner != last:
+                section, last = sections[owner], owner
+                index, data, widest = section.index, section.data, section.alignment
+                named, nameless = self._kinds(section)
+            kind = named if symbols else nameless
+            name = (symbols[0].name if len(symbols) == 1 else _preferred_name(symbols)) or f"{section.name}+{start:#x}"
+            alignment = min(widest, start & -start) if start else widest
+            contents = data[start:end]
+            made.append(Block(source, kind, name, index, start, end - start, alignment, contents, symbols, number))
+            number += 1
+        self._made += made
+        return made
+
+    def _kinds(self, section: Section) -> tuple[Kind, Kind]:
+        """Return the kinds of the blocks with and without symbols of a section."""
+        if section.flags & SHF_EXECINSTR:
+            return Kind.CODE, Kind.CODE
+        if section.flags & SHF_TLS:
+            return Kind.THREAD_LOCAL, Kind.THREAD_LOCAL
+        if section.read_only:
+            return Kind.READ_ONLY, Kind.READ_ONLY
+        # Compilers name every variable; nameless writable data is their own pool of initialisers
+        # (gcc puts those with relocations into .data), which nothing writes to.
+        return Kind.DATA, Kind.READ_ONLY if section.data and self._keeps_local_names else Kind.DATA
 
     def _string_at(self, section: Section, offset: int) -> Place:
         width = section.entry_size or 1
         if not 0 <= offset <= section.size:
             raise self._outside(section, offset)
         data = section.data
-        start, end = _string_extent(data, offset, width)
+        start, end = string_extent(data, offset, width)
         block = self._entries.get((section.index, start))
         if block is None:
             contents = data[start:end]
-            name = f"{section.name}+{start:#x}"
+            name, number = f"{section.name}+{start:#x}", len(self._made)
             alignment = max(width, min(section.alignment, 32) if section.name.endswith(("8", "16", "32")) else width)
-            block = Block(
-                self.object, Kind.READ_ONLY, name, section.index, start, len(contents), alignment, contents, (), True
-            )
+            extent = (section.index, start, len(contents), alignment, contents)
+            block = Block(self.object, Kind.READ_ONLY, name, *extent, (), number, True)
+            self._made.append(block)
             self._entries[section.index, start] = block
         return Place(block, offset - start)
 
@@ -312,7 +343,8 @@ class Blocks:
         start = offset - offset % section.entry_size
         block = self._entries.get((section.index, start))
         if block is None:
-            block = self._block(section, start, min(section.entry_size, section.size - start), ())
+            end = min(start + section.entry_size, section.size)
+            (block,) = self._make([section], Extents([0], [start], [end], [()]))
             self._entries[section.index, start] = block
         return Place(block, offset - start)
 
@@ -320,7 +352,9 @@ class Blocks:
         block = self._commons.get(symbol.number)
         if block is None:
             alignment = symbol.value or 1  # a common symbol's value is its alignment (System V ABI, chapter 4)
-            block = Block(self.object, Kind.DATA, symbol.name, 0, 0, symbol.size, alignment, b"", (symbol,))
+            number = len(self._made)
+            block = Block(self.object, Kind.DATA, symbol.name, 0, 0, symbol.size, alignment, b"", (symbol,), number)
+            self._made.append(block)
             self._commons[symbol.number] = block
         return block
 
@@ -471,7 +505,7 @@ class Blocks:
 
     def _neighbours(self, run: tuple[Block, ...]) -> tuple[Block | None, Block | None]:
         """Return what lies before and behind some blocks of a section that is cut, padding left out."""
-        starts, blocks = self._cuts[run[0].section]
+        starts, blocks, _ = self._cuts[run[0].section]
         low = bisect.bisect_left(starts, run[0].start) - 1
         high = low + len(run) + 1
         while low >= 0 and self._is_padding(blocks[low]):
@@ -555,18 +589,16 @@ class Blocks:
         """Return the target (-1: not worked out yet) and the addend of each row of the object's relocations."""
         if self._exact is None:
             table = self.object.relocation_rows
-            nameless = self.object.symbol_types == SymbolType.SECTION
+            nameless = self.object.symbol_rows.type == SymbolType.SECTION
             inexact = nameless[table.symbol] | np.isin(table.type, _SIZES)
             self._exact = np.where(inexact, -1, table.symbol), table.addend.copy()
         return self._exact
 
     def _make_exact(self, blocks: Sequence[Block], owner: Column, rows: Column) -> None:
         target, addend = self._exact_columns()
-        table = self.object.relocation_rows
         for i in np.flatnonzero(target[rows] < 0).tolist():
             row = int(rows[i])
-            r = Relocation(*(int(c[row]) for c in (table.offset, table.type, table.symbol, table.addend)))
-            exact, rest = self._made_exact(blocks[int(owner[i])], r)
+            exact, rest = self._made_exact(blocks[int(owner[i])], self._relocation(row))
             target[row], addend[row] = self.number_of(exact), rest
 
     def named_target(self, number: int) -> Target | None:
@@ -621,27 +653,30 @@ class Blocks:
         # each such offset starts a block.
         if self._pointed is None:
             self._pointed = {}
-            symbols = self.object.symbols
-            cut_here = {
-                s.number: s.section
-                for s in symbols
-                if s.type == SymbolType.SECTION and self._is_cut_where_pointed(s.section)
-            }
-            for index, other in self.object.sections.items():
-                if other.name.startswith(_SKIPPED):
-                    continue
-                for r in self._relocations_of(index):
-                    if r.symbol not in cut_here:
-                        continue
-                    bias = 0
-                    if is_pc_relative(r.type):
-                        if not other.code:
-                            continue  # relative to the table that holds it, which something else points to
-                        block, offset = self.at(index, r.offset)
-                        bias = self._bytes_to_end(block, offset)
-                    offset = symbols[r.symbol].value + r.addend + bias
-                    self._pointed.setdefault(cut_here[r.symbol], set()).add(offset)
+            for target, offset in self._pointers():
+                self._pointed.setdefault(target, set()).add(offset)
         return self._pointed.get(section.index, set())
+
+    def _pointers(self) -> Iterator[tuple[int, int]]:
+        """Yield where relocations against sections' symbols lead: section and offset."""
+        table, symbols = self.object.relocation_rows, self.object.symbols
+        nameless = np.flatnonzero(self.object.symbol_rows.type == _SECTION).tolist()
+        cut_here = [number for number in nameless if self._is_cut_where_pointed(symbols[number].section)]
+        for row in np.flatnonzero(np.isin(table.symbol, cut_here)).tolist():
+            index, r = int(table.key[row]) >> KEY_BITS, self._relocation(row)
+            section, bias = self.object.sections[index], 0
+            if not _is_looked_at(section):
+                continue
+            if is_pc_relative(r.type):
+                if not section.code:
+                    continue  # relative to the table that holds it, which something else points to
+                block, offset = self.at(index, r.offset)
+                bias = self._bytes_to_end(block, offset)
+            yield symbols[r.symbol].section, symbols[r.symbol].value + r.addend + bias
+
+    def _relocation(self, row: int) -> Relocation:
+        table = self.object.relocation_rows
+        return Relocation(*(int(c[row]) for c in (table.offset, table.type, table.symbol, table.addend)))
 
     def _is_cut_where_pointed(self, index: int) -> bool:
         section = self.object.sections.get(index)
@@ -669,7 +704,7 @@ class Blocks:
     def _suspects_in(self, section: int, window: int) -> dict[int, int]:
         from patcher.code.split import suspects
 
-        starts, blocks = self._cuts[section]
+        starts, blocks, _ = self._cuts[section]
         low, high = (bisect.bisect_left(starts, w << _WINDOW) for w in (window, window + 1))
         functions = [(b.start, b.size) for b in blocks[low:high]]
         end = functions[-1][0] + functions[-1][1]
@@ -709,6 +744,10 @@ _WINDOW = 15
 """The functions of so many bits of a section's offsets are looked at together: one of them costs as much as all."""
 
 
+def _is_looked_at(section: Section) -> bool:
+    return not section.name.startswith(_SKIPPED)
+
+
 def _is_nameless_constant(block: Block) -> bool:
     return not block.symbols and block.kind is Kind.READ_ONLY
 
@@ -719,107 +758,9 @@ def _preferred_name(symbols: tuple[Symbol, ...]) -> str:
     return min(symbols, key=lambda s: (s.local, s.type == SymbolType.NOTYPE, s.number)).name
 
 
-Piece = tuple[int, int, tuple[Symbol, ...]]
-
-
 def _wrapped(addend: int) -> int:
     # Code that was rewritten counts from elsewhere, and an object may have the greatest addend there is.
     return (addend + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def _function_extents(section: Section, symbols: list[Symbol]) -> list[Piece]:
-    functions = [s for s in symbols if s.type in (SymbolType.FUNC, SymbolType.IFUNC)]
-    entries = sorted({s.value for s in functions if s.value < section.size})
-    if len(entries) <= 1 and (not entries or entries[0] == 0):
-        return [(0, section.size, tuple(functions or symbols))]
-    pieces: list[Piece] = []
-    names = _by_value(functions)
-    for start, limit in zip(entries, (*entries[1:], section.size), strict=True):
-        named = names[start]
-        size = named[0].size if len(named) == 1 else max(s.size for s in named)
-        pieces.append((start, min(start + size, limit) if size else limit, named))
-    return pieces
-
-
-def _string_extent(data: bytes, offset: int, width: int) -> tuple[int, int]:
-    """Return where the string at an offset of a pool starts, and where it ends with its terminator."""
-    if width == 1:
-        end = data.find(b"\0", offset)
-        return data.rfind(b"\0", 0, offset) + 1, end + 1 if end >= 0 else len(data)
-    terminator = bytes(width)
-    start = end = offset - offset % width
-    while start > 0 and data[start - width : start] != terminator:
-        start -= width
-    while end < len(data) and data[end : end + width] != terminator:
-        end += width
-    return start, min(end + width, len(data))
-
-
-def _is_one_variable(section: Section, symbols: list[Symbol]) -> bool:
-    """Tell whether one variable, which may have several names, fills a whole section (-fdata-sections)."""
-    return bool(symbols) and all(
-        s.value == 0 and s.size == section.size and s.type in (SymbolType.OBJECT, SymbolType.TLS) for s in symbols
-    )
-
-
-def _data_extents(section: Section, symbols: list[Symbol], pointed: set[int]) -> list[Piece]:
-    named = [s for s in symbols if s.type in (SymbolType.OBJECT, SymbolType.TLS, SymbolType.NOTYPE)]
-    sized = [s for s in named if s.type != SymbolType.NOTYPE and s.size]
-    covered: list[tuple[int, int]] = []
-    for s in sized:
-        if not covered or s.value >= covered[-1][1]:
-            covered.append((s.value, min(s.value + s.size, section.size)))
-        elif s.value == covered[-1][0]:
-            covered[-1] = (s.value, min(max(covered[-1][1], s.value + s.size), section.size))
-    cuts = {0} | {start for start, _ in covered} | {end for _, end in covered}
-    cuts |= {s.value for s in named if not _inside(covered, s.value)}
-    cuts |= {
-        offset
-        for offset in pointed
-        if 0 <= offset < section.size and not _inside(covered, offset) and not _inside_string(section.data, offset)
-    }
-    ordered = sorted(c for c in cuts if c < section.size)
-    names = _by_value(named)
-    pieces: list[Piece] = []
-    for i, start in enumerate(ordered):
-        end = ordered[i + 1] if i + 1 < len(ordered) else section.size
-        pieces.append((start, end, names.get(start, ())))
-    return pieces
-
-
-def _inside_string(data: bytes, offset: int) -> bool:
-    """Tell whether an offset may be in the middle of a string, of wide characters too: what leads there is no start.
-
-    A pool's string ends with a terminator; that some pieces become larger than they are does no harm.
-    """
-    if not offset or not data:
-        return False
-    return data[offset - 1] != 0 or any(_are_wide(data, offset, width) for width in _WIDE)
-
-
-_WIDE = {2: 0x100, 4: 0x110000}
-"""The first number that is no character, by bytes; more would be narrow strings seen two bytes at a time."""
-
-
-def _are_wide(data: bytes, offset: int, width: int) -> bool:
-    """Tell whether there is a character of several bytes before an offset, and another one at it."""
-    around = data[max(offset - 4, 0) : offset + 4]
-    if offset % width or len(around) < 8:
-        return False
-    characters = (int.from_bytes(around[i : i + width], "little") for i in range(0, 8, width))
-    return all(0 < c < _WIDE[width] for c in characters)
-
-
-def _by_value(symbols: Iterable[Symbol]) -> dict[int, tuple[Symbol, ...]]:
-    found: dict[int, list[Symbol]] = {}
-    for symbol in symbols:
-        found.setdefault(symbol.value, []).append(symbol)
-    return {value: tuple(group) for value, group in found.items()}
-
-
-def _inside(extents: list[tuple[int, int]], offset: int) -> bool:
-    i = bisect.bisect_right(extents, (offset, 1 << 62)) - 1
-    return i >= 0 and extents[i][0] < offset < extents[i][1]
 
 
 def unit_of(source: ObjectFile) -> str:

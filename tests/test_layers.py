@@ -29,7 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "build": {"errors"},
     "watch": {"errors"},
     # Blocks cut code at the references that an assembler resolved: that takes decoding.
-    "blocks": READING | {"code", "bulk"},
+    "extents": {"elf"},
+    "blocks": READING | {"code", "bulk", "extents"},
     # The linker is pure: blocks in, bytes out; the only code it makes is a far jump.
     "link": READING | {"blocks", "code", "bulk"},
     "linkmap": {"errors", "target"},
