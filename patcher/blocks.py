@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from patcher.bulk import collector_paused
+from patcher.bulk import collector_paused, first_rows
 from patcher.elf import ObjectFile, Relocation, Section, Symbol, SymbolType
 from patcher.elf.object import KEY_BITS, Column, SymbolBinding, row_key
 from patcher.elf.relocations import R, is_pc_relative
-from patcher.elf.tables import SHF_EXECINSTR, SHF_TLS
+from patcher.elf.tables import SHF_EXECINSTR, SHF_MERGE, SHF_TLS
 from patcher.errors import ObjectError
 from patcher.extents import Extents, data_extents, function_extents, is_one_variable, string_extent
 
@@ -164,6 +164,8 @@ class Cuts(NamedTuple):
 STUB_SIZE = 5
 
 # Comparing with a member of an enum takes as long as making a tuple.
+_UNKNOWN = -2
+_LARGEST = 1 << 32  # no section is larger
 _FILE, _SECTION, _IFUNC = int(SymbolType.FILE), int(SymbolType.SECTION), int(SymbolType.IFUNC)
 _SIZES = (R.SIZE32, R.SIZE64)
 _ACCESSES = (R.PC32, R.PLT32)  # fields of instructions that use what is there; but for lea
@@ -183,7 +185,9 @@ class Blocks:
         self._entries: dict[tuple[int, int], Block] = {}  # of mergeable pools, as they are asked for
         self._references: dict[Block, tuple[Reference, ...]] = {}
         self._commons: dict[int, Block] = {}
-        self._suspects: dict[tuple[int, int], dict[int, int]] = {}
+        self._shared: set[int] = set()  # sections of several functions
+        self._windows: set[tuple[int, int]] = set()  # parts of those that were looked at for hidden references
+        self._suspects: dict[Block, int] = {}  # which may have some, until where
         self._hidden: dict[Block, tuple[HiddenReference, ...]] = {}
         self._hidden_found: dict[Block, tuple[Reference, ...]] = {}
         self._pointed: dict[int, set[int]] | None = None
@@ -193,7 +197,7 @@ class Blocks:
         self._boundaries: dict[Block, list[int]] = {}
         self._runs: dict[Block, tuple[Block, ...]] = {}
         self._doubts: dict[Block, dict[int, tuple[Doubt, ...]]] = {}
-        self._place_columns: tuple[Column, Column] | None = None
+        self._homes = np.empty((2, 0), np.int64)
         with collector_paused():
             self._sort_symbols()
             self._cut_code([s for s in source.sections.values() if s.size and _is_looked_at(s) and s.code])
@@ -288,6 +292,8 @@ class Blocks:
         else:
             starts = [b.start for b in blocks]
             self._cuts[section.index] = Cuts(starts, blocks, np.array(starts, np.int64))
+            if section.code and len(blocks) > 1:
+                self._shared.add(section.index)
 
     def _make(self, sections: Sequence[Section], extents: Extents) -> list[Block]:
         """Return the pieces of some sections as blocks."""
@@ -472,6 +478,10 @@ class Blocks:
         noted = self._doubts.get(block)
         return tuple(d for doubts in noted.values() for d in doubts) if noted else ()
 
+    def doubtful(self, blocks: Iterable[Block]) -> list[Block]:
+        """Return the blocks of some that have doubts."""
+        return [b for b in blocks if b in self._doubts] if self._doubts else []
+
     def _note_doubts(self, block: Block, r: Relocation, reference: Reference) -> None:
         pairs = self._pairs(block, r, reference)
         if pairs:
@@ -562,7 +572,7 @@ class Blocks:
         """Return the number by which columns know a target."""
         number = self._numbers.get(target)
         if number is None:
-            number = self._numbers[target] = len(self.object.symbols) + len(self._numbers)
+            number = self._numbers[target] = self.target_count
             self._targets[number] = target
         return number
 
@@ -573,7 +583,74 @@ class Blocks:
             target = self._targets[number] = self._symbol_target(self.object.symbols[number])
         return target
 
-    def stretched(self, blocks: Iterable[Block]) -> list[Block]:
+    @property
+    def target_count(self) -> int:
+        """The number of targets that have a number; it is more than each of those."""
+        return len(self.object.symbols) + len(self._numbers)
+
+    def block(self, number: int) -> Block:
+        """Return the block of a number."""
+        return self._made[number]
+
+    @property
+    def block_count(self) -> int:
+        """The number of blocks that have been made; it is more than each one's `number`."""
+        return len(self._made)
+
+    def homes(self, targets: Column) -> tuple[Column, Column]:
+        """Return the numbers of the blocks that some targets are in, and the offsets in these.
+
+        The number is -1 where `target` has to be asked: for what is elsewhere, thread-local or not to be found.
+        """
+        known = self._homes.shape[1]
+        if known < self.target_count:
+            room = max(self.target_count, 2 * known) - known
+            self._homes = np.concatenate((self._homes, np.full((2, room), _UNKNOWN)), 1)
+        new = targets[self._homes[0, targets] == _UNKNOWN]
+        if len(new):
+            self._find_homes(new[first_rows(new, self.target_count)])
+        return self._homes[0, targets], self._homes[1, targets]
+
+    def _find_homes(self, targets: Column) -> None:
+        self._homes[0, targets] = -1
+        rows, symbolic = self.object.symbol_rows, targets < len(self.object.symbols)
+        for number in targets[~symbolic].tolist():
+            target = self._targets[number]
+            if not isinstance(target, Place) or target.block.kind is Kind.THREAD_LOCAL:
+                continue
+            if abs(target.offset) <= _LARGEST:
+                self._homes[:, number] = target.block.number, target.offset
+        numbers = targets[symbolic & (targets > 0)]
+        defined = (rows.section[numbers] > 0) & (rows.type[numbers] != _IFUNC) & (rows.value[numbers] <= _LARGEST)
+        numbers = numbers[defined]
+        numbers = numbers[np.argsort(rows.section[numbers], kind="stable")]
+        sections, first = np.unique(rows.section[numbers], return_index=True)
+        bounds = [*first.tolist(), len(numbers)]
+        whole = np.array([self._whole_number(index) for index in sections.tolist()], np.int64)
+        self._homes[0, numbers] = np.repeat(whole, np.diff(bounds))
+        self._homes[1, numbers] = rows.value[numbers].astype(np.int64)
+        for i in np.flatnonzero(whole < 0).tolist():
+            self._find_homes_among(self._cuts.get(int(sections[i])), numbers[bounds[i] : bounds[i + 1]])
+
+    def _whole_number(self, index: int) -> int:
+        """Return the number of the one block of a section, or -1."""
+        section = self.object.sections.get(index)
+        if section is None or section.flags & (SHF_TLS | SHF_MERGE):
+            return -1
+        self._cut(section)
+        whole = self._whole.get(index)
+        return -1 if whole is None else whole.number
+
+    def _find_homes_among(self, cuts: Cuts | None, numbers: Column) -> None:
+        """Find the homes of symbols of a section that is cut in several."""
+        if cuts is None or not cuts.starts or cuts.blocks[0].kind is Kind.THREAD_LOCAL:
+            return
+        value = self.object.symbol_rows.value[numbers].astype(np.int64)
+        among = np.maximum(np.searchsorted(cuts.column, value, "right") - 1, 0)
+        self._homes[0, numbers] = [cuts.blocks[i].number for i in among.tolist()]
+        self._homes[1, numbers] = value - cuts.column[among]
+
+    def stretched(self, blocks: Sequence[Block]) -> list[Block]:
         """Return the blocks that need jumps of their own around them, so that `linkable` is not the block as it is."""
         return [b for _, b in self._suspected(blocks) if any(r.type == R.PC8 for r in self._found_hidden(b))]
 
@@ -685,23 +762,21 @@ class Blocks:
     def _hidden_references(self, block: Block) -> tuple[Reference, ...]:
         return next((self._found_hidden(b) for _, b in self._suspected((block,))), ())
 
-    def _suspected(self, blocks: Iterable[Block]) -> Iterator[tuple[int, Block]]:
-        """Yield the blocks that may have references which the assembler resolved, each with its place among the given.
+    def _suspected(self, blocks: Sequence[Block]) -> list[tuple[int, Block]]:
+        """Return the blocks that may have references which the assembler resolved, each with its place among the given.
 
         To find the references takes decoding.
         """
-        cuts, windows = self._cuts, self._suspects
-        for i, block in enumerate(blocks):
-            if block.kind is not Kind.CODE or block.section not in cuts or len(cuts[block.section].starts) < 2:
-                continue
-            window = block.section, block.start >> _WINDOW
-            found = windows.get(window)
-            if found is None:
-                found = windows[window] = self._suspects_in(*window)
-            if block.start in found:
-                yield i, block
+        if not self._shared:
+            return []
+        for window in {(b.section, b.start >> _WINDOW) for b in blocks} - self._windows:
+            self._windows.add(window)
+            if window[0] in self._shared:
+                self._look_for_suspects(*window)
+        suspects = self._suspects
+        return [(i, b) for i, b in enumerate(blocks) if b in suspects]
 
-    def _suspects_in(self, section: int, window: int) -> dict[int, int]:
+    def _look_for_suspects(self, section: int, window: int) -> None:
         from patcher.code.split import suspects
 
         starts, blocks, _ = self._cuts[section]
@@ -709,7 +784,8 @@ class Blocks:
         functions = [(b.start, b.size) for b in blocks[low:high]]
         end = functions[-1][0] + functions[-1][1]
         relocated = self._relocated(section, functions[0][0], end)
-        return suspects(self.object.sections[section].data, functions, relocated)
+        found = suspects(self.object.sections[section].data, functions, relocated)
+        self._suspects.update((b, found[b.start]) for b in blocks[low:high] if b.start in found)
 
     def _relocated(self, section: int, start: int, end: int) -> Column:
         """Return the offsets of the fields with relocations in a part of a section."""
@@ -734,9 +810,8 @@ class Blocks:
 
         if block not in self._hidden:
             relocated = self._relocated(block.section, block.start, block.start + block.size).tolist()
-            functions, until = [(block.start, block.size)], self._suspects[block.section, block.start >> _WINDOW]
-            data = self.object.sections[block.section].data
-            self._hidden[block] = hidden_references(data, functions, relocated, until[block.start])
+            data, extent = self.object.sections[block.section].data, (block.start, block.size)
+            self._hidden[block] = hidden_references(data, [extent], relocated, self._suspects[block])
         return self._hidden[block]
 
 

@@ -129,9 +129,9 @@ class SymbolRows:
     @classmethod
     def of(cls, symbols: Sequence[Symbol]) -> SymbolRows:
         """Return the columns of some symbols."""
-        wide = (np.array([s[i] for s in symbols], np.uint64) for i in (3, 4))
+        value, size = (np.array([s[i] for s in symbols], np.uint64) for i in (3, 4))
         section, kind, binding = (np.array([s[i] for s in symbols], np.int64) for i in (2, 5, 6))
-        return cls(section, *wide, kind, binding)
+        return cls(section, value, size, kind, binding)
 
 
 KEY_BITS = 33  # no section is larger than 1 << 32

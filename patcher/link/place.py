@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
+from itertools import groupby, pairwise
+from operator import attrgetter
 
 import numpy as np
 
 from patcher.blocks import Absolute, Block, External, Kind, Place, Reference
-from patcher.bulk import collector_paused
+from patcher.bulk import collector_paused, first_rows
 from patcher.code.descriptor import FIND_THROUGH_DESCRIPTOR
 from patcher.elf import ObjectFile
 from patcher.elf.object import Column
@@ -167,40 +168,45 @@ def _give_addresses(
     """Place blocks one after another; return how many bytes each object took."""
     strings: dict[bytes, int] = {}
     used: dict[ObjectFile, int] = {}
-    linkables = plan.linkables
-    for block in blocks:
-        if block in plan.runs:
-            if block not in addresses:
-                used[block.object] = used.get(block.object, 0) + _place_run(plan.runs[block], cursor, addresses)
-            continue
-        lead, size, alignment = 0, block.size, block.alignment
-        if block in linkables:
-            lead, size = linkables[block].lead, max(len(linkables[block].data), size)
-        if block.kind is Kind.CODE:
-            alignment = max(alignment, 1 if lead else _CODE_ALIGNMENT)
-        elif block.kind is Kind.DATA:
-            size += 1  # so that a pointer to a variable's end never points to the next one
-        elif block.string and alignment == 1 and block.data in strings:
-            addresses[block] = strings[block.data]
-            continue
+    for source, group in groupby(blocks, key=attrgetter("object")):
         before = cursor.at
-        start = cursor.take(size, alignment)
-        used[block.object] = used.get(block.object, 0) + cursor.at - before
-        addresses[block] = start + lead
-        if block.string:
-            strings.setdefault(block.data, start)
+        for block in group:
+            _give_address(plan, block, cursor, addresses, strings)
+        used[source] = used.get(source, 0) + cursor.at - before
     return used
 
 
-def _place_run(run: Sequence[Block], cursor: _Cursor, addresses: dict[Block, int]) -> int:
-    """Place some blocks of one section as they lie there; return how many bytes that took."""
+def _give_address(
+    plan: Plan, block: Block, cursor: _Cursor, addresses: dict[Block, int], strings: dict[bytes, int]
+) -> None:
+    lead, size, alignment = 0, block.size, block.alignment
+    if block in plan.runs:
+        if block not in addresses:
+            _place_run(plan.runs[block], cursor, addresses)
+        return
+    if block in plan.linkables:
+        linkable = plan.linkables[block]
+        lead, size = linkable.lead, max(len(linkable.data), size)
+    if block.kind is Kind.CODE:
+        alignment = max(alignment, 1 if lead else _CODE_ALIGNMENT)
+    elif block.kind is Kind.DATA:
+        size += 1  # so that a pointer to a variable's end never points to the next one
+    elif block.string and alignment == 1 and block.data in strings:
+        addresses[block] = strings[block.data]
+        return
+    start = cursor.take(size, alignment)
+    addresses[block] = start + lead
+    if block.string:
+        strings.setdefault(block.data, start)
+
+
+def _place_run(run: Sequence[Block], cursor: _Cursor, addresses: dict[Block, int]) -> None:
+    """Place some blocks of one section as they lie there."""
     first, last = run[0], run[-1]
     alignment = first.object.sections[first.section].alignment
     size = last.start + last.size - first.start + (last.kind is Kind.DATA)
-    before = cursor.at
     start = cursor.take(size, alignment, first.start % alignment)
     addresses.update({block: start + block.start - first.start for block in run})
-    return cursor.at - before
 
 
 # --- contents -------------------------------------------------------------------------------------------------
@@ -220,47 +226,46 @@ class _Image:
     """The bytes of the blocks that have contents, those next to each other in one array."""
 
     def __init__(self, plan: Plan, addresses: Mapping[Block, int]) -> None:
-        self._starts: list[int] = []
-        self._arrays: list[tuple[int, int]] = []  # first and last index in `bytes`
-        self.shift: dict[Block, int] = {}  # index of the block's first byte, minus its address
-        pieces = [(addresses[block], block.data, block) for block in plan.placed if block not in plan.linkables]
+        blocks = [b for b in plan.placed if b.data and b not in plan.linkables]
+        contents = [b.data for b in blocks]
+        starts = [addresses[b] for b in blocks]
         for block, linkable in plan.linkables.items():
-            pieces.append((addresses[block] - linkable.lead, linkable.data, block))
-        self._fill(pieces)
+            blocks.append(block)
+            contents.append(linkable.data)
+            starts.append(addresses[block] - linkable.lead)
+        self._arrange(blocks, contents, np.array(starts, np.int64))
 
-    def _fill(self, pieces: list[tuple[int, bytes, Block]]) -> None:
-        pieces.sort(key=itemgetter(0))
-        contents: list[bytes] = []
-        size, end = 0, -1
-        for start, data, block in pieces:
-            if not data:
-                self.shift[block] = 0
-                continue
-            gap = start - end
-            if self._starts and 0 <= gap < _CLOSE:
-                contents.append(bytes((_TRAP if block.kind is Kind.CODE else 0,)) * gap)
-                size += gap
-            elif not self._starts or gap >= 0:
-                self._open(size, start)
-            else:  # an equal string at the same address
-                self.shift[block] = self._arrays[-1][0] - self._starts[-1]
-                continue
-            self.shift[block] = size - start
-            contents.append(data)
-            size += len(data)
-            end = start + len(data)
-            self._arrays[-1] = self._arrays[-1][0], size
-        self.bytes = np.frombuffer(bytearray(b"".join(contents)), np.uint8)
-
-    def _open(self, size: int, start: int) -> None:
-        self._starts.append(start)
-        self._arrays.append((size, size))
+    def _arrange(self, blocks: list[Block], contents: list[bytes], starts: Column) -> None:
+        order = np.argsort(starts, kind="stable")
+        ordered = order.tolist()
+        starts, sizes = starts[order], np.array([len(contents[i]) for i in ordered], np.int64)
+        gaps = starts - np.concatenate(([-_CLOSE], np.maximum.accumulate(starts + sizes)[:-1]))[: len(starts)]
+        kept = gaps >= 0  # others are equal strings at the same address
+        opens = gaps[kept] >= _CLOSE
+        fillers = np.where(opens, 0, gaps[kept])
+        ends = np.cumsum(fillers + sizes[kept])
+        positions = ends - sizes[kept]
+        # index of the block's first byte, minus its address: the same for all of a stretch
+        shifts = (positions - starts[kept])[np.cumsum(kept) - 1]
+        self.shift = dict(zip(map(blocks.__getitem__, ordered), shifts.tolist(), strict=True))
+        self._starts = starts[kept][opens].tolist()
+        self._bounds = [*positions[opens].tolist(), int(ends[-1]) if len(ends) else 0]
+        chosen = order[kept].tolist()
+        parts: list[bytes] = []
+        for i, filler in zip(chosen, fillers.tolist(), strict=True):
+            if filler:
+                parts.append((_TRAPS if blocks[i].kind is Kind.CODE else _ZEROS)[:filler])
+            parts.append(contents[i])
+        self.bytes = np.frombuffer(bytearray().join(parts), np.uint8)
 
     def writes(self) -> list[tuple[int, bytes]]:
-        return [(start, self.bytes[a:b].tobytes()) for start, (a, b) in zip(self._starts, self._arrays, strict=True)]
+        """Return each stretch with its address."""
+        extents = zip(self._starts, pairwise(self._bounds), strict=True)
+        return [(start, self.bytes[a:b].tobytes()) for start, (a, b) in extents]
 
 
 _CLOSE = 4096  # blocks with a smaller gap between them are written together
+_TRAPS, _ZEROS = bytes((_TRAP,)) * _CLOSE, bytes(_CLOSE)
 
 
 class _Values(dict[int, int]):
@@ -290,6 +295,8 @@ class _Linker:
         self.cursors = _Cursors(layout.space)
         self.accounts = dict(layout.accounts)
         self.image = _Image(plan, layout.addresses)
+        # Nothing more to ask about a target in one of these than where it is.
+        self.plain = {b: a for b, a in self.addresses.items() if b not in islands} if islands else self.addresses
         self.cells: dict[tuple[int, ...], int] = {}
         self.jumps: dict[int, int] = {}
         self.writes: list[tuple[int, bytes]] = []
@@ -371,7 +378,7 @@ class _GroupLinker:
             return
         image, addresses = self.linker.image, self.linker.addresses
         base = np.array([addresses[b] for b in members], np.int64)[fields.owner]
-        shift = np.array([image.shift[b] for b in members], np.int64)[fields.owner]
+        shift = np.array([image.shift.get(b, 0) for b in members], np.int64)[fields.owner]
         self.places = base + fields.offset
         self.positions = self.places + shift
         self._check_extents()
@@ -383,7 +390,7 @@ class _GroupLinker:
     def _check_extents(self) -> None:
         fields, members, linkables = self.fields, self.group.members, self.plan.linkables
         low, high = np.zeros(len(members), np.int64), np.array([len(b.data) for b in members], np.int64)
-        for i in np.flatnonzero([b in linkables for b in members]).tolist():
+        for i in [i for i, b in enumerate(members) if b in linkables] if linkables else ():
             linkable = linkables[members[i]]
             low[i], high[i] = -linkable.lead, len(linkable.data) - linkable.lead
         width = _WIDTHS[np.searchsorted(_KINDS, fields.type)]
@@ -421,8 +428,8 @@ class _GroupLinker:
         if need in self._thread_cells:
             return Operands(A=a, P=p, G=self._thread_cells[need].of(targets) - got, GOT=got)
         if need is Need.ISLAND:
-            return Operands(A=a, P=p, GOT=got, L=self._calls.of(targets))
-        return Operands(self._addresses.of(targets), a, p, GOT=got)
+            return Operands(A=a, P=p, GOT=got, L=self._addresses_of(targets, call=True))
+        return Operands(self._addresses_of(targets, call=False), a, p, GOT=got)
 
     def _cells(self, rows: Column, targets: Column) -> Column:
         """Return the cells of some references: a call through one may go elsewhere than a pointer."""
@@ -432,6 +439,20 @@ class _GroupLinker:
         return np.array([made[c][t] for c, t in zip(calls.tolist(), targets.tolist(), strict=True)], np.int64)
 
     # --- what targets are -------------------------------------------------------------------------------------
+
+    def _addresses_of(self, targets: Column, call: bool) -> Column:
+        """Return the addresses of some targets, each worked out once."""
+        source, plain = self.group.source, self.linker.plain
+        distinct = targets[first_rows(targets, source.target_count)]
+        home, offset = source.homes(distinct)
+        starts = [plain.get(source.block(number), -1) if number >= 0 else -1 for number in home.tolist()]
+        found = np.array(starts, np.int64) + offset
+        values = self._calls if call else self._addresses
+        for i in np.flatnonzero(np.array(starts) < 0).tolist():
+            found[i] = values[int(distinct[i])]
+        addresses = np.empty(source.target_count, np.int64)
+        addresses[distinct] = found
+        return addresses[targets]
 
     def _address(self, number: int, call: bool) -> int:
         target = self.group.source.target(number)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from patcher.blocks import Block, Blocks, Doubt, External, Fields, Kind, Linkable, Place, Reference, Target
-from patcher.bulk import collector_paused
+from patcher.bulk import collector_paused, first_rows
 from patcher.elf.relocations import OFFSET_TABLE
 from patcher.errors import LinkError, UnresolvedSymbol, UnsupportedRelocation
 from patcher.link.relocations import DYNAMIC_THREAD_LOCAL, RULES, Need, type_name
@@ -178,25 +178,27 @@ class _Planner:
         members = (*plain, *stretched)
         if stretched:
             fields = Fields.joined([fields, self._rewritten(unit, stretched, len(plain))])
-        for block in blocks:
+        for block in unit.blocks.doubtful(blocks):
             for doubt in unit.blocks.doubts(block):
                 self._settle(unit, block, doubt)
         self._follow_all(unit, members, fields)
         self._groups.append(Group(unit.blocks, members, fields))
 
     def _follow_all(self, unit: Unit, members: Sequence[Block], fields: Fields) -> None:
-        """Follow each target of some blocks' references once for each way to refer to it."""
-        _, first = np.unique(fields.target << 32 | fields.type & 0xFFFFFFFF, return_index=True)
-        rows = np.sort(first)
-        columns = (rows, fields.owner[rows], fields.type[rows], fields.target[rows])
-        target_of = unit.blocks.target
-        for row, owner, kind, number in zip(*(c.tolist() for c in columns), strict=True):
-            target = target_of(number)
-            # Nearly all references: nothing to check, and so no need of an object for each.
-            if kind in _PLAIN and isinstance(target, Place) and target.block.kind is not Kind.THREAD_LOCAL:
-                self._reach(unit, members[owner], target)
-            else:
-                self._follow(unit, members[owner], fields.reference(unit.blocks, row))
+        """Follow some blocks' references: to nearly all targets once, to others once for each way to refer to them."""
+        source = unit.blocks
+        home, _ = source.homes(fields.target)
+        plain = (home >= 0) & np.isin(fields.type, _PLAIN)
+        simple, others = np.flatnonzero(plain), np.flatnonzero(~plain)
+        _, first = np.unique(fields.target[others] << 32 | fields.type[others] & 0xFFFFFFFF, return_index=True)
+        rows = np.concatenate((simple[first_rows(home[simple], source.block_count)], others[first]))
+        rows.sort()
+        numbers = np.where(plain[rows], home[rows], -1)
+        for row, number, owner in zip(rows.tolist(), numbers.tolist(), fields.owner[rows].tolist(), strict=True):
+            if number < 0:
+                self._follow(unit, members[owner], fields.reference(source, row))
+            else:  # nothing to check, and so no need of an object for the reference
+                self._reach(unit, members[owner], source.block(number))
 
     def _rewritten(self, unit: Unit, blocks: list[Block], start: int) -> Fields:
         """Return the references of blocks that are not placed as they are; owners count from `start`."""
@@ -243,7 +245,7 @@ class _Planner:
                     f"{target.block.kind.value}",
                     "the object is damaged; compile it again",
                 )
-            self._reach(unit, block, target)
+            self._reach(unit, block, target.block)
         elif isinstance(target, External):
             self._resolve_external(unit, block, reference, target)
         elif rule.need.thread_local:
@@ -269,8 +271,7 @@ class _Planner:
         if bound.module_id and need is Need.DESCRIPTOR:
             self._resolve_external(unit, block, reference, FIND_THREAD_LOCAL)
 
-    def _reach(self, unit: Unit, user: Block, target: Place) -> None:
-        block = target.block
+    def _reach(self, unit: Unit, user: Block, block: Block) -> None:
         if block in self._placed or block in self._bound:
             return
         resident = unit.resident(block)
@@ -321,7 +322,7 @@ class _Planner:
         provided = self._provide(target.name)
         if provided is not None:
             owner, definition = provided
-            self._reach(owner, block, Place(definition, 0))
+            self._reach(owner, block, definition)
             self._externals[key] = definition
             return
         found = self._resolve(unit.blocks, target)
@@ -334,7 +335,7 @@ class _Planner:
         self._externals[key] = found if found is not None else Bound(0)
 
 
-_PLAIN = frozenset(kind for kind, rule in RULES.items() if not rule.need.thread_local and rule.need is not Need.TABLE)
+_PLAIN = [kind for kind, rule in RULES.items() if not rule.need.thread_local and rule.need is not Need.TABLE]
 
 
 def _without(blocks: list[Block], others: list[Block]) -> list[Block]:
