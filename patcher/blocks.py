@@ -165,6 +165,7 @@ STUB_SIZE = 5
 
 # Comparing with a member of an enum takes as long as making a tuple.
 _UNKNOWN = -2
+_NO_PLAIN_DATA = SHF_EXECINSTR | SHF_TLS | SHF_MERGE
 _LARGEST = 1 << 32  # no section is larger
 _FILE, _SECTION, _IFUNC = int(SymbolType.FILE), int(SymbolType.SECTION), int(SymbolType.IFUNC)
 _SIZES = (R.SIZE32, R.SIZE64)
@@ -208,7 +209,7 @@ class Blocks:
         numbers = np.flatnonzero((rows.type != _FILE) & (rows.type != _SECTION))
         self._sorted = numbers[np.argsort(rows.section[numbers], kind="stable")]
         bounds = np.arange(max(self.object.sections, default=0) + 2)
-        self._first_symbol = np.searchsorted(rows.section[self._sorted], bounds).tolist()
+        self._first_symbol = np.searchsorted(rows.section[self._sorted], bounds)
         local = np.flatnonzero((rows.type != _FILE) & (rows.binding == SymbolBinding.LOCAL)).tolist()
         self._keeps_local_names = any(self.object.symbols[number].name for number in local)
 
@@ -267,7 +268,7 @@ class Blocks:
         numbers = self._symbols_in(index)
         symbols = [s for s in map(self.object.symbols.__getitem__, numbers.tolist()) if s.value <= section.size]
         if is_one_variable(section, symbols):
-            extents = Extents.whole(section, tuple(symbols))
+            extents = Extents.whole([section], [tuple(symbols)])
         else:
             extents = data_extents(self.object, section, numbers, self._pointed_offsets(section))
         self._keep(section, self._make([section], extents))
@@ -588,9 +589,10 @@ class Blocks:
         """The number of targets that have a number; it is more than each of those."""
         return len(self.object.symbols) + len(self._numbers)
 
-    def block(self, number: int) -> Block:
-        """Return the block of a number."""
-        return self._made[number]
+    def numbered(self, numbers: Iterable[int]) -> list[Block | None]:
+        """Return the blocks of some numbers; None for -1."""
+        made = self._made
+        return [made[number] if number >= 0 else None for number in numbers]
 
     @property
     def block_count(self) -> int:
@@ -626,20 +628,39 @@ class Blocks:
         numbers = numbers[np.argsort(rows.section[numbers], kind="stable")]
         sections, first = np.unique(rows.section[numbers], return_index=True)
         bounds = [*first.tolist(), len(numbers)]
+        self._cut_filled(sections)
         whole = np.array([self._whole_number(index) for index in sections.tolist()], np.int64)
         self._homes[0, numbers] = np.repeat(whole, np.diff(bounds))
         self._homes[1, numbers] = rows.value[numbers].astype(np.int64)
         for i in np.flatnonzero(whole < 0).tolist():
             self._find_homes_among(self._cuts.get(int(sections[i])), numbers[bounds[i] : bounds[i + 1]])
 
+    def _cut_filled(self, indexes: Column) -> None:
+        """Cut those of some sections of data that one variable fills: with -fdata-sections nearly all."""
+        rows, first = self.object.symbol_rows, self._first_symbol
+        new = [i for i in indexes.tolist() if i in self.object.sections and i not in self._whole]
+        sections = [self.object.sections[i] for i in new]
+        single = np.array([not s.flags & _NO_PLAIN_DATA for s in sections], bool)
+        single &= first[1:][new] - first[new] == 1
+        chosen = np.flatnonzero(single)
+        numbers = self._sorted[first[new][chosen]]
+        sizes = np.array([s.size for s in sections], np.uint64)[chosen]
+        filled = (rows.value[numbers] == 0) & (rows.size[numbers] == sizes) & (rows.type[numbers] == SymbolType.OBJECT)
+        names = [(self.object.symbols[number],) for number in numbers[filled].tolist()]
+        found = [sections[i] for i in chosen[filled].tolist()]
+        blocks = self._make(found, Extents.whole(found, names))
+        self._whole.update(zip([s.index for s in found], blocks, strict=True))
+
     def _whole_number(self, index: int) -> int:
         """Return the number of the one block of a section, or -1."""
-        section = self.object.sections.get(index)
-        if section is None or section.flags & (SHF_TLS | SHF_MERGE):
-            return -1
-        self._cut(section)
         whole = self._whole.get(index)
-        return -1 if whole is None else whole.number
+        if whole is None:
+            section = self.object.sections.get(index)
+            if section is None or section.flags & (SHF_TLS | SHF_MERGE):
+                return -1
+            self._cut(section)
+            whole = self._whole.get(index)
+        return -1 if whole is None or whole.kind is Kind.THREAD_LOCAL else whole.number
 
     def _find_homes_among(self, cuts: Cuts | None, numbers: Column) -> None:
         """Find the homes of symbols of a section that is cut in several."""
@@ -647,7 +668,7 @@ class Blocks:
             return
         value = self.object.symbol_rows.value[numbers].astype(np.int64)
         among = np.maximum(np.searchsorted(cuts.column, value, "right") - 1, 0)
-        self._homes[0, numbers] = [cuts.blocks[i].number for i in among.tolist()]
+        self._homes[0, numbers] = cuts.blocks[0].number + among  # they were made one after another
         self._homes[1, numbers] = value - cuts.column[among]
 
     def stretched(self, blocks: Sequence[Block]) -> list[Block]:
@@ -769,10 +790,10 @@ class Blocks:
         """
         if not self._shared:
             return []
-        for window in {(b.section, b.start >> _WINDOW) for b in blocks} - self._windows:
+        shared = self._shared
+        for window in {(b.section, b.start >> _WINDOW) for b in blocks if b.section in shared} - self._windows:
             self._windows.add(window)
-            if window[0] in self._shared:
-                self._look_for_suspects(*window)
+            self._look_for_suspects(*window)
         suspects = self._suspects
         return [(i, b) for i, b in enumerate(blocks) if b in suspects]
 

@@ -30,9 +30,9 @@ class Extents(NamedTuple):
     names: list[tuple[Symbol, ...]]
 
     @classmethod
-    def whole(cls, section: Section, names: tuple[Symbol, ...]) -> Extents:
-        """Return the one piece of a section that is not cut."""
-        return cls([0], [0], [section.size], [names])
+    def whole(cls, sections: Sequence[Section], names: Iterable[tuple[Symbol, ...]]) -> Extents:
+        """Return sections as one piece each."""
+        return cls([*range(len(sections))], [0] * len(sections), [s.size for s in sections], [*names])
 
 
 def function_extents(source: ObjectFile, sections: Sequence[Section], numbers: Column) -> Extents:
@@ -134,15 +134,22 @@ def data_extents(source: ObjectFile, section: Section, numbers: Column, pointed:
     aimed = aimed[[not _inside_string(section.data, offset) for offset in aimed.tolist()]] if len(aimed) else aimed
     cuts = np.concatenate(([0], starts, ends, values[~_inside(starts, ends, values)], aimed))
     cuts = np.unique(cuts[cuts < section.size])
-    entries, first = np.unique(values, return_index=True)
-    named = dict(zip(entries.tolist(), _grouped(source, numbers, first), strict=True))
+    first = np.flatnonzero(np.diff(values, prepend=-1))
+    group = np.full(len(cuts), -1)
+    entered = np.searchsorted(cuts, values[first])
+    found = entered < len(cuts)
+    found[found] = cuts[entered[found]] == values[first][found]
+    group[entered[found]] = np.flatnonzero(found)
+    groups = [*_grouped(source, numbers, first), ()]
     ordered = cuts.tolist()
-    names = [named.get(start, ()) for start in ordered]
+    names = list(map(groups.__getitem__, group.tolist()))
     return Extents([0] * len(ordered), ordered, [*ordered[1:], section.size][: len(ordered)], names)
 
 
 def _covered(room: int, values: Column, sizes: Column) -> tuple[Column, Column]:
     """Return where the variables start and end; what lies inside of another one is part of it."""
+    if (values[1:] >= values[:-1] + sizes[:-1]).all():
+        return values, np.minimum(values + sizes, room)
     starts: list[int] = []
     ends: list[int] = []
     end = 0

@@ -445,10 +445,10 @@ class _GroupLinker:
         source, plain = self.group.source, self.linker.plain
         distinct = targets[first_rows(targets, source.target_count)]
         home, offset = source.homes(distinct)
-        starts = [plain.get(source.block(number), -1) if number >= 0 else -1 for number in home.tolist()]
-        found = np.array(starts, np.int64) + offset
+        starts = np.array([-1 if b is None else plain.get(b, -1) for b in source.numbered(home.tolist())], np.int64)
+        found = starts + offset
         values = self._calls if call else self._addresses
-        for i in np.flatnonzero(np.array(starts) < 0).tolist():
+        for i in np.flatnonzero(starts < 0).tolist():
             found[i] = values[int(distinct[i])]
         addresses = np.empty(source.target_count, np.int64)
         addresses[distinct] = found

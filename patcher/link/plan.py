@@ -120,8 +120,10 @@ class _Planner:
 
     def run(self) -> Plan:
         for unit in self._units:
-            for block in unit.wanted:
-                self._place(block, unit)
+            wanted = [b for b in dict.fromkeys(unit.wanted) if b not in self._placed]
+            self._placed.update(dict.fromkeys(wanted, unit))
+            if wanted:
+                self._wave.setdefault(unit.blocks, []).extend(wanted)
         while self._wave:
             wave, self._wave = self._wave, {}
             for blocks in wave.values():
@@ -185,7 +187,10 @@ class _Planner:
         self._groups.append(Group(unit.blocks, members, fields))
 
     def _follow_all(self, unit: Unit, members: Sequence[Block], fields: Fields) -> None:
-        """Follow some blocks' references: to nearly all targets once, to others once for each way to refer to them."""
+        """Follow some blocks' references: nearly all lead to blocks, and need nothing to be checked of themselves.
+
+        Such a block is reached once, whatever else is referred to once for each way to do so.
+        """
         source = unit.blocks
         home, _ = source.homes(fields.target)
         plain = (home >= 0) & np.isin(fields.type, _PLAIN)
@@ -194,11 +199,12 @@ class _Planner:
         rows = np.concatenate((simple[first_rows(home[simple], source.block_count)], others[first]))
         rows.sort()
         numbers = np.where(plain[rows], home[rows], -1)
-        for row, number, owner in zip(rows.tolist(), numbers.tolist(), fields.owner[rows].tolist(), strict=True):
-            if number < 0:
+        blocks, placed, bound = source.numbered(numbers.tolist()), self._placed, self._bound
+        for row, block, owner in zip(rows.tolist(), blocks, fields.owner[rows].tolist(), strict=True):
+            if block is None:
                 self._follow(unit, members[owner], fields.reference(source, row))
-            else:  # nothing to check, and so no need of an object for the reference
-                self._reach(unit, members[owner], source.block(number))
+            elif block not in placed and block not in bound:
+                self._reach(unit, members[owner], block)
 
     def _rewritten(self, unit: Unit, blocks: list[Block], start: int) -> Fields:
         """Return the references of blocks that are not placed as they are; owners count from `start`."""
