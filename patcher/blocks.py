@@ -589,10 +589,9 @@ class Blocks:
         """The number of targets that have a number; it is more than each of those."""
         return len(self.object.symbols) + len(self._numbers)
 
-    def numbered(self, numbers: Iterable[int]) -> list[Block | None]:
-        """Return the blocks of some numbers; None for -1."""
-        made = self._made
-        return [made[number] if number >= 0 else None for number in numbers]
+    def block(self, number: int) -> Block:
+        """Return the block of a number."""
+        return self._made[number]
 
     @property
     def block_count(self) -> int:

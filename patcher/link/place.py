@@ -15,8 +15,8 @@ from operator import attrgetter
 
 import numpy as np
 
-from patcher.blocks import Absolute, Block, External, Kind, Place, Reference
-from patcher.bulk import collector_paused, first_rows
+from patcher.blocks import Absolute, Block, Blocks, External, Kind, Place, Reference
+from patcher.bulk import collector_paused
 from patcher.code.descriptor import FIND_THROUGH_DESCRIPTOR
 from patcher.elf import ObjectFile
 from patcher.elf.object import Column
@@ -295,18 +295,27 @@ class _Linker:
         self.cursors = _Cursors(layout.space)
         self.accounts = dict(layout.accounts)
         self.image = _Image(plan, layout.addresses)
-        # Nothing more to ask about a target in one of these than where it is.
-        self.plain = {b: a for b, a in self.addresses.items() if b not in islands} if islands else self.addresses
+        self.starts: dict[Blocks, Column] = {}  # by block number, where a block without an island is; 0 if not placed
         self.cells: dict[tuple[int, ...], int] = {}
         self.jumps: dict[int, int] = {}
         self.writes: list[tuple[int, bytes]] = []
 
     def run(self) -> Placement:
-        for group in self.plan.groups:
-            _GroupLinker(self, group).run()
+        linkers = [_GroupLinker(self, group) for group in self.plan.groups]
+        for linker in linkers:
+            self._note_starts(linker)
+        for linker in linkers:
+            linker.run()
         cells = [(address, b"".join(map(_word, values))) for values, address in self.cells.items()]
         writes = [*self.image.writes(), *_joined(cells), *self.writes]
         return Placement(self.addresses, tuple(writes), self.cursors.rest, self.accounts)
+
+    def _note_starts(self, linker: _GroupLinker) -> None:
+        source, members = linker.group.source, linker.group.members
+        starts = self.starts.setdefault(source, np.zeros(source.block_count, np.int64))
+        starts[[b.number for b in members]] = linker.bases
+        if self.islands:
+            starts[[b.number for b in members if b in self.islands]] = 0
 
     # --- cells and jumps --------------------------------------------------------------------------------------
 
@@ -359,6 +368,7 @@ class _GroupLinker:
         self.fields = group.fields
         self.object = group.source.object
         self.table = linker.layout.table
+        self.bases = np.array([linker.addresses[b] for b in group.members], np.int64)
         self._addresses = _Values(lambda t: self._address(t, call=False))
         self._calls = _Values(lambda t: self._address(t, call=True))
         self._address_cells = _Values(lambda t: linker.cell(self.object, self._addresses[t]))
@@ -376,11 +386,9 @@ class _GroupLinker:
         members, fields = self.group.members, self.fields
         if not len(fields.owner):
             return
-        image, addresses = self.linker.image, self.linker.addresses
-        base = np.array([addresses[b] for b in members], np.int64)[fields.owner]
-        shift = np.array([image.shift.get(b, 0) for b in members], np.int64)[fields.owner]
-        self.places = base + fields.offset
-        self.positions = self.places + shift
+        shift = self.linker.image.shift
+        self.places = self.bases[fields.owner] + fields.offset
+        self.positions = self.places + np.array([shift.get(b, 0) for b in members], np.int64)[fields.owner]
         self._check_extents()
         for kind in np.unique(fields.type).tolist():
             rule = RULES[kind]
@@ -441,18 +449,14 @@ class _GroupLinker:
     # --- what targets are -------------------------------------------------------------------------------------
 
     def _addresses_of(self, targets: Column, call: bool) -> Column:
-        """Return the addresses of some targets, each worked out once."""
-        source, plain = self.group.source, self.linker.plain
-        distinct = targets[first_rows(targets, source.target_count)]
-        home, offset = source.homes(distinct)
-        starts = np.array([-1 if b is None else plain.get(b, -1) for b in source.numbered(home.tolist())], np.int64)
-        found = starts + offset
+        """Return the addresses of some targets; nearly all are in blocks that are placed."""
+        home, offset = self.group.source.homes(targets)
+        starts = self.linker.starts[self.group.source][home]
+        addresses = starts + offset
         values = self._calls if call else self._addresses
-        for i in np.flatnonzero(starts < 0).tolist():
-            found[i] = values[int(distinct[i])]
-        addresses = np.empty(source.target_count, np.int64)
-        addresses[distinct] = found
-        return addresses[targets]
+        others = np.flatnonzero((home < 0) | (starts == 0))
+        addresses[others] = values.of(targets[others])
+        return addresses
 
     def _address(self, number: int, call: bool) -> int:
         target = self.group.source.target(number)

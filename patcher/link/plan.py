@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from patcher.blocks import Block, Blocks, Doubt, External, Fields, Kind, Linkable, Place, Reference, Target
 from patcher.bulk import collector_paused, first_rows
@@ -117,6 +118,7 @@ class _Planner:
         self._runs: dict[Block, list[Block]] = {}
         self._asked: dict[Block, Bound | None] = {}
         self._wave: dict[Blocks, list[Block]] = {}
+        self._reached: dict[Blocks, npt.NDArray[np.bool_]] = {}  # by block number, whether it is placed or bound
 
     def run(self) -> Plan:
         for unit in self._units:
@@ -178,6 +180,7 @@ class _Planner:
             plain = _without(plain, stretched)
             fields = unit.blocks.fields(plain)
         members = (*plain, *stretched)
+        self._marks(unit.blocks)[[b.number for b in members]] = True
         if stretched:
             fields = Fields.joined([fields, self._rewritten(unit, stretched, len(plain))])
         for block in unit.blocks.doubtful(blocks):
@@ -194,17 +197,29 @@ class _Planner:
         source = unit.blocks
         home, _ = source.homes(fields.target)
         plain = (home >= 0) & np.isin(fields.type, _PLAIN)
-        simple, others = np.flatnonzero(plain), np.flatnonzero(~plain)
+        reached = self._marks(source)
+        simple, others = np.flatnonzero(plain & ~reached[home]), np.flatnonzero(~plain)
         _, first = np.unique(fields.target[others] << 32 | fields.type[others] & 0xFFFFFFFF, return_index=True)
         rows = np.concatenate((simple[first_rows(home[simple], source.block_count)], others[first]))
         rows.sort()
+        simple = rows[plain[rows]]
         numbers = np.where(plain[rows], home[rows], -1)
-        blocks, placed, bound = source.numbered(numbers.tolist()), self._placed, self._bound
-        for row, block, owner in zip(rows.tolist(), blocks, fields.owner[rows].tolist(), strict=True):
-            if block is None:
+        for row, number, owner in zip(rows.tolist(), numbers.tolist(), fields.owner[rows].tolist(), strict=True):
+            if number < 0:
                 self._follow(unit, members[owner], fields.reference(source, row))
-            elif block not in placed and block not in bound:
-                self._reach(unit, members[owner], block)
+            else:
+                self._reach(unit, members[owner], source.block(number))
+        reached[home[simple]] = True
+
+    def _marks(self, source: Blocks) -> npt.NDArray[np.bool_]:
+        """Return for each block number of an object whether it need not be looked at again."""
+        marks = self._reached.get(source)
+        if marks is None or len(marks) < source.block_count:
+            grown = np.zeros(2 * source.block_count, bool)
+            if marks is not None:
+                grown[: len(marks)] = marks
+            marks = self._reached[source] = grown
+        return marks
 
     def _rewritten(self, unit: Unit, blocks: list[Block], start: int) -> Fields:
         """Return the references of blocks that are not placed as they are; owners count from `start`."""
