@@ -18,7 +18,6 @@ import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -187,7 +186,7 @@ class Blocks:
         self._references: dict[Block, tuple[Reference, ...]] = {}
         self._commons: dict[int, Block] = {}
         self._shared: set[int] = set()  # sections of several functions
-        self._windows: set[tuple[int, int]] = set()  # parts of those that were looked at for hidden references
+        self._windows: set[tuple[int, int]] = set()  # parts of those yet to be looked at for hidden references
         self._suspects: dict[Block, int] = {}  # which may have some, until where
         self._hidden: dict[Block, tuple[HiddenReference, ...]] = {}
         self._hidden_found: dict[Block, tuple[Reference, ...]] = {}
@@ -295,6 +294,7 @@ class Blocks:
             self._cuts[section.index] = Cuts(starts, blocks, np.array(starts, np.int64))
             if section.code and len(blocks) > 1:
                 self._shared.add(section.index)
+                self._windows.update((section.index, start >> _WINDOW) for start in starts)
 
     def _make(self, sections: Sequence[Section], extents: Extents) -> list[Block]:
         """Return the pieces of some sections as blocks."""
@@ -789,12 +789,15 @@ class Blocks:
         """
         if not self._shared:
             return []
-        shared = self._shared
-        for window in {(b.section, b.start >> _WINDOW) for b in blocks if b.section in shared} - self._windows:
-            self._windows.add(window)
-            self._look_for_suspects(*window)
+        if self._windows:
+            shared = self._shared
+            for window in {(b.section, b.start >> _WINDOW) for b in blocks if b.section in shared} & self._windows:
+                self._windows.remove(window)
+                self._look_for_suspects(*window)
         suspects = self._suspects
-        return [(i, b) for i, b in enumerate(blocks) if b in suspects]
+        found = [(i, b) for i, b in enumerate(blocks) if b in suspects]
+        self._decode([b for _, b in found if b not in self._hidden])
+        return found
 
     def _look_for_suspects(self, section: int, window: int) -> None:
         from patcher.code.split import suspects
@@ -817,7 +820,7 @@ class Blocks:
         """Return the references without relocations of a block that is suspected to have some."""
         found = self._hidden_found.get(block)
         if found is None:
-            found = self._hidden_found[block] = tuple(map(partial(self._hidden_reference, block), self._decoded(block)))
+            found = self._hidden_found[block] = tuple([self._hidden_reference(block, h) for h in self._hidden[block]])
         return found
 
     def _hidden_reference(self, block: Block, hidden: HiddenReference) -> Reference:
@@ -825,14 +828,17 @@ class Blocks:
         place = self.at(block.section, hidden.target)
         return Reference(hidden.field - block.start, kind, place, -(hidden.width + hidden.end))
 
-    def _decoded(self, block: Block) -> tuple[HiddenReference, ...]:
+    def _decode(self, blocks: Sequence[Block]) -> None:
+        """Find the references without relocations of some blocks."""
+        if not blocks:
+            return
         from patcher.code.split import hidden_references
 
-        if block not in self._hidden:
-            relocated = self._relocated(block.section, block.start, block.start + block.size).tolist()
+        offsets = self.object.relocation_rows.offset
+        first, count = self._rows_of(blocks)
+        for block, low, high in zip(blocks, first.tolist(), (first + count).tolist(), strict=True):
             data, extent = self.object.sections[block.section].data, (block.start, block.size)
-            self._hidden[block] = hidden_references(data, [extent], relocated, self._suspects[block])
-        return self._hidden[block]
+            self._hidden[block] = hidden_references(data, [extent], offsets[low:high].tolist(), self._suspects[block])
 
 
 _WINDOW = 15

@@ -133,7 +133,8 @@ def data_extents(source: ObjectFile, section: Section, numbers: Column, pointed:
     aimed = aimed[~_inside(starts, ends, aimed)]
     aimed = aimed[[not _inside_string(section.data, offset) for offset in aimed.tolist()]] if len(aimed) else aimed
     cuts = np.concatenate(([0], starts, ends, values[~_inside(starts, ends, values)], aimed))
-    cuts = np.unique(cuts[cuts < section.size])
+    cuts = np.sort(cuts[cuts < section.size], kind="stable")
+    cuts = cuts[np.diff(cuts, prepend=-1) > 0]
     first = np.flatnonzero(np.diff(values, prepend=-1))
     group = np.full(len(cuts), -1)
     entered = np.searchsorted(cuts, values[first])

@@ -15,7 +15,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from patcher.blocks import Absolute, Block, Blocks, External, Kind, Place, Reference
+from patcher.blocks import Absolute, Block, Blocks, External, Kind, Linkable, Place, Reference
 from patcher.bulk import collector_paused
 from patcher.code.descriptor import FIND_THROUGH_DESCRIPTOR
 from patcher.elf import ObjectFile
@@ -27,6 +27,7 @@ from patcher.link.relocations import RULES, Need, Operands, R, Rule, type_name
 
 _CODE_ALIGNMENT = 16
 _MASK = (1 << 64) - 1
+_BEYOND_VARIABLE = 1  # so that a pointer to a variable's end never points to the next one
 _TRAP = 0xCC  # int3, between functions
 
 
@@ -150,63 +151,72 @@ def lay_out(plan: Plan, space: Space) -> Layout:
     accounts: dict[ObjectFile, Account] = {}
     # What is only zeros comes last: it need not be written.
     data = sorted(plan.data, key=lambda block: block.zero)
-    for name, cursor, blocks in (
-        ("text", cursors.code, plan.code),
-        ("read_only", cursors.read_only, plan.read_only),
-        ("data", cursors.data, data),
+    for name, cursor, blocks, least, beyond in (
+        ("text", cursors.code, plan.code, _CODE_ALIGNMENT, 0),
+        ("read_only", cursors.read_only, plan.read_only, 1, 0),
+        ("data", cursors.data, data, 1, _BEYOND_VARIABLE),
     ):
-        used = _give_addresses(plan, blocks, cursor, addresses)
+        used = _Addresses(plan, cursor, addresses, least, beyond).give(blocks)
         for source, size in used.items():
             accounts[source] = accounts.get(source, Account()).plus(**{name: size})
     table = (cursors.read_only.at + 7) & -8
     return Layout(addresses, table, cursors.rest, accounts)
 
 
-def _give_addresses(
-    plan: Plan, blocks: Sequence[Block], cursor: _Cursor, addresses: dict[Block, int]
-) -> dict[ObjectFile, int]:
-    """Place blocks one after another; return how many bytes each object took."""
-    strings: dict[bytes, int] = {}
-    used: dict[ObjectFile, int] = {}
-    for source, group in groupby(blocks, key=attrgetter("object")):
-        before = cursor.at
-        for block in group:
-            _give_address(plan, block, cursor, addresses, strings)
-        used[source] = used.get(source, 0) + cursor.at - before
-    return used
+class _Addresses:
+    """Places the blocks of one kind one after another."""
 
+    def __init__(
+        self, plan: Plan, cursor: _Cursor, addresses: dict[Block, int], least_alignment: int, beyond: int
+    ) -> None:
+        self._plan = plan
+        self._cursor = cursor
+        self._addresses = addresses
+        self._least_alignment = least_alignment
+        self._beyond = beyond
+        self._strings: dict[bytes, int] = {}
 
-def _give_address(
-    plan: Plan, block: Block, cursor: _Cursor, addresses: dict[Block, int], strings: dict[bytes, int]
-) -> None:
-    lead, size, alignment = 0, block.size, block.alignment
-    if block in plan.runs:
-        if block not in addresses:
-            _place_run(plan.runs[block], cursor, addresses)
-        return
-    if block in plan.linkables:
-        linkable = plan.linkables[block]
-        lead, size = linkable.lead, max(len(linkable.data), size)
-    if block.kind is Kind.CODE:
-        alignment = max(alignment, 1 if lead else _CODE_ALIGNMENT)
-    elif block.kind is Kind.DATA:
-        size += 1  # so that a pointer to a variable's end never points to the next one
-    elif block.string and alignment == 1 and block.data in strings:
-        addresses[block] = strings[block.data]
-        return
-    start = cursor.take(size, alignment)
-    addresses[block] = start + lead
-    if block.string:
-        strings.setdefault(block.data, start)
+    def give(self, blocks: Sequence[Block]) -> dict[ObjectFile, int]:
+        """Place some blocks; return how many bytes each object took."""
+        used: dict[ObjectFile, int] = {}
+        runs, linkables, addresses = self._plan.runs, self._plan.linkables, self._addresses
+        take, least, beyond = self._cursor.take, self._least_alignment, self._beyond
+        for source, group in groupby(blocks, key=attrgetter("object")):
+            before = self._cursor.at
+            for block in group:
+                if block in runs:
+                    self._give_run(runs[block])
+                elif block in linkables:
+                    self._give_stretched(block, linkables[block])
+                elif block.string:
+                    self._give_string(block)
+                else:
+                    addresses[block] = take(block.size + beyond, max(block.alignment, least))
+            used[source] = used.get(source, 0) + self._cursor.at - before
+        return used
 
+    def _give_run(self, run: Sequence[Block]) -> None:
+        """Place some blocks of one section as they lie there."""
+        first, last = run[0], run[-1]
+        if first in self._addresses:
+            return
+        alignment = first.object.sections[first.section].alignment
+        size = last.start + last.size - first.start + self._beyond
+        start = self._cursor.take(size, alignment, first.start % alignment)
+        self._addresses.update({block: start + block.start - first.start for block in run})
 
-def _place_run(run: Sequence[Block], cursor: _Cursor, addresses: dict[Block, int]) -> None:
-    """Place some blocks of one section as they lie there."""
-    first, last = run[0], run[-1]
-    alignment = first.object.sections[first.section].alignment
-    size = last.start + last.size - first.start + (last.kind is Kind.DATA)
-    start = cursor.take(size, alignment, first.start % alignment)
-    addresses.update({block: start + block.start - first.start for block in run})
+    def _give_stretched(self, block: Block, linkable: Linkable) -> None:
+        alignment = max(block.alignment, 1 if linkable.lead else self._least_alignment)
+        start = self._cursor.take(max(len(linkable.data), block.size) + self._beyond, alignment)
+        self._addresses[block] = start + linkable.lead
+
+    def _give_string(self, block: Block) -> None:
+        if block.alignment > 1 or block.data not in self._strings:
+            start = self._cursor.take(block.size, block.alignment)
+            self._strings.setdefault(block.data, start)
+        else:
+            start = self._strings[block.data]
+        self._addresses[block] = start
 
 
 # --- contents -------------------------------------------------------------------------------------------------
@@ -390,7 +400,7 @@ class _GroupLinker:
         self.places = self.bases[fields.owner] + fields.offset
         self.positions = self.places + np.array([shift.get(b, 0) for b in members], np.int64)[fields.owner]
         self._check_extents()
-        for kind in np.unique(fields.type).tolist():
+        for kind in np.flatnonzero(np.bincount(fields.type)).tolist():
             rule = RULES[kind]
             if rule.width:
                 self._fill(np.flatnonzero(fields.type == kind), rule)

@@ -133,18 +133,19 @@ class _Planner:
         return self._plan()
 
     def _plan(self) -> Plan:
-        kinds: dict[Kind, list[Block]] = {kind: [] for kind in Kind}
-        for block in self._placed:
-            kinds[block.kind].append(block)
+        placed = self._placed
+        code, read_only, data = (
+            tuple([b for b in placed if b.kind is kind]) for kind in (Kind.CODE, Kind.READ_ONLY, Kind.DATA)
+        )
         return Plan(
-            code=tuple(kinds[Kind.CODE]),
-            read_only=tuple(kinds[Kind.READ_ONLY]),
-            data=tuple(kinds[Kind.DATA]),
+            code=code,
+            read_only=read_only,
+            data=data,
             groups=tuple(self._groups),
             linkables=self._linkables,
             bound=self._bound,
             externals=self._externals,
-            doors=frozenset(b for b in kinds[Kind.CODE] if self._placed[b].doors(b)),
+            doors=frozenset([b for b in code if placed[b].doors(b)]),
             runs={block: tuple(sorted(run, key=lambda b: b.start)) for block, run in self._runs.items()},
         )
 
