@@ -294,7 +294,7 @@ class Blocks:
             self._cuts[section.index] = Cuts(starts, blocks, np.array(starts, np.int64))
             if section.code and len(blocks) > 1:
                 self._shared.add(section.index)
-                self._windows.update((section.index, start >> _WINDOW) for start in starts)
+                self._windows.update((section.index, start) for start in {start >> _WINDOW for start in starts})
 
     def _make(self, sections: Sequence[Section], extents: Extents) -> list[Block]:
         """Return the pieces of some sections as blocks."""

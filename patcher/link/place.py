@@ -411,7 +411,7 @@ class _GroupLinker:
         for i in [i for i, b in enumerate(members) if b in linkables] if linkables else ():
             linkable = linkables[members[i]]
             low[i], high[i] = -linkable.lead, len(linkable.data) - linkable.lead
-        width = _WIDTHS[np.searchsorted(_KINDS, fields.type)]
+        width = _WIDTHS[fields.type]
         bad = (fields.offset < low[fields.owner]) | (fields.offset + width > high[fields.owner])
         if bad.any():
             block, r = self._reference(int(np.argmax(bad)))
@@ -570,8 +570,7 @@ class _GroupLinker:
         return FarData(message, "compile the unit with -mcmodel=large, which reaches everything", object=block.object)
 
 
-_KINDS = np.array(sorted(RULES), np.int64)
-_WIDTHS = np.array([RULES[kind].width for kind in sorted(RULES)], np.int64)
+_WIDTHS = np.array([RULES[kind].width if kind in RULES else 0 for kind in range(max(RULES) + 1)], np.int64)
 
 
 def _joined(writes: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:

@@ -10,7 +10,7 @@ things that they refer to. Decides what is placed and what names mean; where it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from patcher.blocks import Block, Blocks, Doubt, External, Fields, Kind, Linkable, Place, Reference, Target
 from patcher.bulk import collector_paused, first_rows
+from patcher.elf.object import Column
 from patcher.elf.relocations import OFFSET_TABLE
 from patcher.errors import LinkError, UnresolvedSymbol, UnsupportedRelocation
 from patcher.link.relocations import DYNAMIC_THREAD_LOCAL, RULES, Need, type_name
@@ -175,9 +176,9 @@ class _Planner:
         stretched = unit.blocks.stretched(blocks)
         plain = _without(blocks, stretched)
         fields = unit.blocks.fields(plain)
-        asking = np.unique(fields.owner[np.isin(fields.type, DYNAMIC_THREAD_LOCAL)]).tolist()
-        if asking:
-            stretched += [plain[i] for i in asking]
+        asking = _is_among(fields.type, _DYNAMIC)
+        if asking.any():
+            stretched += [plain[i] for i in np.unique(fields.owner[asking]).tolist()]
             plain = _without(plain, stretched)
             fields = unit.blocks.fields(plain)
         members = (*plain, *stretched)
@@ -197,20 +198,21 @@ class _Planner:
         """
         source = unit.blocks
         home, _ = source.homes(fields.target)
-        plain = (home >= 0) & np.isin(fields.type, _PLAIN)
+        plain = (home >= 0) & _is_among(fields.type, _PLAIN)
         reached = self._marks(source)
-        simple, others = np.flatnonzero(plain & ~reached[home]), np.flatnonzero(~plain)
-        _, first = np.unique(fields.target[others] << 32 | fields.type[others] & 0xFFFFFFFF, return_index=True)
-        rows = np.concatenate((simple[first_rows(home[simple], source.block_count)], others[first]))
-        rows.sort()
-        simple = rows[plain[rows]]
+        rows = np.flatnonzero(plain & ~reached[home])
+        rows = rows[first_rows(home[rows], source.block_count)]
+        if not plain.all():
+            others = np.flatnonzero(~plain)
+            _, first = np.unique(fields.target[others] << 32 | fields.type[others], return_index=True)
+            rows = np.sort(np.concatenate((rows, others[first])))
         numbers = np.where(plain[rows], home[rows], -1)
         for row, number, owner in zip(rows.tolist(), numbers.tolist(), fields.owner[rows].tolist(), strict=True):
             if number < 0:
                 self._follow(unit, members[owner], fields.reference(source, row))
             else:
                 self._reach(unit, members[owner], source.block(number))
-        reached[home[simple]] = True
+        reached[numbers[numbers >= 0]] = True
 
     def _marks(self, source: Blocks) -> npt.NDArray[np.bool_]:
         """Return for each block number of an object whether it need not be looked at again."""
@@ -357,7 +359,20 @@ class _Planner:
         self._externals[key] = found if found is not None else Bound(0)
 
 
-_PLAIN = [kind for kind, rule in RULES.items() if not rule.need.thread_local and rule.need is not Need.TABLE]
+def _marked(kinds: Iterable[int]) -> npt.NDArray[np.bool_]:
+    """Return which relocation types are among some, by number; the last stands for all that are greater."""
+    marks = np.zeros(256, bool)
+    marks[list(kinds)] = True
+    return marks
+
+
+def _is_among(types: Column, marks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    found: npt.NDArray[np.bool_] = marks[np.minimum(types, len(marks) - 1)]
+    return found
+
+
+_DYNAMIC = _marked(DYNAMIC_THREAD_LOCAL)
+_PLAIN = _marked(kind for kind, rule in RULES.items() if not rule.need.thread_local and rule.need is not Need.TABLE)
 
 
 def _without(blocks: list[Block], others: list[Block]) -> list[Block]:
