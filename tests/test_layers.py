@@ -29,8 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "build": {"errors"},
     "watch": {"errors"},
     # Blocks cut code at the references that an assembler resolved: that takes decoding.
-    "extents": {"elf"},
-    "blocks": READING | {"code", "bulk", "extents"},
+    "blocks": READING | {"code", "bulk"},
     # The linker is pure: blocks in, bytes out; the only code it makes is a far jump.
     "link": READING | {"blocks", "code", "bulk"},
     "linkmap": {"errors", "target"},

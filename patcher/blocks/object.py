@@ -1,119 +1,42 @@
-"""An object cut into blocks: the pieces that live or die as one, and what each refers to.
+"""Cutting an object into blocks, and what each of them refers to, one by one or as columns.
 
-A block is a function, a variable, a constant, a string or a jump table. Compilers called with
--ffunction-sections -fdata-sections give most of them a section of their own; what shares a section is
-cut at its symbols, at the offsets that code refers to, or, for mergeable pools, at the entries.
-
-A reference is a relocation as seen from its block, with its target made exact. For a section symbol
-the addend mixes the place in the section with the distance from the field to the end of the
-instruction (-4, or -5 before a one-byte immediate); here the two are told apart, so that `target` is
-what the code means and `addend` what the formula needs.
-
-Pure: knows neither process nor file system.
+Columns have numbers for targets and blocks, since a large unit has far more references than there is time to make
+objects for: `Blocks.fields` gives them, `Blocks.homes` says in which block a target is.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from patcher.blocks import neighbours
+from patcher.blocks.block import (
+    Absolute,
+    Block,
+    Cuts,
+    Doubt,
+    External,
+    Kind,
+    Linkable,
+    Place,
+    Reference,
+    Target,
+)
+from patcher.blocks.extents import Extents, data_extents, function_extents, is_one_variable, string_extent
+from patcher.blocks.hidden import HiddenReferences, rows_of
 from patcher.bulk import collector_paused, first_rows
 from patcher.elf import ObjectFile, Relocation, Section, Symbol, SymbolType
-from patcher.elf.object import KEY_BITS, Column, SymbolBinding, row_key
+from patcher.elf.object import KEY_BITS, Column, SymbolBinding
 from patcher.elf.relocations import R, is_pc_relative
 from patcher.elf.tables import SHF_EXECINSTR, SHF_MERGE, SHF_TLS
 from patcher.errors import ObjectError
-from patcher.extents import Extents, data_extents, function_extents, is_one_variable, string_extent
 
 if TYPE_CHECKING:
     from patcher.code.split import HiddenReference
-
-
-class Kind(Enum):
-    CODE = "code"
-    READ_ONLY = "read-only data"
-    DATA = "data"
-    THREAD_LOCAL = "thread-local data"
-
-
-# Not frozen: a large unit has hundreds of thousands, and a frozen dataclass takes three times as long to make.
-@dataclass(slots=True, eq=False)
-class Block:
-    """A piece of an object; it never changes. `data` is empty for zero-initialised storage; `number` is its place
-    in the order in which its `Blocks` made them."""
-
-    object: ObjectFile = field(repr=False)
-    kind: Kind
-    name: str
-    section: int
-    start: int
-    size: int
-    alignment: int
-    data: bytes = field(repr=False)
-    symbols: tuple[Symbol, ...] = field(repr=False)
-    number: int = field(repr=False)
-    string: bool = False
-
-    @property
-    def anonymous(self) -> bool:
-        return not self.symbols
-
-    @property
-    def exported(self) -> bool:
-        return any(not s.local for s in self.symbols)
-
-    @property
-    def zero(self) -> bool:
-        return not self.data and self.size > 0
-
-
-class Place(NamedTuple):
-    """A position in a block of the same object."""
-
-    block: Block
-    offset: int
-
-
-class External(NamedTuple):
-    """A symbol that the object does not define."""
-
-    name: str
-    weak: bool = False
-    hidden: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Absolute:
-    """A symbol with a fixed value."""
-
-    value: int
-
-
-Target = Place | External | Absolute
-
-
-class Reference(NamedTuple):
-    """A field of a block: apply relocation `type` at `offset`, with S = address of `target`, A = `addend`."""
-
-    offset: int
-    type: int
-    target: Target
-    addend: int
-
-
-@dataclass(frozen=True, slots=True)
-class Linkable:
-    """The bytes of a block and the fields in them. The block starts `lead` bytes into `data`; field offsets count
-    from the block's start, and may lie before or behind it."""
-
-    lead: int
-    data: bytes
-    references: tuple[Reference, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,32 +67,14 @@ class Fields:
         return cls(*(np.concatenate([getattr(p, c) for p in parts]) for c in columns))
 
 
-class Doubt(NamedTuple):
-    """Two pieces of a section that one reference may be about: it is right when they stay as far apart as they are."""
-
-    reference: Reference
-    first: Block
-    second: Block
-
-
-class Cuts(NamedTuple):
-    """The blocks of one section, by rising start; `column` are the starts again."""
-
-    starts: list[int]
-    blocks: list[Block]
-    column: Column
-
-
 STUB_SIZE = 5
 
-# Comparing with a member of an enum takes as long as making a tuple.
-_UNKNOWN = -2
+_UNKNOWN = -2  # home of a target that was never asked for
 _NO_PLAIN_DATA = SHF_EXECINSTR | SHF_TLS | SHF_MERGE
 _LARGEST = 1 << 32  # no section is larger
+# Comparing with a member of an enum takes as long as making a tuple.
 _FILE, _SECTION, _IFUNC = int(SymbolType.FILE), int(SymbolType.SECTION), int(SymbolType.IFUNC)
 _SIZES = (R.SIZE32, R.SIZE64)
-_ACCESSES = (R.PC32, R.PLT32)  # fields of instructions that use what is there; but for lea
-_LEA = 0x8D
 _SKIPPED = (".eh_frame", ".note", ".comment", ".gnu", ".llvm", ".stapsdt")
 
 
@@ -185,10 +90,7 @@ class Blocks:
         self._entries: dict[tuple[int, int], Block] = {}  # of mergeable pools, as they are asked for
         self._references: dict[Block, tuple[Reference, ...]] = {}
         self._commons: dict[int, Block] = {}
-        self._shared: set[int] = set()  # sections of several functions
-        self._windows: set[tuple[int, int]] = set()  # parts of those yet to be looked at for hidden references
-        self._suspects: dict[Block, int] = {}  # which may have some, until where
-        self._hidden: dict[Block, tuple[HiddenReference, ...]] = {}
+        self._hidden = HiddenReferences(source, self._cuts)
         self._hidden_found: dict[Block, tuple[Reference, ...]] = {}
         self._pointed: dict[int, set[int]] | None = None
         self._targets: dict[int, Target | None] = {}  # of symbols, and of the numbers beyond theirs
@@ -269,7 +171,7 @@ class Blocks:
         if is_one_variable(section, symbols):
             extents = Extents.whole([section], [tuple(symbols)])
         else:
-            extents = data_extents(self.object, section, numbers, self._pointed_offsets(section))
+            extents = data_extents(self.object, section, numbers, self.pointed_offsets(section))
         self._keep(section, self._make([section], extents))
 
     def _cut_code(self, sections: list[Section]) -> None:
@@ -293,8 +195,7 @@ class Blocks:
             starts = [b.start for b in blocks]
             self._cuts[section.index] = Cuts(starts, blocks, np.array(starts, np.int64))
             if section.code and len(blocks) > 1:
-                self._shared.add(section.index)
-                self._windows.update((section.index, start) for start in {start >> _WINDOW for start in starts})
+                self._hidden.add(section.index)
 
     def _make(self, sections: Sequence[Section], extents: Extents) -> list[Block]:
         """Return the pieces of some sections as blocks."""
@@ -377,7 +278,7 @@ class Blocks:
         """Return what a block refers to, by rising offset."""
         found = self._references.get(block)
         if found is None:
-            found = tuple(self.reference(block, r) for r in self._relocations_in(block))
+            found = tuple(self.reference(block, r) for r in self.relocations_in(block))
             hidden = self._hidden_references(block)
             if hidden:
                 found = tuple(sorted(found + hidden, key=lambda r: r.offset))
@@ -391,7 +292,7 @@ class Blocks:
         function has moved: it goes to a jump that moves with it (`code.short_branch_stubs`).
         """
         references = self.references(block)
-        hidden = self._hidden.get(block, ())
+        hidden = self._hidden.of(block)
         if not any(h.width == 1 for h in hidden):
             return Linkable(0, block.data, references)
         from patcher.code.split import short_branch_stubs
@@ -415,7 +316,8 @@ class Blocks:
             found = self._relocations[section] = self.object.relocations(section)
         return found
 
-    def _relocations_in(self, block: Block) -> list[Relocation]:
+    def relocations_in(self, block: Block) -> list[Relocation]:
+        """Return the relocations of a block as they stand."""
         if not block.data:
             return []
         relocations = self._relocations_of(block.section)
@@ -427,7 +329,7 @@ class Blocks:
 
     def relocations(self, block: Block) -> list[Relocation] | None:
         """Return the relocations of a block as they stand, or None when it has references without one as well."""
-        return None if self._hidden_references(block) else self._relocations_in(block)
+        return None if self._hidden_references(block) else self.relocations_in(block)
 
     def reference(self, block: Block, r: Relocation) -> Reference:
         """Return one relocation of a block as a reference."""
@@ -455,24 +357,19 @@ class Blocks:
     # --- which piece a section's symbol is about ---------------------------------------------------------------
 
     def run(self, block: Block) -> tuple[Block, ...]:
-        """Return the constants without names that lie side by side with one, itself included.
-
-        Their cuts are guesses from where references lead, which may be the middle of a string or a table: code that
-        reads on from there finds what follows only if they stay together.
-        """
+        """Return the constants without names that lie side by side with one, itself included."""
         cuts = self._cuts.get(block.section)
-        if cuts is None or not _is_nameless_constant(block):
+        if cuts is None:
             return (block,)
         found = self._runs.get(block)
         if found is None:
-            low = high = bisect.bisect_left(cuts.starts, block.start)
-            while low and _is_nameless_constant(cuts.blocks[low - 1]):
-                low -= 1
-            while high < len(cuts.blocks) and _is_nameless_constant(cuts.blocks[high]):
-                high += 1
-            found = tuple(cuts.blocks[low:high])
+            found = neighbours.run(cuts, block)
             self._runs.update(dict.fromkeys(found, found))
         return found
+
+    def cuts(self, section: int) -> Cuts:
+        """Return the blocks of a section that has several."""
+        return self._cuts[section]
 
     def doubts(self, block: Block) -> tuple[Doubt, ...]:
         """Return what is not certain about the references of a block, once they have been worked out."""
@@ -484,74 +381,17 @@ class Blocks:
         return [b for b in blocks if b in self._doubts] if self._doubts else []
 
     def _note_doubts(self, block: Block, r: Relocation, reference: Reference) -> None:
-        pairs = self._pairs(block, r, reference)
+        pairs = neighbours.pairs(self, block, r, reference)
         if pairs:
             doubts = tuple(Doubt(reference, first, second) for first, second in pairs)
             self._doubts.setdefault(block, {})[reference.offset] = doubts
-
-    def _pairs(self, user: Block, r: Relocation, reference: Reference) -> list[tuple[Block, Block]]:
-        """Return the neighbours of a reference's target that it may be about as well.
-
-        An instruction reads or writes inside of what it is about; but an address may be that of a variable's end,
-        and where a register is added it may be anywhere near.
-        """
-        in_code = user.kind is Kind.CODE
-        if in_code and r.type in _ACCESSES and user.data[reference.offset - 2] != _LEA:
-            return []
-        indexed = in_code and r.type == R.A32S
-        assert isinstance(reference.target, Place)
-        target, offset = reference.target
-        run = self.run(target)
-        before, after = self._neighbours(run)
-        if before is None and (after is None or not indexed):
-            return []
-        at_end = before is not None and not before.anonymous and offset == 0 and target is run[0]
-        at_end = at_end and before is not None and before.start + before.size == target.start
-        if not (indexed or at_end) or self._is_own_table(user, r, target, before, after):
-            return []
-        pairs = [(before, run[0])] if before is not None else []
-        if indexed and after is not None:
-            pairs.append((before if before is not None and self._is_padding(target) else run[-1], after))
-        return pairs
-
-    def _neighbours(self, run: tuple[Block, ...]) -> tuple[Block | None, Block | None]:
-        """Return what lies before and behind some blocks of a section that is cut, padding left out."""
-        starts, blocks, _ = self._cuts[run[0].section]
-        low = bisect.bisect_left(starts, run[0].start) - 1
-        high = low + len(run) + 1
-        while low >= 0 and self._is_padding(blocks[low]):
-            low -= 1
-        while high < len(blocks) and self._is_padding(blocks[high]):
-            high += 1
-        return blocks[low] if low >= 0 else None, blocks[high] if high < len(blocks) else None
-
-    def _is_padding(self, block: Block) -> bool:
-        if block.symbols:
-            return False
-        unused = block.start not in self._pointed_offsets(self.object.sections[block.section])
-        return block.kind is not Kind.READ_ONLY or (unused and not any(block.data))
-
-    def _is_own_table(
-        self, user: Block, r: Relocation, table: Block, before: Block | None, after: Block | None
-    ) -> bool:
-        """Tell whether a reference is the one by which a function finds its jump table.
-
-        There is at least one for each; so if it is the only one to that place, and what lies around is no table of
-        addresses, it is about no neighbour.
-        """
-        own = self._relocations_in(table) if table.anonymous and user.kind is Kind.CODE else []
-        if not own or any(b is not None and self._relocations_in(b) for b in (before, after)):
-            return False
-        if sum(o.symbol == r.symbol and o.addend == r.addend for o in self._relocations_in(user)) > 1:
-            return False
-        label = self.reference(table, own[0]).target
-        return isinstance(label, Place) and label.block is user
 
     # --- many references at once ------------------------------------------------------------------------------
 
     def fields(self, blocks: Sequence[Block]) -> Fields:
         """Return what some blocks refer to: what `references` says of each, as columns."""
-        first, count = self._rows_of(blocks)
+        first, last = rows_of(self.object, blocks)
+        count = last - first
         owner = np.repeat(np.arange(len(blocks)), count)
         rows = np.arange(len(owner)) + np.repeat(first - (np.cumsum(count) - count), count)
         self._make_exact(blocks, owner, rows)
@@ -560,7 +400,7 @@ class Blocks:
         starts = np.array([b.start for b in blocks], np.int64)
         offset = table.offset[rows] - starts[owner]
         plain = Fields(owner, offset, table.type[rows], target[rows], addend[rows])
-        hidden = [(i, r) for i, b in self._suspected(blocks) for r in self._found_hidden(b)]
+        hidden = [(i, r) for i, b in self._hidden.suspected(blocks) for r in self._found_hidden(b)]
         return Fields.joined([plain, self.rows(hidden)]) if hidden else plain
 
     def rows(self, references: Sequence[tuple[int, Reference]]) -> Fields:
@@ -672,15 +512,7 @@ class Blocks:
 
     def stretched(self, blocks: Sequence[Block]) -> list[Block]:
         """Return the blocks that need jumps of their own around them, so that `linkable` is not the block as it is."""
-        return [b for _, b in self._suspected(blocks) if any(r.type == R.PC8 for r in self._found_hidden(b))]
-
-    def _rows_of(self, blocks: Sequence[Block]) -> tuple[Column, Column]:
-        """Return the first row of each block among the object's relocations, and how many it has."""
-        section = np.array([b.section for b in blocks], np.int64)
-        start = np.array([b.start for b in blocks], np.int64)
-        size = np.array([len(b.data) for b in blocks], np.int64)
-        first, last = self.object.relocation_rows.between(row_key(section, start), row_key(section, start + size))
-        return first, last - first
+        return [b for _, b in self._hidden.suspected(blocks) if any(r.type == R.PC8 for r in self._found_hidden(b))]
 
     def _exact_columns(self) -> tuple[Column, Column]:
         """Return the target (-1: not worked out yet) and the addend of each row of the object's relocations."""
@@ -740,14 +572,16 @@ class Blocks:
 
     def _call_ends(self, block: Block) -> Iterable[int]:
         """Yield where the calls and jumps with a relocation end: nothing follows their field."""
-        for offset, kind, _, _ in self._relocations_in(block):
+        for offset, kind, _, _ in self.relocations_in(block):
             at = offset - block.start
             if kind == R.PLT32 and at and block.data[at - 1] in (0xE8, 0xE9):
                 yield at + 4
 
-    def _pointed_offsets(self, section: Section) -> set[int]:
-        # Where code and data point into sections that hold nameless things (jump tables, constants):
-        # each such offset starts a block.
+    def pointed_offsets(self, section: Section) -> set[int]:
+        """Return where code and data point into a section that may hold nameless things (jump tables, constants).
+
+        Each such offset starts a block.
+        """
         if self._pointed is None:
             self._pointed = {}
             for target, offset in self._pointers():
@@ -780,47 +614,15 @@ class Blocks:
         return section is not None and not section.code and not section.mergeable
 
     def _hidden_references(self, block: Block) -> tuple[Reference, ...]:
-        return next((self._found_hidden(b) for _, b in self._suspected((block,))), ())
-
-    def _suspected(self, blocks: Sequence[Block]) -> list[tuple[int, Block]]:
-        """Return the blocks that may have references which the assembler resolved, each with its place among the given.
-
-        To find the references takes decoding.
-        """
-        if not self._shared:
-            return []
-        if self._windows:
-            shared = self._shared
-            for window in {(b.section, b.start >> _WINDOW) for b in blocks if b.section in shared} & self._windows:
-                self._windows.remove(window)
-                self._look_for_suspects(*window)
-        suspects = self._suspects
-        found = [(i, b) for i, b in enumerate(blocks) if b in suspects]
-        self._decode([b for _, b in found if b not in self._hidden])
-        return found
-
-    def _look_for_suspects(self, section: int, window: int) -> None:
-        from patcher.code.split import suspects
-
-        starts, blocks, _ = self._cuts[section]
-        low, high = (bisect.bisect_left(starts, w << _WINDOW) for w in (window, window + 1))
-        functions = [(b.start, b.size) for b in blocks[low:high]]
-        end = functions[-1][0] + functions[-1][1]
-        relocated = self._relocated(section, functions[0][0], end)
-        found = suspects(self.object.sections[section].data, functions, relocated)
-        self._suspects.update((b, found[b.start]) for b in blocks[low:high] if b.start in found)
-
-    def _relocated(self, section: int, start: int, end: int) -> Column:
-        """Return the offsets of the fields with relocations in a part of a section."""
-        rows = self.object.relocation_rows
-        first, last = np.searchsorted(rows.key, row_key(np.int64(section), np.array([start, end]))).tolist()
-        return rows.offset[first:last]
+        return self._found_hidden(block) if self._hidden.suspected((block,)) else ()
 
     def _found_hidden(self, block: Block) -> tuple[Reference, ...]:
         """Return the references without relocations of a block that is suspected to have some."""
         found = self._hidden_found.get(block)
         if found is None:
-            found = self._hidden_found[block] = tuple([self._hidden_reference(block, h) for h in self._hidden[block]])
+            found = self._hidden_found[block] = tuple(
+                [self._hidden_reference(block, h) for h in self._hidden.of(block)]
+            )
         return found
 
     def _hidden_reference(self, block: Block, hidden: HiddenReference) -> Reference:
@@ -828,29 +630,9 @@ class Blocks:
         place = self.at(block.section, hidden.target)
         return Reference(hidden.field - block.start, kind, place, -(hidden.width + hidden.end))
 
-    def _decode(self, blocks: Sequence[Block]) -> None:
-        """Find the references without relocations of some blocks."""
-        if not blocks:
-            return
-        from patcher.code.split import hidden_references
-
-        offsets = self.object.relocation_rows.offset
-        first, count = self._rows_of(blocks)
-        for block, low, high in zip(blocks, first.tolist(), (first + count).tolist(), strict=True):
-            data, extent = self.object.sections[block.section].data, (block.start, block.size)
-            self._hidden[block] = hidden_references(data, [extent], offsets[low:high].tolist(), self._suspects[block])
-
-
-_WINDOW = 15
-"""The functions of so many bits of a section's offsets are looked at together: one of them costs as much as all."""
-
 
 def _is_looked_at(section: Section) -> bool:
     return not section.name.startswith(_SKIPPED)
-
-
-def _is_nameless_constant(block: Block) -> bool:
-    return not block.symbols and block.kind is Kind.READ_ONLY
 
 
 def _preferred_name(symbols: tuple[Symbol, ...]) -> str:
@@ -867,16 +649,3 @@ def _wrapped(addend: int) -> int:
 def unit_of(source: ObjectFile) -> str:
     """Return the name an object's local symbols are kept under: its source file's base name."""
     return source.file_symbol or source.name
-
-
-__all__ = [
-    "Absolute",
-    "Block",
-    "Blocks",
-    "External",
-    "Kind",
-    "Place",
-    "Reference",
-    "Target",
-    "unit_of",
-]
