@@ -288,7 +288,8 @@ class LiveUnit:
 
     def _variable(self, symbol: StaticSymbol) -> LiveVariable:
         bias = 0 if symbol.type == SymbolType.TLS else self.module.bias
-        return LiveVariable(symbol.name, symbol.value + bias, symbol.size, symbol.local)
+        local = symbol.local and not self.module.module.demoted(symbol)
+        return LiveVariable(symbol.name, symbol.value + bias, symbol.size, local)
 
     def has_moved(self, address: int, name: str) -> bool:
         """Tell whether it is recorded that a variable of that name is what stood at an address before."""

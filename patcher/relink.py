@@ -276,7 +276,7 @@ class _Generation:
                 self._record_found(block, known, linkage)
         for block in found.bound:
             if block.symbols and block.kind in (Kind.DATA, Kind.THREAD_LOCAL):
-                self.used[base_name(block.name), linkage.part_of(block).source] = None
+                self.used[spelling(block.name).source, linkage.part_of(block).source] = None
         for source, account in placement.accounts.items():
             sizes = asdict(account)
             self._allocate(linkage.part_with(source), islands=sizes.pop("jumps"), **sizes)

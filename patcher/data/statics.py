@@ -75,10 +75,9 @@ class Variables:
         """Return the variable that left another unit of the same generation, and came to this one."""
         others = [u for u in self._units.values() if u is not unit and u.module is unit.module]
         found = [(u, v) for u in others for v in u.left(block, unit)]
-        rivals = [u for u in others if any(u.same_declaration(b, unit, block) for b in u.new_blocks())]
         if not found:
             return None
-        if len(found) > 1 or rivals:
+        if len(found) > 1 or any(u.has_new(block) for u in others):
             raise _ambiguous(unit, block, [v for _, v in found], [u.describe(v) for u, v in found])
         other, variable = found[0]
         return Found(replace(variable, born=False), Fate.MOVED, f"was in {other.part.source}")
@@ -201,10 +200,8 @@ class _Unit:
             return Found(variable)
         if self.live.moved_away(variable.address) and not self._is_used(variable):
             raise _ambiguous(self, block, [variable], ["which another unit has now"])
-        if not variable.local and all(s.local for s in block.symbols) and not variable.born:
-            return Found(variable, Fate.MOVED, "was global")
-        if variable.local and block.exported:
-            return Found(variable, Fate.MOVED, "was static")
+        if not variable.born and self._was_static(variable) == block.exported:
+            return Found(variable, Fate.MOVED, "was static" if block.exported else "was global")
         return self._found_again(block, variable)
 
     def _is_own(self, address: int) -> bool:
@@ -213,6 +210,13 @@ class _Unit:
         if known is not None:
             return known.external and not known.function
         return False
+
+    def _was_static(self, variable: LiveVariable) -> bool | None:
+        """Tell whether the program has a variable as a static; None when the linker left no difference."""
+        known = self.declaration(variable)
+        if known is not None:
+            return not known.external
+        return None if self.module.module.demotes else variable.local
 
     def _became_another(self, block: Block, variable: LiveVariable) -> bool:
         """Tell whether what a patch brought under a name is gone, so that another type may have the name."""
@@ -602,14 +606,12 @@ class _Unit:
 
     # --- from unit to unit ----------------------------------------------------------------------------------------
 
-    def new_blocks(self) -> list[Block]:
-        """Return the variables of the object that the process does not have under their names."""
+    def has_new(self, wanted: Block) -> bool:
+        """Tell whether the object has a variable that is new as well, and like one of another unit's."""
+        source = spelling(wanted.name).source
         data = (b for b in self.part.blocks.data_blocks() if b.kind is Kind.DATA and b.symbols)
-        return [b for b in data if not self._matched(b) and not is_scoped(b) and self.plain(b) is None]
-
-    def same_declaration(self, ours: Block, other: _Unit, block: Block) -> bool:
-        """Tell whether a variable would do for what another unit's would."""
-        return _source_of(ours.name) == spelling(block.name).source and ours.size == block.size
+        alike = [b for b in data if _source_of(b.name) == source and b.size == wanted.size]
+        return any(not self._matched(b) and not is_scoped(b) and self.plain(b) is None for b in alike)
 
     def left(self, block: Block, other: _Unit) -> list[LiveVariable]:
         """Return the variables of this unit that its object does not have any more, and that another's may be."""
