@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
-from patcher.blocks import Block, Kind
+from patcher.blocks import Block, Blocks, Kind
 from patcher.data.declared import NONE, Declarations, Declared, declared_in_object, declared_in_program, place
 from patcher.data.names import Spelling, guard_of, guards, spelling
 from patcher.data.outcome import Fate
@@ -29,6 +30,7 @@ from patcher.image import LoadedModule
 from patcher.live import LiveVariable, base_name
 from patcher.part import Part
 
+_declared: WeakKeyDictionary[Blocks, Declarations] = WeakKeyDictionary()  # an object may be linked more than once
 _HINT = "give the function's static variables different names, one save at a time"
 
 
@@ -122,8 +124,11 @@ class _Unit:
 
     @cached_property
     def _in_object(self) -> Declarations:
-        source = self.part.blocks.object
-        return declared_in_object(bytes(source.contents), source.name)
+        blocks = self.part.blocks
+        found = _declared.get(blocks)
+        if found is None:
+            found = _declared[blocks] = declared_in_object(bytes(blocks.object.contents), blocks.object.name)
+        return found
 
     @cached_property
     def _in_program(self) -> Declarations:
