@@ -44,7 +44,6 @@ class Declared:
     """A variable with static storage. `function` is "" outside of functions; `depth` counts the blocks around it."""
 
     name: str
-    linkage: str
     function: str
     depth: int
     line: int
@@ -315,7 +314,6 @@ class _Unit:
         blocks = around[around.index(function) :] if function is not None else []
         return Declared(
             name=self._text_of(origin, _NAME),
-            linkage=self._text_of(origin, _LINKAGE),
             function=self._function_name(function) if function is not None else "",
             depth=sum(e.tag == _BLOCK for e in blocks),
             line=next((n for e in origin if (n := self._number(e, _LINE))), 0),
