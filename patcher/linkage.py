@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from patcher.blocks import Block, Blocks, External, Kind, Place
-from patcher.data.statics import candidates, find_static
+from patcher.data.statics import Found, Variables
 from patcher.elf import ObjectFile, SymbolType
 from patcher.elf.relocations import R
 from patcher.errors import LinkError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
 from patcher.link.plan import Bound, Unit
-from patcher.live import UNDEFINED, LiveVariable, base_name, numbered
+from patcher.live import UNDEFINED, LiveVariable, base_name
 from patcher.match import MODULE_BASE, Status, is_private_piece
 from patcher.part import Part
 from patcher.patch.ledger import Ledger
@@ -124,6 +124,8 @@ class Linkage:
         self._parts = {p.blocks: p for p in parts}
         self._objects = {p.blocks.object: p for p in parts}
         self._units: dict[Blocks, Unit] = {}
+        self._variables = Variables(parts)
+        self.found: dict[Block, Found] = {}  # variables of which there is something to tell
         self._brought: dict[str, tuple[Part, Block]] = {}
         for part in parts:
             for block in part.blocks.functions:
@@ -319,9 +321,16 @@ class Linkage:
         interposed = self._interposed(part, block)
         if interposed is not None and not interposed.function and not interposed.thread_local:
             return LiveVariable(interposed.name, interposed.address, interposed.size)
-        if not numbered(block.name):
-            return next(iter(candidates(part.unit, block)), None)
-        return find_static(part, block)
+        found = self._variables.find(part, block)
+        if found is None:
+            return None
+        if found.fate is not None:
+            self.found[block] = found
+        return found.variable
+
+    def described(self, block: Block) -> tuple[str, str]:
+        """Return the type and the function of a variable, "" where no debug information says so."""
+        return self._variables.describe(self.part_of(block), block)
 
     # --- names the object does not define -----------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ Decides where things are; whether they are the same as an object's is `match`'s 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -22,15 +22,24 @@ from patcher.patch.journal import ArenaView, Placed, Redirect
 
 UNDEFINED = "(undefined)"  # the unit of the functions that stand for undefined ones
 _NUMBERED = re.compile(r"\.\d+$")
+_DISCRIMINATED = re.compile(r"^_Z(?:GV)?Z.*E(\d+)([A-Za-z_]\w*?)(?:_\d|__\d+_)$")
 
 
 def base_name(name: str) -> str:
-    """Return a compiler-numbered name without its number: `hits.0` gives `hits`."""
-    return _NUMBERED.sub("", name)
+    """Return a compiler-numbered name without its number: `hits.0` gives `hits`, `_ZZ1fvE4hits_0` `_ZZ1fvE4hits`."""
+    plain = _NUMBERED.sub("", name)
+    found = _DISCRIMINATED.search(plain)
+    if found is not None and len(found[2]) == int(found[1]):
+        return plain[: found.end(2)]
+    return plain
+
+
+def _nowhere(address: int) -> bool:
+    return False
 
 
 def numbered(name: str) -> bool:
-    return bool(_NUMBERED.search(name))
+    return base_name(name) != name
 
 
 class Scope(Enum):
@@ -55,11 +64,18 @@ class LiveFunction:
 
 @dataclass(frozen=True, slots=True)
 class LiveVariable:
-    """A variable with storage in the process; for a thread-local one `address` is its thread offset."""
+    """A variable with storage in the process; for a thread-local one `address` is its thread offset.
+
+    `born`: a patch brought it, or gave it this name; `type` and `scope` are what its record says then.
+    """
 
     name: str
     address: int
     size: int
+    local: bool = True
+    born: bool = False
+    type: str = ""
+    scope: str = ""
 
 
 class LiveUnit:
@@ -87,6 +103,9 @@ class LiveUnit:
         self.key = self._keys[file_symbol]
         self._redirects = {r.original: r for r in view.journal.redirects if r.module == module.path}
         self._slots = {(r.arena, r.index): r for r in view.journal.redirects}
+        self._recorded: dict[int, list[Placed]] = {}  # a variable that moved has several records
+        for placed in view.journal.placed:
+            self._recorded.setdefault(placed.address, []).append(placed)
         self._placed = {p.address: p for p in view.journal.placed}
         self._bodies = {body: self._slots[key] for key, body in view.bodies.items() if key in self._slots}
         self._names: dict[int, frozenset[tuple[str, Scope]]] = {}
@@ -219,33 +238,116 @@ class LiveUnit:
                 )
         return None
 
-    def variables(self, name: str, local: bool) -> list[LiveVariable]:
-        """Return what a variable's name may stand for: one exact match, or every one that differs in number only."""
+    def variables(self, name: str, local: bool, *, trusted: Callable[[int], bool] = _nowhere) -> list[LiveVariable]:
+        """Return what a variable's name may stand for: one exact match, or every one that differs in number only.
+
+        `trusted`: the addresses of globals that are known to be this unit's own.
+        """
         exact = self._static(name, local, functions=False) if not numbered(name) else None
         if exact is not None:
-            if local and not exact.local:
+            if local and not exact.local and not trusted(exact.value + self.module.bias):
                 raise self._elsewhere(name, "variable")
             return [] if self._was_constant(exact, local) else [self._variable(exact)]
         wanted = base_name(name)
         placed = [
-            LiveVariable(p.name, p.address, p.size)
-            for p in self.view.journal.placed
-            if p.kind == "data"
-            and p.module == self.module.path
-            and (name in p.names or (numbered(name) and base_name(p.name) == wanted))
-            and self._ours(p.local, p.unit, local)
+            v
+            for v, names, unit in self._placed_variables()
+            if (name in names or (numbered(name) and base_name(v.name) == wanted)) and self._ours(v.local, unit, local)
         ]
         if not numbered(name):
             return placed[-1:]
+        if not local:
+            return self.exported_variables(wanted) + placed
         if not self.groups:
             return placed if self.born else placed[-1:]
-        members = [s for group in self.groups for s in self.module.module.symbols.members(group)]
-        found = [s for s in members if numbered(s.name) and base_name(s.name) == wanted and not s.function]
-        return [self._variable(s) for s in found] + placed
+        return [v for v in self._linked_variables() if numbered(v.name) and base_name(v.name) == wanted] + placed
+
+    def exported_variables(self, wanted: str) -> list[LiveVariable]:
+        """Return the module's C++ variables of a name that others may see, those with a number behind it included."""
+        names = (wanted, *(f"{wanted}_{n}" for n in range(10)))
+        found = (s for name in names for s in self.module.module.symbols.named(name))
+        return [self._variable(s) for s in found if not s.local and not s.function]
+
+    def own_variables(self) -> list[LiveVariable]:
+        """Return every variable that is the unit's own by its name: its statics, and what patches brought to it."""
+        keys = self._keys.values()
+        placed = [v for v, _, unit in self._placed_variables() if unit in keys]
+        return ([] if self.born else self._linked_variables()) + placed
+
+    def _linked_variables(self) -> list[LiveVariable]:
+        members = (s for group in self.groups for s in self.module.module.symbols.members(group))
+        return [self._variable(s) for s in members if not s.function and s.size]
+
+    def _placed_variables(self) -> list[tuple[LiveVariable, tuple[str, ...], str]]:
+        """Return what patches brought to the module: each variable, its names, and its unit."""
+        return [
+            (LiveVariable(p.name, p.address, p.size, p.local, True, p.type, p.scope), p.names, p.unit)
+            for p in self.view.journal.placed
+            if p.kind == "data" and p.module == self.module.path
+        ]
 
     def _variable(self, symbol: StaticSymbol) -> LiveVariable:
         bias = 0 if symbol.type == SymbolType.TLS else self.module.bias
-        return LiveVariable(symbol.name, symbol.value + bias, symbol.size)
+        local = symbol.local and not self.module.module.demoted(symbol)
+        return LiveVariable(symbol.name, symbol.value + bias, symbol.size, local)
+
+    def has_moved(self, address: int, name: str) -> bool:
+        """Tell whether it is recorded that a variable of that name is what stood at an address before."""
+        known = (p for p in self._recorded.get(address, ()) if p.moved and p.unit in self._keys.values())
+        return any(base_name(p.name) == base_name(name) for p in known)
+
+    def moved_away(self, address: int) -> bool:
+        """Tell whether a variable has become another unit's."""
+        return any(p.moved and p.unit not in self._keys.values() for p in self._recorded.get(address, ()))
+
+    # --- bodies that refer to variables -----------------------------------------------------------------------
+
+    def pieces_of(self, live: LiveFunction) -> list[LiveFunction]:
+        """Return what was split off a function that runs as the module has it, or with the body that it has now."""
+        if live.redirect is not None and (live.redirect.born or live.body != live.redirect.original):
+            found = [p for name, p in self._pieces.items() if name.startswith(f"{live.name}.")]
+            return [self._piece(p) for p in found]
+        members = (s for group in self.groups for s in self.module.module.symbols.members(group))
+        return [self._unpatched(s) for s in members if s.function and s.name.startswith(f"{live.name}.")]
+
+    def _piece(self, placed: Placed) -> LiveFunction:
+        code = self.image.target.memory.read(placed.address, placed.size)
+        return LiveFunction(placed.name, placed.address, placed.size, placed.address, code, None)
+
+    def earlier_bodies(self, live: LiveFunction) -> list[list[LiveFunction]]:
+        """Return the bodies that a function had, with their pieces: of every generation, and the module's."""
+        redirect = live.redirect
+        if redirect is None:
+            return []
+        found = []
+        for record in reversed(self.view.journal.generations.values()):
+            bodies = {
+                body for arena, index, body in record.bodies if (arena, index) == (redirect.arena, redirect.index)
+            }
+            pieces = [p for p in record.placed if p.kind == "code" and p.name.startswith(f"{live.name}.")]
+            found += [[self._piece(p) for p in (self._placed[b], *pieces)] for b in bodies if b in self._placed]
+        if not redirect.born:
+            entry = bytes.fromhex(redirect.entry)
+            rest = self.image.target.memory.read(redirect.original + len(entry), max(0, redirect.size - len(entry)))
+            code = (entry + rest)[: redirect.size]
+            original = LiveFunction(live.name, live.address, redirect.size, redirect.original, code, None)
+            found.append([original, *self.pieces_of(original)])
+        return found
+
+    def function_at(self, address: int) -> LiveFunction | None:
+        """Return the module's function that starts at an address, as it runs now."""
+        redirect = self._redirects.get(address)
+        if redirect is None and address in self.view.islands:
+            redirect = self._slots.get(self.view.islands[address])
+        if redirect is not None:
+            return self._redirected(redirect)
+        placed = self._placed.get(address)
+        if placed is not None and placed.kind == "code":
+            return self._piece(placed)
+        if not self.module.contains(address):
+            return None
+        found = next((s for s in self.module.symbols_at(address) if s.function and s.size), None)
+        return self._unpatched(found) if found is not None else None
 
     def sizes_at(self, address: int, name: str, local: bool) -> list[int]:
         """Return the sizes recorded for a variable of that (base) name at a live address; if `local`, of the unit."""
@@ -255,10 +357,7 @@ class LiveUnit:
             for s in self.module.symbols_at(address)
             if base_name(s.name) == wanted and not s.function and (self._own(s) or not local)
         ]
-        placed = self._placed.get(address)
-        if placed is not None and base_name(placed.name) == wanted:
-            found.append(placed.size)
-        return found
+        return found + [p.size for p in self._recorded.get(address, ()) if base_name(p.name) == wanted]
 
     def _own(self, symbol: StaticSymbol) -> bool:
         return symbol.local and symbol.group in self.groups
@@ -339,9 +438,9 @@ class LiveUnit:
             if redirect.born:
                 return  # its address for life is its island, which no module knows
             address = redirect.original
-        placed = self._placed.get(address)
-        if placed is not None and (not placed.local or placed.unit in self._keys.values()):
-            yield from ((n, Scope.UNIT if placed.local else Scope.MODULE) for n in placed.names)
+        for placed in self._recorded.get(address, ()):
+            if not placed.local or placed.unit in self._keys.values():
+                yield from ((n, Scope.UNIT if placed.local else Scope.MODULE) for n in placed.names)
         yield from self._module_names(address)
 
     def _module_names(self, address: int) -> Iterable[tuple[str, Scope]]:

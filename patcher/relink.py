@@ -16,7 +16,9 @@ from patcher.blocks import Block, Kind, Place
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
 from patcher.constructors import Starter, belonging, touched
 from patcher.convention import Registers
+from patcher.data.names import spelling
 from patcher.data.outcome import Datum, Fate
+from patcher.data.statics import Found
 from patcher.elf import SymbolBinding
 from patcher.errors import LinkError, TargetBusy, UnsafeChange
 from patcher.image import Image, LoadedModule
@@ -262,17 +264,38 @@ class _Generation:
         for block in found.placed:
             if block.symbols:
                 part = linkage.part_of(block)
-                self.placed.append(_placed(block, part, placement))
+                address = placement.addresses[block]
+                type_, scope = linkage.described(block) if block.kind is Kind.DATA else ("", "")
+                self.placed.append(_placed(block, part, address, type=type_, scope=scope))
                 if block.kind is not Kind.CODE:
-                    self._define(block, Bound(placement.addresses[block]))
+                    self._define(block, Bound(address))
                 if block.kind is Kind.DATA and not part.supplied:
-                    self.data.append(Datum(base_name(block.name), part.source, Fate.ADDED))
+                    self._tell(block, part, Fate.ADDED)
+        for block, known in linkage.found.items():
+            if block in found.bound:
+                self._record_found(block, known, linkage)
         for block in found.bound:
             if block.symbols and block.kind in (Kind.DATA, Kind.THREAD_LOCAL):
-                self.used[base_name(block.name), linkage.part_of(block).source] = None
+                self.used[spelling(block.name).source, linkage.part_of(block).source] = None
         for source, account in placement.accounts.items():
             sizes = asdict(account)
             self._allocate(linkage.part_with(source), islands=sizes.pop("jumps"), **sizes)
+
+    def _record_found(self, block: Block, known: Found, linkage: Linkage) -> None:
+        """Keep where a variable is that is declared otherwise than before: its own records have another name."""
+        part = linkage.part_of(block)
+        if known.fate is Fate.MOVED:
+            address = known.variable.address
+            if part.unit.has_moved(address, block.name):
+                return
+            type_, scope = linkage.described(block)
+            self.placed.append(_placed(block, part, address, type=type_, scope=scope, moved=True))
+        self._tell(block, part, known.fate, known.note)
+
+    def _tell(self, block: Block, part: Part, fate: Fate | None, note: str = "") -> None:
+        said = spelling(block.name)
+        if fate is not None and not said.guard:
+            self.data.append(Datum(said.source, part.source, fate, note))
 
     def _record_constructors(self, doors: list[_Door], placement: Placement) -> None:
         for part in dict.fromkeys(door.part for door in doors):
@@ -545,7 +568,7 @@ def _body(live: LiveFunction) -> Body:
     return Body(live.name, live.body, live.body + live.size)
 
 
-def _placed(block: Block, part: Part, placement: Placement) -> Placed:
+def _placed(block: Block, part: Part, address: int, *, type: str = "", scope: str = "", moved: bool = False) -> Placed:
     kind = {Kind.CODE: "code", Kind.READ_ONLY: "read-only"}.get(block.kind, "data")
     return Placed(
         name=block.name,
@@ -554,6 +577,9 @@ def _placed(block: Block, part: Part, placement: Placement) -> Placed:
         module=part.module.path,
         unit=part.unit.key_of(block),
         local=not block.exported,
-        address=placement.addresses[block],
+        address=address,
         size=block.size,
+        type=type,
+        scope=scope,
+        moved=moved,
     )

@@ -48,7 +48,11 @@ class Redirect:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A block that stands in an arena. For code: a body; for data: storage that lives as long as the process."""
+    """A block that stands in an arena. For code: a body; for data: storage that lives as long as the process.
+
+    `type` and `scope` are what debug information says of a variable's layout and of the function that it is in.
+    `moved`: storage that was there before, which is a variable's under this name from then on.
+    """
 
     name: str
     names: tuple[str, ...]
@@ -58,6 +62,9 @@ class Placed:
     local: bool
     address: int
     size: int
+    type: str = ""  # these three are not in the records of older versions
+    scope: str = ""
+    moved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +292,9 @@ def _placed(raw: dict[str, Any]) -> Placed:
         bool(raw["local"]),
         _number(raw["address"]),
         _number(raw["size"]),
+        str(raw.get("type", "")),
+        str(raw.get("scope", "")),
+        bool(raw.get("moved", False)),
     )
 
 
