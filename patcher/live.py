@@ -55,11 +55,39 @@ class LiveFunction:
 
 @dataclass(frozen=True, slots=True)
 class LiveVariable:
-    """A variable with storage in the process; for a thread-local one `address` is its thread offset."""
+    """A variable with storage in the process.
+
+    For a thread-local one `address` is its offset in the block of the unit's module; or, when a patch brought it, the
+    number that stands for its place (`thread_number`).
+    """
 
     name: str
     address: int
     size: int
+
+
+THREAD_LOCAL = "thread-local"
+"""The kind of a thread-local variable that a patch brought, in the journal."""
+
+_IN_MODULE = 1 << 62
+_OFFSET_BITS = 40
+
+
+def thread_number(offset: int, module_id: int = 0) -> int:
+    """Return one number for the place of a thread-local that a patch brought; it is like no address and no offset.
+
+    The place is an offset in the block of a module of ours, or, without one, from the thread pointer (negative).
+    """
+    return _IN_MODULE | module_id << _OFFSET_BITS | offset if module_id else offset & (1 << 64) - 1
+
+
+def thread_place(number: int) -> tuple[int, int] | None:
+    """Return the offset and the module of a number that `thread_number` gave, None for any other number."""
+    if number >> 63:
+        return number - (1 << 64), 0
+    if number & _IN_MODULE:
+        return number & (1 << _OFFSET_BITS) - 1, (number ^ _IN_MODULE) >> _OFFSET_BITS
+    return None
 
 
 class LiveUnit:
@@ -219,10 +247,13 @@ class LiveUnit:
                 )
         return None
 
-    def variables(self, name: str, local: bool) -> list[LiveVariable]:
-        """Return what a variable's name may stand for: one exact match, or every one that differs in number only."""
+    def variables(self, name: str, local: bool, *, thread_local: bool = False) -> list[LiveVariable]:
+        """Return what a variable's name may stand for: one exact match, or every one that differs in number only.
+
+        Either variables that each thread has, or such that there are once; a name may have been both.
+        """
         exact = self._static(name, local, functions=False) if not numbered(name) else None
-        if exact is not None:
+        if exact is not None and (exact.type == SymbolType.TLS) == thread_local:
             if local and not exact.local:
                 raise self._elsewhere(name, "variable")
             return [] if self._was_constant(exact, local) else [self._variable(exact)]
@@ -230,7 +261,7 @@ class LiveUnit:
         placed = [
             LiveVariable(p.name, p.address, p.size)
             for p in self.view.journal.placed
-            if p.kind == "data"
+            if p.kind == (THREAD_LOCAL if thread_local else "data")
             and p.module == self.module.path
             and (name in p.names or (numbered(name) and base_name(p.name) == wanted))
             and self._ours(p.local, p.unit, local)
@@ -241,7 +272,7 @@ class LiveUnit:
             return placed if self.born else placed[-1:]
         members = [s for group in self.groups for s in self.module.module.symbols.members(group)]
         found = [s for s in members if numbered(s.name) and base_name(s.name) == wanted and not s.function]
-        return [self._variable(s) for s in found] + placed
+        return [self._variable(s) for s in found if (s.type == SymbolType.TLS) == thread_local] + placed
 
     def _variable(self, symbol: StaticSymbol) -> LiveVariable:
         bias = 0 if symbol.type == SymbolType.TLS else self.module.bias

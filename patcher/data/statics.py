@@ -14,7 +14,7 @@ from patcher.blocks import Block, Kind
 from patcher.elf.dynamic import TLSDESC
 from patcher.elf.relocations import R
 from patcher.errors import UnsafeChange
-from patcher.live import LiveFunction, LiveUnit, LiveVariable, base_name, numbered
+from patcher.live import LiveFunction, LiveUnit, LiveVariable, base_name, numbered, thread_place
 
 if TYPE_CHECKING:
     from patcher.part import Part
@@ -24,7 +24,7 @@ def candidates(unit: LiveUnit, block: Block) -> list[LiveVariable]:
     """Return the live variables that a block's names may stand for."""
     found: dict[int, LiveVariable] = {}
     for symbol in block.symbols:
-        for variable in unit.variables(symbol.name, symbol.local):
+        for variable in unit.variables(symbol.name, symbol.local, thread_local=block.kind is Kind.THREAD_LOCAL):
             found.setdefault(variable.address, variable)
     return list(found.values())
 
@@ -138,6 +138,9 @@ class _Statics:
 
         image = self.part.unit.image
         block = image.thread_block(self.part.unit.module)
+        added = thread_place(offset)
+        if added is not None:
+            return self._uses_added(piece, *added)
         if block is not None and (block + offset).to_bytes(4, "little", signed=True) in piece.code:
             return True
         if offset in wide_displacements(piece.code):
@@ -145,6 +148,20 @@ class _Statics:
         return any(
             i.reference is not None and self._cell_tells(i.reference, i.raw, block, offset)
             for i in decode(piece.code, piece.body)
+        )
+
+    def _uses_added(self, piece: LiveFunction, offset: int, module_id: int) -> bool:
+        """Tell whether a body uses a thread-local that a patch brought."""
+        from patcher.code.instructions import decode
+
+        if not module_id and offset.to_bytes(4, "little", signed=True) in piece.code:
+            return True
+        unit, memory = self.part.unit, self.part.unit.image.target.memory
+        wanted = (module_id, offset) if module_id else (offset & (1 << 64) - 1,)
+        cells = (i.reference for i in decode(piece.code, piece.body) if i.reference is not None)
+        return any(
+            unit.view.contains(cell) and _pair(memory.read_available(cell, 16))[: len(wanted)] == wanted
+            for cell in cells
         )
 
     def _cell_tells(self, cell: int, user: bytes, block: int | None, offset: int) -> bool:
