@@ -13,12 +13,13 @@ from typing import Protocol
 
 from patcher.blocks import Block, Blocks, External, Kind, Place
 from patcher.data.statics import Found, Variables
+from patcher.data.threads import Models, NewThreadLocals, initialised_with
 from patcher.elf import ObjectFile, SymbolType
 from patcher.elf.relocations import R
 from patcher.errors import LinkError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
-from patcher.link.plan import Bound, Unit
-from patcher.live import UNDEFINED, LiveVariable, base_name
+from patcher.link.plan import FIND_THREAD_LOCAL, Bound, Unit
+from patcher.live import THREAD_LOCAL, UNDEFINED, LiveVariable, base_name, thread_place
 from patcher.match import MODULE_BASE, Status, is_private_piece
 from patcher.part import Part
 from patcher.patch.ledger import Ledger
@@ -80,6 +81,15 @@ def _check_labels(part: Part, block: Block) -> None:
     )
 
 
+_THREAD_GUARD = "__tls_guard"  # what compilers call that which says whether a thread has initialised a unit's
+
+
+def _added(number: int) -> Bound | None:
+    """Return where a thread-local of ours is, from the number that stands for its place; None for other numbers."""
+    place = thread_place(number)
+    return Bound(place[0], thread_local=True, module_id=place[1]) if place is not None else None
+
+
 def _nowhere(name: str, module: LoadedModule) -> LinkError:
     return LinkError(
         f"where each thread has the thread-local `{name}` of {module.name} cannot be told",
@@ -109,6 +119,7 @@ class Beyond:
     module: LoadedModule
     supply: Supply | None
     defined: dict[str, Bound]
+    threads: NewThreadLocals
 
 
 class Linkage:
@@ -118,6 +129,9 @@ class Linkage:
         self.image = image
         self.ledger = ledger
         self.supplied: list[Part] = []
+        self.thread_locals: dict[Block, Part] = {}  # the new ones
+        self.images: dict[Block, Block] = {}  # their initial values that have to be linked, as blocks of their own
+        self._models: dict[Blocks, Models] = {}
         self._awaited: dict[str, Bound] = {}  # in libraries that are still to be loaded
         self._beyond = beyond
         self._missing: dict[str, bool] = {}
@@ -135,11 +149,13 @@ class Linkage:
                         if symbol.type != SymbolType.IFUNC or part.live(block) is None:
                             self._brought.setdefault(symbol.name, (part, block))
             for block in part.blocks.data_blocks():
-                if block.exported and block.kind in (Kind.DATA, Kind.READ_ONLY):
+                if block.exported and block.kind is not Kind.CODE:
                     for symbol in block.symbols:
                         known = self._brought.setdefault(symbol.name, (part, block))
                         if _is_tentative(known[1]):
                             self._brought[symbol.name] = part, block
+        placed = [p for p in ledger.journal.placed if p.kind == THREAD_LOCAL]
+        self._added_names = {*beyond.defined, *(name for p in placed for name in p.names)}
         self._redirects = {r.original: r for r in ledger.journal.redirects}
         self._known: dict[tuple[LoadedModule, str, bool], Bound | None] = {}
         self._stubs: dict[tuple[LoadedModule, str], int] = {}  # of IFUNCs, in position-independent modules
@@ -173,6 +189,11 @@ class Linkage:
         if found is None:
             return None
         part, block = found
+        if block.kind is Kind.THREAD_LOCAL:
+            bound = self._resident(part)(block)
+            assert bound is not None
+            if block in self.thread_locals or name in self._added_names:
+                self._check_users(name, bound)
         return self._units[part.blocks], block
 
     def _is_missing(self, name: str) -> bool:
@@ -214,6 +235,8 @@ class Linkage:
             found = self._variable(part, block)
             if found is not None:
                 _check_labels(part, block)
+            elif block.kind is Kind.THREAD_LOCAL:
+                return self._new_thread_local(part, block)
             return found
 
         return resident
@@ -284,6 +307,7 @@ class Linkage:
             found = self._find_variable(part, block)
             if found is None:
                 self._check_tentative(part, block)
+                self._check_alike(part, block)
                 return None
             if found.size and block.size and found.size != block.size:
                 raise UnsafeChange(
@@ -295,7 +319,62 @@ class Linkage:
             address = found.address
         if block.kind is not Kind.THREAD_LOCAL:
             return Bound(address)
+        added = _added(address)
+        if added is not None:
+            self._check_model(part.blocks, block, added)
+            return added
         return self._in_thread_block(part.module, address, block.name)
+
+    # --- thread-locals that the process was not started with -----------------------------------------------------
+
+    def _new_thread_local(self, part: Part, block: Block) -> Bound:
+        shared = next((found for s in block.symbols if (found := self._brought.get(s.name)) and not s.local), None)
+        if shared is not None and shared[1] is not block and shared[1].kind is Kind.THREAD_LOCAL:
+            bound = self._resident(shared[0])(shared[1])  # an inline variable of C++, which several units define
+            assert bound is not None
+            self._check_model(part.blocks, block, bound)
+            return bound
+        self._check_initialised(part, block)
+        bound = self._beyond.threads.place(block)
+        if bound.module_id and self._denoted(part.module, FIND_THREAD_LOCAL.name) is None:
+            raise LinkError(
+                f"`{base_name(block.name)}` of {part.source} is new and too large for a place at a fixed distance from "
+                f"the thread pointer, and process {self.image.target.pid} has no function that finds another one"
+                + ("" if self.image.executable.module.interpreter else ": it is linked statically"),
+                "make it smaller, or a plain variable; or restart the program with the new code",
+                code="new-thread-local",
+            )
+        self._check_model(part.blocks, block, bound)
+        self.thread_locals[block] = part
+        if block not in self.images and part.blocks.references(block):
+            self.images[block] = replace(block, kind=Kind.DATA, symbols=())
+        return bound
+
+    def _check_initialised(self, part: Part, block: Block) -> None:
+        """Refuse a new thread-local that is initialised together with others, which threads have done already."""
+        guard = next((b for b in part.blocks.data_blocks() if _THREAD_GUARD in (s.name for s in b.symbols)), None)
+        if guard is None or guard is block or self._variable(part, guard) is None:
+            return
+        if block in initialised_with(part.blocks, guard):
+            raise UnsafeChange(
+                f"`{base_name(block.name)}` of {part.source} is new and initialised in each thread together with the "
+                "unit's other thread-locals, and threads that have these would not do it again",
+                "move it to a new source file, make it a function's static variable, or give it a constant initial "
+                "value",
+                code="new-thread-local",
+            )
+
+    def _check_users(self, name: str, bound: Bound) -> None:
+        """Refuse code of any unit that cannot reach a thread-local that another one brings."""
+        for blocks in self._parts:
+            self._check_model(blocks, name, bound)
+
+    def _check_model(self, blocks: Blocks, target: Block | str, bound: Bound) -> None:
+        if blocks not in self._models:
+            self._models[blocks] = Models(blocks)
+        module = self._parts[blocks].module
+        fixed = module.module.thread_storage is None or self.image.thread_block(module) is not None
+        self._models[blocks].check(target, bound, fixed_base=fixed)
 
     def _check_tentative(self, part: Part, block: Block) -> None:
         """Refuse a new common symbol that ld would merge with a definition elsewhere."""
@@ -306,6 +385,19 @@ class Linkage:
                     f"`{symbol.name}` is new and without an initial value in {part.source}, and {other} defines it",
                     "declare it `extern`, or compile with -fno-common",
                     code="tentative",
+                )
+
+    def _check_alike(self, part: Part, block: Block) -> None:
+        """Refuse a variable that each thread is to have, and that other units know as one for all; or the reverse."""
+        is_thread_local = block.kind is Kind.THREAD_LOCAL
+        for symbol in block.symbols if not part.unit.born else ():
+            known = self.image.resolve(symbol.name, part.module) if not symbol.local else None
+            if known is not None and known.module is part.module and known.thread_local != is_thread_local:
+                raise UnsafeChange(
+                    f"`{symbol.name}` of {part.source} is {'' if is_thread_local else 'no longer '}thread-local now, "
+                    f"and {'not ' if is_thread_local else ''}so for the other units of {part.module.name}",
+                    "give it another name, or restart the program with the new code",
+                    code="layout",
                 )
 
     def _defined_elsewhere(self, part: Part, block: Block, name: str) -> str:
@@ -339,6 +431,8 @@ class Linkage:
         found = self._denoted(part.module, external.name, weak=external.weak)
         if found is None:
             return self._awaited.get(external.name)
+        if found.thread_local and external.name in self._added_names:
+            self._check_model(blocks, external.name, found)
         stub = self._stubs.get((part.module, external.name))
         if stub is not None and _takes_directly(part, external.name):
             return Bound(stub, found.call or found.address)
@@ -408,7 +502,7 @@ class Linkage:
 
     def _module_base(self, module: LoadedModule) -> Bound:
         # Where the block is static, offsets from this base are made offsets from the thread pointer.
-        static = self.image.thread_block(module) is not None
+        static = module.module.thread_storage is None or self.image.thread_block(module) is not None
         return Bound(0, thread_local=True, module_id=0 if static else self._module_number(module, MODULE_BASE))
 
     def _module_number(self, module: LoadedModule, name: str) -> int:
@@ -432,6 +526,6 @@ class Linkage:
             if name in redirect.names and redirect.module == module.path:
                 return Bound(redirect.original)
         for placed in reversed(self.ledger.journal.placed):
-            if placed.kind == "data" and not placed.local and name in placed.names:
-                return Bound(placed.address)
+            if placed.kind in ("data", THREAD_LOCAL) and not placed.local and name in placed.names:
+                return _added(placed.address) or Bound(placed.address)
         return None

@@ -64,9 +64,11 @@ class LiveFunction:
 
 @dataclass(frozen=True, slots=True)
 class LiveVariable:
-    """A variable with storage in the process; for a thread-local one `address` is its thread offset.
+    """A variable with storage in the process.
 
-    `born`: a patch brought it, or gave it this name; `type` and `scope` are what its record says then.
+    For a thread-local one `address` is its offset in the block of the unit's module; or, when a patch brought it, the
+    number that stands for its place (`thread_number`). `born`: a patch brought it, or gave it this name; `type` and
+    `scope` are what its record says then.
     """
 
     name: str
@@ -76,6 +78,31 @@ class LiveVariable:
     born: bool = False
     type: str = ""
     scope: str = ""
+    thread_local: bool = False
+
+
+THREAD_LOCAL = "thread-local"
+"""The kind of a thread-local variable that a patch brought, in the journal."""
+
+_IN_MODULE = 1 << 62
+_OFFSET_BITS = 40
+
+
+def thread_number(offset: int, module_id: int = 0) -> int:
+    """Return one number for the place of a thread-local that a patch brought; it is like no address and no offset.
+
+    The place is an offset in the block of a module of ours, or, without one, from the thread pointer (negative).
+    """
+    return _IN_MODULE | module_id << _OFFSET_BITS | offset if module_id else offset & (1 << 64) - 1
+
+
+def thread_place(number: int) -> tuple[int, int] | None:
+    """Return the offset and the module of a number that `thread_number` gave, None for any other number."""
+    if number >> 63:
+        return number - (1 << 64), 0
+    if number & _IN_MODULE:
+        return number & (1 << _OFFSET_BITS) - 1, (number ^ _IN_MODULE) >> _OFFSET_BITS
+    return None
 
 
 class LiveUnit:
@@ -238,13 +265,16 @@ class LiveUnit:
                 )
         return None
 
-    def variables(self, name: str, local: bool, *, trusted: Callable[[int], bool] = _nowhere) -> list[LiveVariable]:
+    def variables(
+        self, name: str, local: bool, *, trusted: Callable[[int], bool] = _nowhere, thread_local: bool = False
+    ) -> list[LiveVariable]:
         """Return what a variable's name may stand for: one exact match, or every one that differs in number only.
 
-        `trusted`: the addresses of globals that are known to be this unit's own.
+        Either variables that each thread has, or such that there are once; a name may have been both. `trusted`: the
+        addresses of globals that are known to be this unit's own.
         """
         exact = self._static(name, local, functions=False) if not numbered(name) else None
-        if exact is not None:
+        if exact is not None and (exact.type == SymbolType.TLS) == thread_local:
             if local and not exact.local and not trusted(exact.value + self.module.bias):
                 raise self._elsewhere(name, "variable")
             return [] if self._was_constant(exact, local) else [self._variable(exact)]
@@ -252,15 +282,18 @@ class LiveUnit:
         placed = [
             v
             for v, names, unit in self._placed_variables()
-            if (name in names or (numbered(name) and base_name(v.name) == wanted)) and self._ours(v.local, unit, local)
+            if (name in names or (numbered(name) and base_name(v.name) == wanted))
+            and v.thread_local == thread_local
+            and self._ours(v.local, unit, local)
         ]
         if not numbered(name):
             return placed[-1:]
         if not local:
-            return self.exported_variables(wanted) + placed
+            return [v for v in self.exported_variables(wanted) if v.thread_local == thread_local] + placed
         if not self.groups:
             return placed if self.born else placed[-1:]
-        return [v for v in self._linked_variables() if numbered(v.name) and base_name(v.name) == wanted] + placed
+        linked = [v for v in self._linked_variables() if numbered(v.name) and base_name(v.name) == wanted]
+        return [v for v in linked if v.thread_local == thread_local] + placed
 
     def exported_variables(self, wanted: str) -> list[LiveVariable]:
         """Return the module's C++ variables of a name that others may see, those with a number behind it included."""
@@ -281,15 +314,16 @@ class LiveUnit:
     def _placed_variables(self) -> list[tuple[LiveVariable, tuple[str, ...], str]]:
         """Return what patches brought to the module: each variable, its names, and its unit."""
         return [
-            (LiveVariable(p.name, p.address, p.size, p.local, True, p.type, p.scope), p.names, p.unit)
+            (_brought(p), p.names, p.unit)
             for p in self.view.journal.placed
-            if p.kind == "data" and p.module == self.module.path
+            if p.kind in ("data", THREAD_LOCAL) and p.module == self.module.path
         ]
 
     def _variable(self, symbol: StaticSymbol) -> LiveVariable:
         bias = 0 if symbol.type == SymbolType.TLS else self.module.bias
         local = symbol.local and not self.module.module.demoted(symbol)
-        return LiveVariable(symbol.name, symbol.value + bias, symbol.size, local)
+        is_thread_local = symbol.type == SymbolType.TLS
+        return LiveVariable(symbol.name, symbol.value + bias, symbol.size, local, thread_local=is_thread_local)
 
     def has_moved(self, address: int, name: str) -> bool:
         """Tell whether it is recorded that a variable of that name is what stood at an address before."""
@@ -483,3 +517,10 @@ class LiveUnit:
         if cell is None or not self.view.contains(cell):
             return None
         return self.image.target.memory.read_u64(cell)
+
+
+def _brought(placed: Placed) -> LiveVariable:
+    is_thread_local = placed.kind == THREAD_LOCAL
+    return LiveVariable(
+        placed.name, placed.address, placed.size, placed.local, True, placed.type, placed.scope, is_thread_local
+    )

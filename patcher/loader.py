@@ -13,12 +13,14 @@ argv, envp) to them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from patcher.elf.tables import read_raw
+from patcher.elf.thread_module import NAMES, NUMBER_CELL, OFFSET_CELL, ThreadBlock, names_of, thread_module
 from patcher.errors import ObjectError, PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.image import Image
 from patcher.safepoint import SafePoints
@@ -27,7 +29,9 @@ from patcher.target import FunctionCall, SystemCall, Target, read_stat
 RTLD_NOW, RTLD_GLOBAL = 0x2, 0x100
 
 _RTLD_INTERNAL = 0x80000000  # __libc_dlopen_mode wants it, glibc's __RTLD_DLOPEN
-_MMAP, _MPROTECT, _MUNMAP = 9, 10, 11
+_CLOSE, _MMAP, _MPROTECT, _MUNMAP, _MEMFD_CREATE = 3, 9, 10, 11, 319
+_CLOEXEC = 1
+_OWN_NAME = b"patcher-threads\0"  # no longer than any path of a descriptor
 _PT_GNU_STACK = 0x6474E551
 _ABANDONED = ("call-timeout", "call-crashed")
 _PAGE = 4096
@@ -117,8 +121,49 @@ class Caller:
         """
         if not path.startswith("/"):
             raise ValueError(f"{path} is not an absolute path")
-        name = _as_text(path)
         self._refuse_executable_stack(path)
+        return self._load(path, flags, memory)
+
+    def load_thread_block(self, block: ThreadBlock) -> int:
+        """Give every thread a block, by a module that is nothing else and stays; return where it is.
+
+        That is the block's distance from the thread pointer, or, for one that is not static, the number of the module.
+        Raises `UnsafeChange` "dlopen" when there is no room at a fixed distance, and as `load_library` does.
+        """
+        soname = f"patcher-threads-{os.urandom(8).hex()}"
+        with workspace(self.target) as memory, self._file(thread_module(soname, block), memory) as descriptor:
+            path = f"/proc/self/fd/{descriptor}"
+            while True:
+                handle = self._load(path, RTLD_NOW, memory)
+                base = self.target.memory.read_u64(handle)  # l_addr of struct link_map
+                if self.target.memory.read_available(base + NAMES, len(names_of(soname))) == names_of(soname):
+                    break
+                path = path.replace("/fd/", "/fd/./", 1)  # the loader knows this spelling from another descriptor
+            # The descriptor will be another file's: nobody who asks for the module's name may open that.
+            self.target.memory.write(self.target.memory.read_u64(handle + 8), _OWN_NAME)
+        cell = OFFSET_CELL if block.static else NUMBER_CELL
+        return int.from_bytes(self.target.memory.read(base + cell, 8), "little", signed=True)
+
+    @contextmanager
+    def _file(self, contents: bytes, memory: Workspace) -> Iterator[int]:
+        """Have a file without a name in the target, open for the length of the block."""
+        created = SystemCall(_MEMFD_CREATE, (b"patcher-threads\0", _CLOEXEC))
+        (descriptor,) = self.target.inject([created], code=memory.code)
+        if descriptor < 0:
+            raise UnsafeChange(
+                f"process {self.target.pid} cannot make a file in memory: error {-descriptor}",
+                "restart the program with the new code",
+                code="dlopen",
+            )
+        try:
+            Path(f"/proc/{self.target.pid}/fd/{descriptor}").write_bytes(contents)
+            yield descriptor
+        finally:
+            with suppress(TargetBusy, TargetGone):
+                self.target.inject([SystemCall(_CLOSE, (descriptor,))])
+
+    def _load(self, path: str, flags: int, memory: Workspace | None) -> int:
+        name = _as_text(path)
         opening, told = self._opening(flags)
         calls = [FunctionCall(opening[0], (name, opening[1]))]
         if told is not None:

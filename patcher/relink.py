@@ -19,13 +19,14 @@ from patcher.convention import Registers
 from patcher.data.names import spelling
 from patcher.data.outcome import Datum, Fate
 from patcher.data.statics import Found
+from patcher.data.threads import NewThreadLocals
 from patcher.elf import SymbolBinding
 from patcher.errors import LinkError, TargetBusy, UnsafeChange
 from patcher.image import Image, LoadedModule
 from patcher.link.place import ArenaFull, Placement, Region, Space, place
 from patcher.link.plan import Bound, Plan, plan
 from patcher.linkage import Beyond, Kept, Linkage, Supply, is_chosen
-from patcher.live import UNDEFINED, LiveFunction, base_name
+from patcher.live import THREAD_LOCAL, UNDEFINED, LiveFunction, base_name, thread_number
 from patcher.match import Status
 from patcher.part import Part
 from patcher.patch.arena import DOOR_SIZE, SLOT_COUNT, Arena, Usage
@@ -54,15 +55,21 @@ class Linked:
 
 
 def link_generation(
-    image: Image, ledger: Ledger, parts: Sequence[Part], waiting: Sequence[Part] = (), supply: Supply | None = None
+    image: Image,
+    ledger: Ledger,
+    parts: Sequence[Part],
+    threads: NewThreadLocals,
+    waiting: Sequence[Part] = (),
+    supply: Supply | None = None,
 ) -> Linked:
     """Link every part's changed functions as one generation.
 
+    `threads` gets the new thread-locals, whose storage is to be loaded before the generation is linked for good.
     `waiting`: units whose new functions nobody called so far; they are placed when something now does. `supply` is
     asked for what is still missing then.
     Raises `LinkError` and its kin, `UnsafeChange`, and `NeedsArena`.
     """
-    linker = _Generation(image, ledger, supply)
+    linker = _Generation(image, ledger, supply, threads)
     modules = dict.fromkeys(p.module for p in parts)
     for module in modules:
         linker.link(module, [p for p in parts if p.module is module], [p for p in waiting if p.module is module])
@@ -70,10 +77,11 @@ def link_generation(
 
 
 class _Generation:
-    def __init__(self, image: Image, ledger: Ledger, supply: Supply | None) -> None:
+    def __init__(self, image: Image, ledger: Ledger, supply: Supply | None, threads: NewThreadLocals) -> None:
         self.image = image
         self.ledger = ledger
         self.supply = supply
+        self.threads = threads
         self.defined: dict[str, Bound] = {}  # by the modules that were linked before
         self.choices: list[Choice] = []
         self.constructors: list[tuple[int, Constructor]] = []
@@ -124,7 +132,8 @@ class _Generation:
     def _link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
         homes = self._homes(module)
         first = next(homes)  # chosen now: to resolve a symbol, a function of the target may have to be called
-        linkage = Linkage(self.image, self.ledger, (*parts, *waiting), Beyond(module, self.supply, self.defined))
+        beyond = Beyond(module, self.supply, self.defined, self.threads)
+        linkage = Linkage(self.image, self.ledger, (*parts, *waiting), beyond)
         starts = {part: _start(part, linkage) for part in parts}
         wanted = {part: tuple(b for b in part.wanted() if b not in starts[part].left) for part in parts}
         wanted |= dict.fromkeys(waiting, ())
@@ -266,16 +275,17 @@ class _Generation:
                 part = linkage.part_of(block)
                 address = placement.addresses[block]
                 type_, scope = linkage.described(block) if block.kind is Kind.DATA else ("", "")
-                self.placed.append(_placed(block, part, address, type=type_, scope=scope))
+                self.placed.append(_placed(block, part, _KINDS[block.kind], address, type=type_, scope=scope))
                 if block.kind is not Kind.CODE:
                     self._define(block, Bound(address))
                 if block.kind is Kind.DATA and not part.supplied:
                     self._tell(block, part, Fate.ADDED)
+        self._record_thread_locals(found, placement, linkage)
         for block, known in linkage.found.items():
             if block in found.bound:
                 self._record_found(block, known, linkage)
         for block in found.bound:
-            if block.symbols and block.kind in (Kind.DATA, Kind.THREAD_LOCAL):
+            if block.symbols and block.kind in (Kind.DATA, Kind.THREAD_LOCAL) and block not in linkage.thread_locals:
                 self.used[spelling(block.name).source, linkage.part_of(block).source] = None
         for source, account in placement.accounts.items():
             sizes = asdict(account)
@@ -289,13 +299,25 @@ class _Generation:
             if part.unit.has_moved(address, block.name):
                 return
             type_, scope = linkage.described(block)
-            self.placed.append(_placed(block, part, address, type=type_, scope=scope, moved=True))
+            self.placed.append(_placed(block, part, _KINDS[Kind.DATA], address, type=type_, scope=scope, moved=True))
         self._tell(block, part, known.fate, known.note)
 
     def _tell(self, block: Block, part: Part, fate: Fate | None, note: str = "") -> None:
         said = spelling(block.name)
         if fate is not None and not said.guard:
             self.data.append(Datum(said.source, part.source, fate, note))
+
+    def _record_thread_locals(self, found: Plan, placement: Placement, linkage: Linkage) -> None:
+        for block, part in linkage.thread_locals.items():
+            if block not in found.bound:
+                continue
+            bound, image = found.bound[block], linkage.images.get(block)
+            self.threads.fill(block, block.data if image is None else _contents(placement, image))
+            place = thread_number(bound.address, bound.module_id)
+            self.placed.append(_placed(block, part, THREAD_LOCAL, place))
+            self._define(block, bound)
+            if not part.supplied:
+                self._tell(block, part, Fate.ADDED, "each thread has its own")
 
     def _record_constructors(self, doors: list[_Door], placement: Placement) -> None:
         for part in dict.fromkeys(door.part for door in doors):
@@ -446,6 +468,10 @@ def _planned(linkage: Linkage, wanted: dict[Part, tuple[Block, ...]], starts: di
             for part, start in starts.items()
             if not placed.issuperset(start.run)
         }
+        for block, image in linkage.images.items():
+            if image not in placed:
+                part = linkage.thread_locals[block]
+                missing[part] = (*missing.get(part, ()), image)
         if not missing:
             return found
         wanted |= {part: (*wanted.get(part, ()), *blocks) for part, blocks in missing.items()}
@@ -497,6 +523,12 @@ def _check_resolver(part: Part, resolver: Block) -> None:
                 "let it use what the resolver chooses, or restart the program",
                 code="ifunc",
             )
+
+
+def _contents(placement: Placement, block: Block) -> bytes:
+    """Return the bytes of a block as they are linked."""
+    start = placement.addresses[block]
+    return next(data[start - at :][: block.size] for at, data in placement.writes if at <= start < at + len(data))
 
 
 def _filled(following: bytes, end: int) -> bytes:
@@ -568,8 +600,12 @@ def _body(live: LiveFunction) -> Body:
     return Body(live.name, live.body, live.body + live.size)
 
 
-def _placed(block: Block, part: Part, address: int, *, type: str = "", scope: str = "", moved: bool = False) -> Placed:
-    kind = {Kind.CODE: "code", Kind.READ_ONLY: "read-only"}.get(block.kind, "data")
+_KINDS = {Kind.CODE: "code", Kind.READ_ONLY: "read-only", Kind.DATA: "data"}
+
+
+def _placed(
+    block: Block, part: Part, kind: str, address: int, *, type: str = "", scope: str = "", moved: bool = False
+) -> Placed:
     return Placed(
         name=block.name,
         names=tuple(dict.fromkeys(s.name for s in block.symbols)),

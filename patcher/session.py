@@ -26,6 +26,8 @@ from patcher.texts import Texts
 
 # What follows takes a third of a second to import (drgn, numpy, capstone), and `status` and `revert` need none of it.
 if TYPE_CHECKING:
+    from patcher.data.threads import NewBlock, NewThreadLocals, StaticModel
+    from patcher.elf.thread_module import ThreadBlock
     from patcher.image import Image
     from patcher.link.place import FarData
     from patcher.part import Part
@@ -129,6 +131,7 @@ class Session:
         self._image: Image | None = None
         self._ledger: Ledger | None = None
         self._units: Units | None = None
+        self._spare: dict[ThreadBlock, int] = {}  # storage that was loaded for a change which then failed
         self.texts = Texts()
 
     def __enter__(self) -> Self:
@@ -282,30 +285,32 @@ class Session:
                 self.ledger.forget_plans()
 
     def _link(self, units: Units, changes: Changes, *, dry_run: bool) -> Linked:
+        from patcher.data.threads import NewThreadLocals, StaticModel
         from patcher.link.place import FarData
         from patcher.linkage import NeedsArena
         from patcher.relink import link_generation
 
         parts = list(changes.parts)
         waiting = [*changes.idle, *units.waiting(changes)]
-        supplies = units.supplies
+        supplies, threads = units.supplies, NewThreadLocals(self.ledger.journal.placed)
         supplies.begin()
         for _ in range(2 * len(parts) + _ROUNDS):
             supplies.to_load.clear()
             try:
-                linked = link_generation(self.image, self.ledger, parts, waiting, supplies)
+                linked = link_generation(self.image, self.ledger, parts, threads, waiting, supplies)
             except NeedsArena:
                 self._map_stub_area(dry_run)
             except FarData as error:
-                own = any(part.blocks.object is error.object for part in (*parts, *waiting))
-                if not own and not units.supply_farther(error.object):
-                    raise
-                parts = [self._reaching(units, part, error) for part in parts]
-                waiting = [self._reaching(units, part, error) for part in waiting]
+                parts, waiting = _made_again(units.with_farther_reach, units, parts, waiting, error)
+                threads.restart()
+            except StaticModel as error:
+                parts, waiting = _made_again(units.asking_for_thread_locals, units, parts, waiting, error)
+                threads.restart()
             except UnresolvedSymbol as error:
                 raise UnresolvedSymbol(error.message, supplies.advice()) from None
             else:
-                if dry_run or not self._load(tuple(supplies.to_load)):
+                threads.check()
+                if dry_run or not (self._load(tuple(supplies.to_load)) or self._load_storage(threads)):
                     units.check_supplied(linked.supplied)
                     return linked
         raise UnsafeChange("the change cannot be linked", "restart the program with the new code")
@@ -319,13 +324,33 @@ class Session:
             self.units.supplies.loaded.append(path)
         return bool(libraries)
 
-    def _reaching(self, units: Units, part: Part, error: FarData) -> Part:
-        if part.blocks.object is not error.object:
-            return part
-        found = units.with_farther_reach(part)
-        if found is None:
-            raise error
-        return found
+    def _load_storage(self, threads: NewThreadLocals) -> bool:
+        """Have storage for new thread-locals in the process, and return whether there were any to load."""
+        blocks = tuple(threads.to_load())
+        for block in blocks:
+            try:
+                self._load_block(block)
+            except UnsafeChange as error:
+                if error.code == "dlopen" and block.static:
+                    threads.without_static()
+                    return True
+                if error.code not in ("dlopen", "no-loader"):
+                    raise
+                raise UnsafeChange(
+                    f"threads that run have no storage for the new thread-local {block.names}, and the dynamic loader "
+                    f"can make none: {error.message}",
+                    "make it a plain variable, or restart the program with the new code",
+                    code="new-thread-local",
+                ) from None
+        return bool(blocks)
+
+    def _load_block(self, block: NewBlock) -> None:
+        from patcher.loader import Caller
+
+        wanted = block.as_linked()
+        if wanted not in self._spare:
+            self._spare[wanted] = Caller(self.image).load_thread_block(wanted)
+        block.loaded(wanted, self._spare[wanted])
 
     def _map_stub_area(self, dry_run: bool) -> None:
         if dry_run:
@@ -349,7 +374,10 @@ class Session:
         if self.options.dry_run:
             return outcome
         self.ledger.realise()
+        if linked.commit.constructors:
+            self._spare.clear()  # they may write to it
         result = self.ledger.commit(linked.commit, self._construct)
+        self._spare.clear()
         bodies = [(r.name, r.extents) for r in linked.replaced]
         active = find_active(self.target, bodies, result.threads)
         return replace(
@@ -461,6 +489,27 @@ class Session:
             if len(self.image.scope()) > len(needed) or not needed:
                 return
             time.sleep(0.005)
+
+
+def _made_again(
+    make: Callable[[Part], Part | None],
+    units: Units,
+    parts: Sequence[Part],
+    waiting: Sequence[Part],
+    error: FarData | StaticModel,
+) -> tuple[list[Part], list[Part]]:
+    """Have the unit of the object that `error` is about compiled otherwise; raise it where that is not possible."""
+
+    def made(part: Part) -> Part:
+        found = make(part) if part.blocks.object is error.object else part
+        if found is None:
+            raise error
+        return found
+
+    own = any(part.blocks.object is error.object for part in (*parts, *waiting))
+    if not own and not units.supply_again(error.object, make):
+        raise error
+    return [made(p) for p in parts], [made(p) for p in waiting]
 
 
 __all__ = ["ArenaUse", "Generation", "ObjectUse", "Options", "PatchedFunction", "Session", "Status"]

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 from patcher.blocks import Blocks
 from patcher.build import (
+    ASKING,
     INDIRECT,
     LARGE,
     LINE_SHIFT,
@@ -164,12 +165,24 @@ class Units:
         First it goes to external data through cells; where that is not enough, it goes everywhere by full addresses.
         Returns None when that was done already, or nothing says how it is compiled.
         """
+        known = self._reach.get(part.blocks, PLAIN)
+        reach = _FARTHER.get(known & ~ASKING)
+        return self._remade(part, reach | known & ASKING) if reach is not None else None
+
+    def asking_for_thread_locals(self, part: Part) -> Part | None:
+        """Compile a unit again so that its code asks where its thread-locals are, and remember that it must.
+
+        Returns None when that was done already, or nothing says how it is compiled.
+        """
+        known = self._reach.get(part.blocks, PLAIN)
+        return self._remade(part, known | ASKING) if not known & ASKING else None
+
+    def _remade(self, part: Part, reach: Variant) -> Part | None:
         command = self._command_of.get(part.delta.blocks.object)
-        reach = _FARTHER.get(self._reach.get(part.blocks, PLAIN))
-        if command is None or reach is None:
+        if command is None:
             return None
         self._needed_reach[command.file, command.arguments] = reach
-        return self._compiled_to_reach(part, command, reach)
+        return self._judged_anew(part, command, reach)
 
     def _with_needed_reach(self, part: Part) -> Part:
         """Compile a unit once more that is known to need it, before it is linked in vain.
@@ -180,6 +193,9 @@ class Units:
         reach = self._needed_reach.get((command.file, command.arguments)) if command is not None else None
         if command is None or reach is None or not part.wanted():
             return part
+        return self._judged_anew(part, command, reach)
+
+    def _judged_anew(self, part: Part, command: CompileCommand, reach: Variant) -> Part:
         made = self._compiled_to_reach(part, command, reach)
         there = {f.name for f in match(made.blocks, part.unit).with_status(Status.SAME)}
         same = [f for f in part.delta.with_status(Status.CHANGED) if f.name in there]
@@ -190,14 +206,14 @@ class Units:
         self._reach[blocks] = reach
         return part.compiled_otherwise(blocks)
 
-    def supply_farther(self, source: ObjectFile | None) -> bool:
-        """Compile a unit that was brought in and cannot reach something again; tell whether that was possible."""
+    def supply_again(self, source: ObjectFile | None, make: Callable[[Part], Part | None]) -> bool:
+        """Have a unit that was brought in, and cannot reach something, made again; tell whether that was possible."""
         part = self.supplies.part_of(source) if source is not None else None
         command = self.supplies.build.command_of.get(part.delta.blocks.object) if part is not None else None
         if part is None or command is None:
             return False
         self._command_of[part.delta.blocks.object] = command
-        made = self.with_farther_reach(part)
+        made = make(part)
         if made is not None:
             self.supplies.replace(part, made)
         return made is not None

@@ -38,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     # Functions of the target are called where its frames show that nothing is locked.
     "unwind": {"errors", "elf.tables", "image", "target"},
     "safepoint": {"elf", "image", "target", "unwind"},
-    "loader": {"errors", "elf.tables", "image", "safepoint", "target"},
+    "loader": {"errors", "elf.tables", "elf.thread_module", "image", "safepoint", "target"},
     # What earlier generations placed has names too: the journal's records say so.
     "live": READING | {"blocks", "image", "code", "patch.journal"},
     "lines": READING,
@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     # One unit's share of a generation: its verdicts, and the object that new code is taken from.
     "part": MATCHING | {"match", "constructors"},
     # What becomes of variables; the types are read from a copy of the object, in which relocations are mended.
-    "data": MATCHING | {"match", "part"},
+    "data": MATCHING | {"match", "part", "patch.journal"},
     # What the names and blocks of parts mean in the process.
     "linkage": MATCHING | {"match", "part", "patch", "data", "undefined"},
     # Joins verdicts, linker and arena to a generation that is ready to be written.
@@ -80,6 +80,7 @@ ALLOWED: dict[str, set[str]] = {
         "patch",
         "relink",
         "loader",
+        "data.threads",
         "options",
         "texts",
         "units",

@@ -194,7 +194,9 @@ class _Unit:
         """Return the variable that a name of the file, or of the program, has always denoted."""
         found: dict[int, LiveVariable] = {}
         for symbol in block.symbols:
-            for variable in self.live.variables(symbol.name, symbol.local, trusted=self._is_own):
+            for variable in self.live.variables(
+                symbol.name, symbol.local, trusted=self._is_own, thread_local=block.kind is Kind.THREAD_LOCAL
+            ):
                 found.setdefault(variable.address, variable)
         if not found:
             return None
@@ -338,12 +340,9 @@ class _Unit:
         exported = block.symbols[0].name if block.exported else ""
         known = self.live.exported_variables(base_name(exported)) if exported else []
         for variable in (*self._variables, *known):
-            if _alike(spelling(variable.name), name) and self._is_thread_local(variable) == kind:
+            if _alike(spelling(variable.name), name) and variable.thread_local == kind:
                 found.setdefault(variable.address, variable)
         return [v for v in found.values() if (kind, v.address) not in self._bound]
-
-    def _is_thread_local(self, variable: LiveVariable) -> bool:
-        return not variable.born and not self.module.contains(variable.address)
 
     def _evident(self, block: Block) -> list[LiveVariable]:
         """Return the live variables that the functions which use one have used, or that it is declared to be."""
@@ -585,7 +584,7 @@ class _Unit:
             if (s := spelling(v.name)).scoped != said.scoped
             and s.source == said.source
             and not s.guard
-            and not self._is_thread_local(v)
+            and not v.thread_local
         }
         return [v for v in alike.values() if v.address not in claimed and self._same_type(block, v)]
 

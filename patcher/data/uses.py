@@ -14,7 +14,7 @@ from patcher.blocks import Block, Place
 from patcher.elf.dynamic import TLSDESC
 from patcher.elf.relocations import R
 from patcher.errors import PatcherError
-from patcher.live import LiveFunction, LiveVariable
+from patcher.live import LiveFunction, LiveVariable, thread_place
 from patcher.part import Part
 
 _PIECE = re.compile(r"\.(cold|part|isra|constprop)(\.\d+)?(?=\.|$)")
@@ -160,6 +160,9 @@ class Uses:
         """
         from patcher.code.instructions import decode, wide_displacements
 
+        added = thread_place(offset)
+        if added is not None:
+            return self._uses_added(piece, *added)
         image = self.part.unit.image
         block = image.thread_block(self.part.unit.module)
         if block is not None and (block + offset).to_bytes(4, "little", signed=True) in piece.code:
@@ -169,6 +172,20 @@ class Uses:
         return any(
             i.reference is not None and self._cell_tells(i.reference, i.raw, block, offset)
             for i in decode(piece.code, piece.body)
+        )
+
+    def _uses_added(self, piece: LiveFunction, offset: int, module_id: int) -> bool:
+        """Tell whether a body uses a thread-local that a patch brought."""
+        from patcher.code.instructions import decode
+
+        if not module_id and offset.to_bytes(4, "little", signed=True) in piece.code:
+            return True
+        unit, memory = self.part.unit, self.part.unit.image.target.memory
+        wanted = (module_id, offset) if module_id else (offset & (1 << 64) - 1,)
+        cells = (i.reference for i in decode(piece.code, piece.body) if i.reference is not None)
+        return any(
+            unit.view.contains(cell) and _pair(memory.read_available(cell, 16))[: len(wanted)] == wanted
+            for cell in cells
         )
 
     def _cell_tells(self, cell: int, user: bytes, block: int | None, offset: int) -> bool:
