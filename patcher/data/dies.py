@@ -1,0 +1,416 @@
+"""DEBUGGING INFORMATION ENTRIES: where the types and variables of one unit are declared, and what is said of them.
+
+Goes through a unit's `.debug_info` once and keeps the places of what has a layout (`Entry`); attributes are decoded
+when they are asked for. Decides nothing about types: `declared` makes them of entries.
+
+Knows the 32-bit form of DWARF 4 and 5 as compilers write it into an object or a linker into a program. Whatever else
+there is (`NotUnderstood`: type units, split or supplementary files) is for a reader that knows all of it.
+Specification: DWARF 5, sections 7.5 (entries and forms) and 7.26 (string offsets).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+
+class Tag(IntEnum):
+    """The tags of entries that have to do with layouts (DWARF 5, table 7.3)."""
+
+    ARRAY = 0x01
+    CLASS = 0x02
+    ENUMERATION = 0x04
+    PARAMETER = 0x05
+    LEXICAL_BLOCK = 0x0B
+    MEMBER = 0x0D
+    POINTER = 0x0F
+    REFERENCE = 0x10
+    COMPILE_UNIT = 0x11
+    STRUCTURE = 0x13
+    SUBROUTINE_TYPE = 0x15
+    TYPEDEF = 0x16
+    UNION = 0x17
+    INHERITANCE = 0x1C
+    POINTER_TO_MEMBER = 0x1F
+    SUBRANGE = 0x21
+    BASE = 0x24
+    CONST = 0x26
+    ENUMERATOR = 0x28
+    SUBPROGRAM = 0x2E
+    VARIABLE = 0x34
+    VOLATILE = 0x35
+    RESTRICT = 0x37
+    NAMESPACE = 0x39
+    UNSPECIFIED = 0x3B
+    RVALUE_REFERENCE = 0x42
+    ATOMIC = 0x47
+
+
+class At(IntEnum):
+    """The attributes that are looked at (DWARF 5, table 7.5)."""
+
+    SIBLING = 0x01
+    LOCATION = 0x02
+    NAME = 0x03
+    BYTE_SIZE = 0x0B
+    BIT_OFFSET = 0x0C
+    BIT_SIZE = 0x0D
+    COMP_DIR = 0x1B
+    CONST_VALUE = 0x1C
+    UPPER_BOUND = 0x2F
+    ABSTRACT_ORIGIN = 0x31
+    COUNT = 0x37
+    MEMBER_LOCATION = 0x38
+    DECLARATION_FILE = 0x3A
+    DECLARATION = 0x3C
+    ENCODING = 0x3E
+    EXTERNAL = 0x3F
+    SPECIFICATION = 0x47
+    TYPE = 0x49
+    VIRTUALITY = 0x4C
+    VTABLE_SLOT = 0x4D
+    DATA_BIT_OFFSET = 0x6B
+    LINKAGE_NAME = 0x6E
+    STR_OFFSETS_BASE = 0x72
+    DWO_NAME = 0x76
+    GNU_DWO_NAME = 0x2130
+
+
+_LEB, _SIGNED, _STRING, _BLOCK, _SHORT_BLOCK, _MIDDLE_BLOCK, _LONG_BLOCK = -1, -2, -3, -4, -5, -6, -7
+# Sizes of forms, or what tells the size (DWARF 5, table 7.6; the offsets of its 32-bit form).
+_FORMS = {
+    0x01: 8, 0x03: _MIDDLE_BLOCK, 0x04: _LONG_BLOCK, 0x05: 2, 0x06: 4, 0x07: 8, 0x08: _STRING, 0x09: _BLOCK,
+    0x0A: _SHORT_BLOCK, 0x0B: 1, 0x0C: 1, 0x0D: _SIGNED, 0x0E: 4, 0x0F: _LEB, 0x10: 4, 0x11: 1, 0x12: 2, 0x13: 4,
+    0x14: 8, 0x15: _LEB, 0x17: 4, 0x18: _BLOCK, 0x19: 0, 0x1A: _LEB, 0x1B: _LEB, 0x1E: 16, 0x1F: 4, 0x21: 0,
+    0x22: _LEB, 0x23: _LEB, 0x25: 1, 0x26: 2, 0x27: 3, 0x28: 4, 0x29: 1, 0x2A: 2, 0x2B: 3, 0x2C: 4,
+}  # fmt: skip
+_FLAG_PRESENT, _IMPLICIT = 0x19, 0x21
+_STRINGS, _LINE_STRINGS, _INDEXED_STRINGS = 0x0E, 0x1F, (0x1A, 0x25, 0x26, 0x27, 0x28)
+_IN_UNIT, _IN_FILE = (0x11, 0x12, 0x13, 0x14, 0x15), 0x10
+
+_OUTER = frozenset(
+    (Tag.STRUCTURE, Tag.CLASS, Tag.UNION, Tag.ENUMERATION, Tag.NAMESPACE, Tag.SUBPROGRAM, Tag.LEXICAL_BLOCK, Tag.ARRAY)
+)
+_INNER = frozenset((Tag.MEMBER, Tag.INHERITANCE, Tag.SUBRANGE, Tag.ENUMERATOR, Tag.VARIABLE, Tag.TYPEDEF))
+
+Value = int | bytes
+
+
+class NotUnderstood(Exception):
+    """Debug information in a form that is not read here."""
+
+
+class Elsewhere(NotUnderstood):
+    """The debug information is in another file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sections:
+    """The debug sections of a file: inflated, and relocated if it is an object."""
+
+    info: bytes
+    abbreviations: bytes
+    strings: bytes
+    line_strings: bytes
+    string_offsets: bytes
+
+
+@dataclass(slots=True, eq=False)
+class _Abbreviation:
+    tag: int
+    children: bool
+    attributes: tuple[tuple[int, int, int], ...]  # attribute, form, value of an implicit constant
+    size: int | None  # None: it varies
+    outer: bool
+    inner: bool
+    pieces: tuple[int, ...] = ()  # sizes, runs of fixed ones joined
+    declaration: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """An entry that is kept; `inner` are those of its children that belong to it, `outer` is what it stands in."""
+
+    offset: int
+    tag: int
+    outer: Entry | None
+    complete: bool
+    inner: list[Entry] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A unit's extent in `.debug_info`, and the source file it was compiled from."""
+
+    start: int
+    first: int  # its root entry
+    end: int
+    version: int
+    abbreviations: int
+    file: str
+    strings_base: int
+
+
+def units(sections: Sections, *, every: bool = True) -> Iterator[Header]:
+    """Find the units of a file; if not `every` one is needed, those that are understood. Raises `NotUnderstood`."""
+    info, place = sections.info, 0
+    while place < len(info):
+        end = place + 4 + _number(info, place, 4)
+        if end > len(info):
+            raise NotUnderstood("a unit that is cut off, or of the 64-bit form")
+        try:
+            yield _header(sections, place, end)
+        except NotUnderstood:
+            if every:
+                raise
+        place = end
+
+
+def _header(sections: Sections, start: int, end: int) -> Header:
+    info, version = sections.info, _number(sections.info, start + 4, 2)
+    if version not in (4, 5) or (version == 5 and info[start + 6] != 1):
+        raise NotUnderstood("a unit of another version or kind")
+    at, first = (start + 8, start + 12) if version == 5 else (start + 6, start + 11)
+    return _with_names(sections, Header(start, first, end, version, _number(info, at, 4), "", 8))
+
+
+def _with_names(sections: Sections, header: Header) -> Header:
+    root = Dies(sections, header).raw_attributes(header.first)
+    if At.DWO_NAME in root or At.GNU_DWO_NAME in root:
+        raise Elsewhere("it is in another file")
+    base = root.get(At.STR_OFFSETS_BASE, (0, 8))[1]
+    header = replace(header, strings_base=base if isinstance(base, int) else 8)
+    dies = Dies(sections, header)
+    name, folder = dies.string(root.get(At.NAME)), dies.string(root.get(At.COMP_DIR))
+    return replace(header, file=os.path.normpath(os.path.join(folder, name)) if name else "")
+
+
+class Dies:
+    """The entries of one unit."""
+
+    def __init__(self, sections: Sections, header: Header) -> None:
+        self.sections = sections
+        self.header = header
+        self._info = sections.info
+        self._abbreviations = _Abbreviations(sections.abbreviations, header.abbreviations)
+
+    def walk(self) -> list[Entry]:
+        """Return the entries of types, variables and what they stand in, in order."""
+        info, abbreviations, place, end = self._info, self._abbreviations, self.header.first, self.header.end
+        found: list[Entry] = []
+        outer: Entry | None = None
+        open_: list[Entry | None] = []
+        while place < end:
+            start = place
+            code = info[place]
+            place += 1
+            if code >= 0x80:
+                code, place = _leb(info, start)
+            if not code:
+                if not open_:
+                    break
+                outer = open_.pop()
+                continue
+            abbreviation = abbreviations[code]
+            place = place + abbreviation.size if abbreviation.size is not None else _past(info, place, abbreviation)
+            if abbreviation.outer:
+                entry = Entry(start, abbreviation.tag, outer, not abbreviation.declaration)
+                found.append(entry)
+                if abbreviation.children:
+                    open_.append(outer)
+                    outer = entry
+                if abbreviation.inner and entry.outer is not None:
+                    entry.outer.inner.append(entry)
+                continue
+            if abbreviation.inner:
+                entry = Entry(start, abbreviation.tag, outer, not abbreviation.declaration)
+                if outer is not None:
+                    outer.inner.append(entry)
+                if abbreviation.tag in (Tag.VARIABLE, Tag.TYPEDEF, Tag.MEMBER):
+                    found.append(entry)
+            if abbreviation.children:
+                open_.append(outer)
+        return found
+
+    def within(self, start: int, tags: frozenset[int]) -> Iterator[tuple[int, int]]:
+        """Return the places and depths of the entries of some tags below one, itself included."""
+        info, depth, place = self._info, 0, start
+        while place < self.header.end:
+            begin = place
+            code, place = _leb(info, place)
+            if code:
+                abbreviation = self._abbreviations[code]
+                place = _past(info, place, abbreviation)
+                if abbreviation.tag in tags:
+                    yield begin, depth
+                depth += abbreviation.children
+            else:
+                depth -= 1
+            if depth <= 0:
+                return
+
+    def tag(self, offset: int) -> int:
+        return self._abbreviations[_leb(self._info, offset)[0]].tag
+
+    def raw_attributes(self, offset: int) -> dict[int, tuple[int, Value]]:
+        """Return the forms and values of an entry's attributes; strings as what leads to them."""
+        info = self._info
+        code, place = _leb(info, offset)
+        found: dict[int, tuple[int, Value]] = {}
+        for attribute, form, implicit in self._abbreviations[code].attributes:
+            size = _FORMS[form]
+            value: Value
+            if size > 0:
+                value = int.from_bytes(info[place : place + size], "little")
+                place += size
+            elif size == 0:
+                value = implicit
+            elif size == _LEB:
+                value, place = _leb(info, place)
+            elif size == _SIGNED:
+                value, place = _signed(info, place)
+            elif size == _STRING:
+                close = info.index(b"\0", place)
+                value, place = info[place:close], close + 1
+            else:
+                length, place = _block(info, place, size)
+                value, place = info[place : place + length], place + length
+            found[attribute] = form, value
+        return found
+
+    def reference(self, found: tuple[int, Value] | None) -> int:
+        """Return the place that an attribute refers to in the section, 0 for none. Raises `NotUnderstood`."""
+        if found is None:
+            return 0
+        form, value = found
+        if form in _IN_UNIT and isinstance(value, int):
+            return value + self.header.start
+        if form != _IN_FILE or not isinstance(value, int) or not self.header.first <= value < self.header.end:
+            raise NotUnderstood("a reference to another unit")
+        return value
+
+    def string(self, found: tuple[int, Value] | None) -> str:
+        """Return an attribute that is a string; empty when there is none."""
+        if found is None:
+            return ""
+        form, value = found
+        if isinstance(value, bytes):
+            return value.decode("utf-8", "replace")
+        if form == _STRINGS:
+            return _string(self.sections.strings, value)
+        if form == _LINE_STRINGS:
+            return _string(self.sections.line_strings, value)
+        if form in _INDEXED_STRINGS:
+            place = self.header.strings_base + 4 * value
+            return _string(self.sections.strings, _number(self.sections.string_offsets, place, 4))
+        raise NotUnderstood(f"form {form:#x} of a string")
+
+
+def _string(section: bytes, place: int) -> str:
+    return section[place : section.index(b"\0", place)].decode("utf-8", "replace")
+
+
+def _number(data: bytes, place: int, size: int) -> int:
+    return int.from_bytes(data[place : place + size], "little")
+
+
+def _leb(data: bytes, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+        shift += 7
+
+
+def _signed(data: bytes, place: int) -> tuple[int, int]:
+    value, after = _leb(data, place)
+    bits = 7 * (after - place)
+    return (value - (1 << bits) if value >> (bits - 1) else value), after
+
+
+def _block(info: bytes, place: int, size: int) -> tuple[int, int]:
+    """Return the length of a block's contents, and where they begin."""
+    if size == _BLOCK:
+        return _leb(info, place)
+    width = {_SHORT_BLOCK: 1, _MIDDLE_BLOCK: 2, _LONG_BLOCK: 4}[size]
+    return _number(info, place, width), place + width
+
+
+def _past(info: bytes, place: int, abbreviation: _Abbreviation) -> int:
+    """Return where an entry of varying size ends."""
+    for piece in abbreviation.pieces:
+        if piece >= 0:
+            place += piece
+        elif piece == _BLOCK and info[place] < 0x80:
+            place += 1 + info[place]
+        elif piece in (_LEB, _SIGNED):
+            while info[place] >= 0x80:
+                place += 1
+            place += 1
+        elif piece == _STRING:
+            place = info.index(b"\0", place) + 1
+        else:
+            length, place = _block(info, place, piece)
+            place += length
+    return place
+
+
+class _Abbreviations(dict[int, _Abbreviation]):
+    """A unit's abbreviations by code, read as far as they are needed: of most units only the root is looked at."""
+
+    def __init__(self, data: bytes, place: int) -> None:
+        super().__init__()
+        self._data = data
+        self._place = place
+
+    def __missing__(self, wanted: int) -> _Abbreviation:
+        while True:
+            code, place = _leb(self._data, self._place)
+            if not code:
+                raise NotUnderstood(f"no abbreviation {wanted}")
+            tag, place = _leb(self._data, place)
+            children = self._data[place] == 1
+            attributes, self._place = _attributes(self._data, place + 1)
+            self[code] = _abbreviation(tag, children, attributes)
+            if code == wanted:
+                return self[code]
+
+
+def _attributes(data: bytes, place: int) -> tuple[list[tuple[int, int, int]], int]:
+    found: list[tuple[int, int, int]] = []
+    while True:
+        attribute, place = _leb(data, place)
+        form, place = _leb(data, place)
+        implicit = 1 if form == _FLAG_PRESENT else 0
+        if form == _IMPLICIT:
+            implicit, place = _signed(data, place)
+        if not attribute and not form:
+            return found, place
+        if form not in _FORMS:
+            raise NotUnderstood(f"form {form:#x}")
+        found.append((attribute, form, implicit))
+
+
+def _abbreviation(tag: int, children: bool, attributes: list[tuple[int, int, int]]) -> _Abbreviation:
+    pieces: list[int] = []
+    for _, form, _ in attributes:
+        size = _FORMS[form]
+        if size >= 0 and pieces and pieces[-1] >= 0:
+            pieces[-1] += size
+        else:
+            pieces.append(size)
+    fixed = not pieces or (len(pieces) == 1 and pieces[0] >= 0)
+    names = {a for a, _, _ in attributes}
+    declaration = At.DECLARATION in names
+    virtual = tag == Tag.SUBPROGRAM and (At.VIRTUALITY in names or At.VTABLE_SLOT in names)
+    # A function's declaration in a class has parameters, but neither types nor variables of its own.
+    outer = tag in _OUTER and not (tag == Tag.SUBPROGRAM and declaration and not virtual)
+    return _Abbreviation(
+        tag, children, tuple(attributes), sum(pieces) if fixed else None, outer, tag in _INNER or virtual,
+        tuple(pieces), declaration,
+    )  # fmt: skip
