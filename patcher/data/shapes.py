@@ -3,7 +3,8 @@
 A `Shape` is a value of its own: whoever has two can tell what to copy, without any debug information at hand. Members
 are the same by name, elements by index, and whatever has the kind and size that it had is copied as it is. New
 members and elements are left to the initialiser. What cannot be carried over without a decision (a number of another
-size, a pointer to something else, a bit-field that moved within its byte) is said, and nothing is copied.
+size, a pointer to something else, a bit-field that moved within its byte, a member that may be another one renamed)
+is said, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def _named(shape: Shape) -> str:
 
 
 def _of_members(old: Shape, new: Shape, origin: int, target: int, path: str) -> Iterator[Move | Obstacle]:
+    yield from _renamed(old.parts, new.parts, path)
     for part, before in _of_one_name(old.parts, new.parts):
         within = f"{path}.{part.name}"
         if before is None:
@@ -120,6 +122,16 @@ def _of_members(old: Shape, new: Shape, origin: int, target: int, path: str) -> 
             yield from _of_bits(before, part, new, old, origin, target, within)
         else:
             yield from _steps(before.shape, part.shape, origin + before.offset // 8, target + part.offset // 8, within)
+
+
+def _renamed(old: tuple[Part, ...], new: tuple[Part, ...], path: str) -> Iterator[Obstacle]:
+    """Find members that may have another name now: their value would be lost."""
+    before, after = {p.name for p in old}, {p.name for p in new}
+    gone = [p for p in old if p.name and p.name not in after]
+    for part in (p for p in new if p.name and p.name not in before):
+        for other in gone:
+            if (other.shape, other.bits) == (part.shape, part.bits):
+                yield Obstacle(f"{path}.{part.name}", f"whether it is what `{other.name}` was cannot be told")
 
 
 def _of_one_name(old: tuple[Part, ...], new: tuple[Part, ...]) -> Iterator[tuple[Part, Part | None]]:
