@@ -70,8 +70,8 @@ class Comparison:
             yield f"type {self.old.text(before)} -> {self.new.text(after)}"
 
     def _of_arrays(self, a: Node, b: Node) -> Iterator[str]:
-        if a.count != b.count and None not in (a.count, b.count):
-            yield f"array bound {a.count} -> {b.count}"
+        if a.bound != b.bound and None not in (a.bound, b.bound):
+            yield f"array bound {a.bound} -> {b.bound}"
         if not self.alike(a.of, b.of):
             yield f"elements {self.old.text(a.of)} -> {self.new.text(b.of)}"
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from typing import NamedTuple
 
 from patcher.data.dies import At, Dies, Entry, Header, Sections, Tag, Value
 
@@ -33,8 +34,7 @@ class Kind(Enum):
     OTHER = "of another kind"
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A member or a part that stems from another class; `bits` is 0 for what is no bit-field."""
 
     name: str
@@ -44,8 +44,7 @@ class Member:
     inherited: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """A type; `of` is what an array, a pointer or a reference is of."""
 
     kind: Kind
@@ -53,7 +52,7 @@ class Node:
     size: int = 0
     members: tuple[Member, ...] = ()
     of: int = 0
-    count: int | None = None
+    bound: int | None = None
     enumerators: tuple[tuple[str, int], ...] = ()
     virtuals: tuple[tuple[int, str, str], ...] = ()  # slot, symbol, name
 
@@ -122,13 +121,15 @@ class Declared:
 
     def _named_by_typedef(self, unnamed: frozenset[int]) -> dict[str, tuple[int, ...]]:
         found: dict[str, tuple[int, ...]] = {}
-        for entry in self._entries:
-            if entry.tag == Tag.TYPEDEF:
-                target = self._reference(self._dies.raw_attributes(entry.offset), At.TYPE)
-                if target in unnamed:
-                    name = self._qualified(entry)
-                    found[name] = (*found.get(name, ()), target)
+        for entry, target in self._typedefs:
+            if target in unnamed:
+                name = self._qualified(entry)
+                found[name] = (*found.get(name, ()), target)
         return found
+
+    @cached_property
+    def _typedefs(self) -> tuple[tuple[Entry, int], ...]:
+        return tuple((e, self._type_at(e.offset)) for e in self._entries if e.tag == Tag.TYPEDEF)
 
     @cached_property
     def variables(self) -> Mapping[str, tuple[Variable, ...]]:
@@ -142,8 +143,8 @@ class Declared:
         return {name: tuple(v for v in every if v.defined) or every[:1] for name, every in found.items()}
 
     def _variable(self, entry: Entry) -> Variable | None:
-        raw = self._dies.raw_attributes(entry.offset)
-        defined = _is_static(raw.get(At.LOCATION, (0, b""))[1])
+        raw = self._dies.attributes(entry.offset)
+        defined = _is_static(raw.get(At.LOCATION, b""))
         declared = At.DECLARATION in raw and At.EXTERNAL in raw
         if not defined and not declared:
             return None
@@ -151,7 +152,7 @@ class Declared:
         place: int | None = entry.offset
         while place and At.TYPE not in raw:
             place = self._reference(raw, At.SPECIFICATION) or self._reference(raw, At.ABSTRACT_ORIGIN)
-            raw = self._dies.raw_attributes(place) if place else raw
+            raw = self._dies.attributes(place) if place else raw
         return Variable(name, self._reference(raw, At.TYPE), defined) if name and place else None
 
     @cached_property
@@ -172,13 +173,17 @@ class Declared:
         return frozenset(every - {_NOWHERE})
 
     def _type_at(self, offset: int) -> int:
-        return self._reference(self._dies.raw_attributes(offset), At.TYPE)
+        return self._reference(self._dies.attributes(offset), At.TYPE)
 
     @cached_property
     def automatic(self) -> frozenset[int]:
         """The types of variables without static storage."""
-        entries = [e for e in self._entries if e.tag == Tag.VARIABLE and self._variable(e) is None]
-        return frozenset({self._type_at(e.offset) for e in entries} - {_NOWHERE})
+        found = set()
+        for offset, _ in self._dies.within(self._dies.header.first, frozenset((Tag.VARIABLE,))):
+            raw = self._dies.attributes(offset)
+            if not _is_static(raw.get(At.LOCATION, b"")) and At.DECLARATION not in raw:
+                found.add(self._reference(raw, At.TYPE))
+        return frozenset(found - {_NOWHERE})
 
     @cached_property
     def pointed(self) -> frozenset[int]:
@@ -190,25 +195,24 @@ class Declared:
     def plain_typedefs(self) -> Mapping[str, tuple[int, ...]]:
         """The typedefs of numbers and arrays, outside of classes and functions, by qualified name."""
         found: dict[str, tuple[int, ...]] = {}
-        for entry in self._entries:
-            if entry.tag == Tag.TYPEDEF and (entry.outer is None or entry.outer.tag == Tag.NAMESPACE):
-                target = self._type_at(entry.offset)
-                if target and self._dies.tag(target) in (Tag.BASE, Tag.ARRAY):
-                    name = self._qualified(entry)
-                    found[name] = (*found.get(name, ()), target)
+        for entry, target in self._typedefs:
+            outside = entry.outer is None or entry.outer.tag == Tag.NAMESPACE
+            if outside and target and self._dies.tag(target) in (Tag.BASE, Tag.ARRAY):
+                name = self._qualified(entry)
+                found[name] = (*found.get(name, ()), target)
         return found
 
     def type_name(self, offset: int) -> str:
         """Return a type's kind and qualified name as C has it; empty for one without a name."""
         entry = self._at.get(offset)
         name = self._qualified(entry) if entry is not None else ""
-        return _NAMES[Tag(entry.tag)] + name if entry is not None and name else ""
+        return _NAMES[entry.tag] + name if entry is not None and name else ""
 
     def _qualified(self, entry: Entry) -> str:
         if entry.offset in self._names:
             return self._names[entry.offset]
-        raw = self._dies.raw_attributes(entry.offset)
-        own = self._dies.string(raw.get(At.NAME))
+        raw = self._dies.attributes(entry.offset)
+        own = self._dies.text(raw.get(At.NAME))
         origin = self._reference(raw, At.SPECIFICATION) or self._reference(raw, At.ABSTRACT_ORIGIN)
         if origin and origin != entry.offset and origin in self._at:
             name = self._qualified(self._at[origin])
@@ -233,7 +237,7 @@ class Declared:
         if offset not in self._bare:
             seen = [offset]
             while offset and self._dies.tag(offset) in _SEEN_THROUGH:
-                offset = self._reference(self._dies.raw_attributes(offset), At.TYPE)
+                offset = self._reference(self._dies.attributes(offset), At.TYPE)
                 if offset in seen:
                     raise ValueError("a typedef of itself")
                 seen.append(offset)
@@ -253,18 +257,18 @@ class Declared:
         if node.kind in (Kind.POINTER, Kind.REFERENCE):
             return f"{self.text(node.of)} {'*' if node.kind is Kind.POINTER else '&'}".replace("* *", "**")
         if node.kind is Kind.ARRAY:
-            return f"{self.text(node.of)}[{'' if node.count is None else node.count}]"
+            return f"{self.text(node.of)}[{'' if node.bound is None else node.bound}]"
         return node.name or node.kind.value
 
     def _node(self, offset: int) -> Node:
-        raw = self._dies.raw_attributes(offset)
+        raw = self._dies.attributes(offset)
         tag = self._dies.tag(offset)
-        size = _int(raw.get(At.BYTE_SIZE, (0, 0))[1])
+        size = _int(raw.get(At.BYTE_SIZE, 0))
         name = self.type_name(offset)
         if tag == Tag.BASE:
-            whole = _int(raw.get(At.ENCODING, (0, 0))[1]) not in _FLOATS
-            return Node(Kind.WHOLE if whole else Kind.FLOAT, self._dies.string(raw.get(At.NAME)), size)
-        kind = _KINDS.get(tag, Kind.OTHER)  # type: ignore[call-overload]
+            whole = _int(raw.get(At.ENCODING, 0)) not in _FLOATS
+            return Node(Kind.WHOLE if whole else Kind.FLOAT, self._dies.text(raw.get(At.NAME)), size)
+        kind = _KINDS.get(tag, Kind.OTHER)
         if kind in (Kind.STRUCT, Kind.UNION, Kind.ENUM) and At.DECLARATION in raw:
             return Node(Kind.INCOMPLETE, name)
         if kind in (Kind.STRUCT, Kind.UNION):
@@ -277,37 +281,37 @@ class Declared:
             return self._array(target, self._at[offset])
         if kind in (Kind.POINTER, Kind.REFERENCE, Kind.MEMBER_POINTER):
             return Node(kind, size=size or 8, of=target)
-        return Node(kind, self._dies.string(raw.get(At.NAME)), size)
+        return Node(kind, self._dies.text(raw.get(At.NAME)), size)
 
     def _members(self, entry: Entry) -> tuple[Member, ...]:
         found = []
         for inner in entry.inner:
             if inner.tag in (Tag.MEMBER, Tag.INHERITANCE):
-                raw = self._dies.raw_attributes(inner.offset)
+                raw = self._dies.attributes(inner.offset)
                 if At.EXTERNAL in raw or At.DECLARATION in raw:
                     continue  # static: a variable
                 inherited = inner.tag == Tag.INHERITANCE
                 target = self._reference(raw, At.TYPE)
-                name = self.type_name(self.bare(target)) if inherited else self._dies.string(raw.get(At.NAME))
+                name = self.type_name(self.bare(target)) if inherited else self._dies.text(raw.get(At.NAME))
                 offset, virtual = _member_offset(raw)
-                found.append(Member(name + virtual, offset, _int(raw.get(At.BIT_SIZE, (0, 0))[1]), target, inherited))
+                found.append(Member(name + virtual, offset, _int(raw.get(At.BIT_SIZE, 0)), target, inherited))
         return tuple(found)
 
     def _virtuals(self, entry: Entry) -> tuple[tuple[int, str, str], ...]:
         found = []
         for inner in entry.inner:
             if inner.tag == Tag.SUBPROGRAM:
-                raw = self._dies.raw_attributes(inner.offset)
-                slot = raw.get(At.VTABLE_SLOT, (0, None))[1]
+                raw = self._dies.attributes(inner.offset)
+                slot = raw.get(At.VTABLE_SLOT, None)
                 if slot is not None:
-                    name = self._dies.string(raw.get(At.NAME))
-                    symbol = self._dies.string(raw.get(At.LINKAGE_NAME))
+                    name = self._dies.text(raw.get(At.NAME))
+                    symbol = self._dies.text(raw.get(At.LINKAGE_NAME))
                     found.append((_expression(slot, _CONSTANT), name if name.startswith("~") else symbol or name, name))
         return tuple(sorted(found))
 
     def _enumerators(self, entry: Entry) -> tuple[tuple[str, int], ...]:
-        every = [self._dies.raw_attributes(i.offset) for i in entry.inner if i.tag == Tag.ENUMERATOR]
-        return tuple((self._dies.string(raw.get(At.NAME)), _int(raw[At.CONST_VALUE][1])) for raw in every)
+        every = [self._dies.attributes(i.offset) for i in entry.inner if i.tag == Tag.ENUMERATOR]
+        return tuple((self._dies.text(raw.get(At.NAME)), _int(raw[At.CONST_VALUE])) for raw in every)
 
     def _array(self, element: int, entry: Entry) -> Node:
         counts = [self._count(inner.offset) for inner in entry.inner if inner.tag == Tag.SUBRANGE] or [None]
@@ -315,16 +319,16 @@ class Declared:
         for each in counts:
             count = None if count is None or each is None else count * each
         size = (count or 0) * self.node(element).size
-        return Node(Kind.ARRAY, size=size, of=element, count=count)
+        return Node(Kind.ARRAY, size=size, of=element, bound=count)
 
     def _count(self, offset: int) -> int | None:
-        raw = self._dies.raw_attributes(offset)
-        count, bound = raw.get(At.COUNT, (0, None))[1], raw.get(At.UPPER_BOUND, (0, None))[1]
+        raw = self._dies.attributes(offset)
+        count, bound = raw.get(At.COUNT, None), raw.get(At.UPPER_BOUND, None)
         if isinstance(count, int):
             return count
         return bound + 1 if isinstance(bound, int) else None
 
-    def _reference(self, raw: Mapping[int, tuple[int, Value]], attribute: int) -> int:
+    def _reference(self, raw: Mapping[int, Value], attribute: int) -> int:
         return self._dies.reference(raw.get(attribute))
 
 
@@ -347,15 +351,15 @@ def _expression(value: Value, operation: int) -> int:
     return -1
 
 
-def _member_offset(raw: Mapping[int, tuple[int, Value]]) -> tuple[int, str]:
+def _member_offset(raw: Mapping[int, Value]) -> tuple[int, str]:
     """Return a member's offset in bits; for a virtual base class 0, and where its offset stands."""
     if At.DATA_BIT_OFFSET in raw:
-        return _int(raw[At.DATA_BIT_OFFSET][1]), ""
-    location = raw.get(At.MEMBER_LOCATION, (0, 0))[1]
+        return _int(raw[At.DATA_BIT_OFFSET]), ""
+    location = raw.get(At.MEMBER_LOCATION, 0)
     if isinstance(location, bytes) and location[:1] != bytes([_PLUS]):
         return 0, f" (virtual, {location.hex()})"
     offset = 8 * _expression(location, _PLUS)
     if At.BIT_OFFSET in raw:  # counted from the most significant bit of the storage unit
-        storage, bits = _int(raw.get(At.BYTE_SIZE, (0, 0))[1]), _int(raw[At.BIT_SIZE][1])
-        offset += 8 * storage - _int(raw[At.BIT_OFFSET][1]) - bits
+        storage, bits = _int(raw.get(At.BYTE_SIZE, 0)), _int(raw[At.BIT_SIZE])
+        offset += 8 * storage - _int(raw[At.BIT_OFFSET]) - bits
     return offset, ""

@@ -11,12 +11,13 @@ Specification: DWARF 5, sections 7.5 (entries and forms) and 7.26 (string offset
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from functools import lru_cache
 
 
-class Tag(IntEnum):
+class Tag:
     """The tags of entries that have to do with layouts (DWARF 5, table 7.3)."""
 
     ARRAY = 0x01
@@ -48,7 +49,7 @@ class Tag(IntEnum):
     ATOMIC = 0x47
 
 
-class At(IntEnum):
+class At:
     """The attributes that are looked at (DWARF 5, table 7.5)."""
 
     SIBLING = 0x01
@@ -88,14 +89,16 @@ _FORMS = {
 }  # fmt: skip
 _FLAG_PRESENT, _IMPLICIT = 0x19, 0x21
 _STRINGS, _LINE_STRINGS, _INDEXED_STRINGS = 0x0E, 0x1F, (0x1A, 0x25, 0x26, 0x27, 0x28)
-_IN_UNIT, _IN_FILE = (0x11, 0x12, 0x13, 0x14, 0x15), 0x10
+_TEXTS = (_STRINGS, _LINE_STRINGS, *_INDEXED_STRINGS)
+_IN_UNIT = (0x11, 0x12, 0x13, 0x14, 0x15)
+_CODES = {1: "B", 2: "H", 4: "I", 8: "Q", 16: "16s"}
 
 _OUTER = frozenset(
     (Tag.STRUCTURE, Tag.CLASS, Tag.UNION, Tag.ENUMERATION, Tag.NAMESPACE, Tag.SUBPROGRAM, Tag.LEXICAL_BLOCK, Tag.ARRAY)
 )
 _INNER = frozenset((Tag.MEMBER, Tag.INHERITANCE, Tag.SUBRANGE, Tag.ENUMERATOR, Tag.VARIABLE, Tag.TYPEDEF))
 
-Value = int | bytes
+Value = int | bytes | tuple[int, int]
 
 
 class NotUnderstood(Exception):
@@ -115,18 +118,37 @@ class Sections:
     strings: bytes
     line_strings: bytes
     string_offsets: bytes
+    tables: dict[int, _Abbreviations] = field(default_factory=dict, repr=False, compare=False)
+
+    def table(self, place: int) -> _Abbreviations:
+        """Return the abbreviations at a place, which units may share."""
+        if place not in self.tables:
+            self.tables[place] = _Abbreviations(self.abbreviations, place)
+        return self.tables[place]
 
 
 @dataclass(slots=True, eq=False)
 class _Abbreviation:
+    """How an entry is written. What is fixed in size is decoded at once (`fixed`), the rest one by one."""
+
     tag: int
     children: bool
-    attributes: tuple[tuple[int, int, int], ...]  # attribute, form, value of an implicit constant
-    size: int | None  # None: it varies
-    outer: bool
+    attributes: tuple[tuple[int, int], ...]  # and their forms, those that take room
+    constants: dict[int, int]  # the attributes whose value stands in the abbreviation
+    size: int  # negative: it varies
+    action: int  # what a walk does with the entry
     inner: bool
-    pieces: tuple[int, ...] = ()  # sizes, runs of fixed ones joined
-    declaration: bool = False
+    kept: bool
+    complete: bool
+    location: int  # where the first operation of its location is, if it is known
+    pieces: tuple[int, ...]  # sizes, runs of fixed ones joined
+    fixed: struct.Struct | None
+    references: tuple[int, ...]
+    texts: tuple[tuple[int, int], ...]  # attributes that are strings elsewhere, and the forms that say where
+
+
+_PASS, _SKIP, _OPEN, _KEEP, _LOCATED = range(5)
+_FRAME_BASE = 0x91  # DW_OP_fbreg: a place on the stack
 
 
 @dataclass(slots=True, eq=False)
@@ -137,7 +159,7 @@ class Entry:
     tag: int
     outer: Entry | None
     complete: bool
-    inner: list[Entry] = field(default_factory=list)
+    inner: list[Entry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +199,13 @@ def _header(sections: Sections, start: int, end: int) -> Header:
 
 
 def _with_names(sections: Sections, header: Header) -> Header:
-    root = Dies(sections, header).raw_attributes(header.first)
+    root = Dies(sections, header).attributes(header.first)
     if At.DWO_NAME in root or At.GNU_DWO_NAME in root:
         raise Elsewhere("it is in another file")
-    base = root.get(At.STR_OFFSETS_BASE, (0, 8))[1]
+    base = root.get(At.STR_OFFSETS_BASE, 8)
     header = replace(header, strings_base=base if isinstance(base, int) else 8)
     dies = Dies(sections, header)
-    name, folder = dies.string(root.get(At.NAME)), dies.string(root.get(At.COMP_DIR))
+    name, folder = dies.text(root.get(At.NAME)), dies.text(root.get(At.COMP_DIR))
     return replace(header, file=os.path.normpath(os.path.join(folder, name)) if name else "")
 
 
@@ -194,11 +216,12 @@ class Dies:
         self.sections = sections
         self.header = header
         self._info = sections.info
-        self._abbreviations = _Abbreviations(sections.abbreviations, header.abbreviations)
+        self._abbreviations = sections.table(header.abbreviations)
 
     def walk(self) -> list[Entry]:
-        """Return the entries of types, variables and what they stand in, in order."""
-        info, abbreviations, place, end = self._info, self._abbreviations, self.header.first, self.header.end
+        """Return the entries of types, of what may be a variable with static storage, and of what they stand in."""
+        info, table, place, end = self._info, self._abbreviations, self.header.first, self.header.end
+        unit, steps = self.header.start, table.steps
         found: list[Entry] = []
         outer: Entry | None = None
         open_: list[Entry | None] = []
@@ -213,25 +236,27 @@ class Dies:
                     break
                 outer = open_.pop()
                 continue
-            abbreviation = abbreviations[code]
-            place = place + abbreviation.size if abbreviation.size is not None else _past(info, place, abbreviation)
-            if abbreviation.outer:
-                entry = Entry(start, abbreviation.tag, outer, not abbreviation.declaration)
-                found.append(entry)
-                if abbreviation.children:
+            size, action, children, step = steps.get(code) or table.step(code)
+            at = place
+            place = place + size if size >= 0 else _past(info, place, step)
+            if not action:
+                if children:
                     open_.append(outer)
-                    outer = entry
-                if abbreviation.inner and entry.outer is not None:
-                    entry.outer.inner.append(entry)
-                continue
-            if abbreviation.inner:
-                entry = Entry(start, abbreviation.tag, outer, not abbreviation.declaration)
-                if outer is not None:
+            elif action == _SKIP:
+                place = unit + int.from_bytes(info[place - 4 : place], "little")
+            elif action == _LOCATED and info[at + step.location] == _FRAME_BASE:
+                if children:
+                    open_.append(outer)
+            else:
+                entry = Entry(start, step.tag, outer, step.complete, [])
+                if step.inner and outer is not None:
                     outer.inner.append(entry)
-                if abbreviation.tag in (Tag.VARIABLE, Tag.TYPEDEF, Tag.MEMBER):
+                if step.kept:
                     found.append(entry)
-            if abbreviation.children:
-                open_.append(outer)
+                if children:
+                    open_.append(outer)
+                    if action == _OPEN:
+                        outer = entry
         return found
 
     def within(self, start: int, tags: frozenset[int]) -> Iterator[tuple[int, int]]:
@@ -254,58 +279,67 @@ class Dies:
     def tag(self, offset: int) -> int:
         return self._abbreviations[_leb(self._info, offset)[0]].tag
 
-    def raw_attributes(self, offset: int) -> dict[int, tuple[int, Value]]:
-        """Return the forms and values of an entry's attributes; strings as what leads to them."""
-        info = self._info
-        code, place = _leb(info, offset)
-        found: dict[int, tuple[int, Value]] = {}
-        for attribute, form, implicit in self._abbreviations[code].attributes:
-            size = _FORMS[form]
-            value: Value
-            if size > 0:
-                value = int.from_bytes(info[place : place + size], "little")
-                place += size
-            elif size == 0:
-                value = implicit
-            elif size == _LEB:
-                value, place = _leb(info, place)
-            elif size == _SIGNED:
-                value, place = _signed(info, place)
-            elif size == _STRING:
-                close = info.index(b"\0", place)
-                value, place = info[place:close], close + 1
-            else:
-                length, place = _block(info, place, size)
-                value, place = info[place : place + length], place + length
-            found[attribute] = form, value
+    def attributes(self, offset: int) -> dict[int, Value]:
+        """Return an entry's attributes: references as places in the section, strings as what `text` takes."""
+        info, start = self._info, self.header.start
+        code = info[offset]
+        place = offset + 1
+        if code >= 0x80:
+            code, place = _leb(info, offset)
+        abbreviation = self._abbreviations[code]
+        if abbreviation.fixed is not None:
+            names, values = abbreviation.attributes, abbreviation.fixed.unpack_from(info, place)
+            found: dict[int, Value] = {a: v for (a, _), v in zip(names, values, strict=True)}
+        else:
+            found = self._one_by_one(abbreviation, place)
+        for attribute in abbreviation.references:
+            found[attribute] += start  # type: ignore[operator]
+        for attribute, form in abbreviation.texts:
+            found[attribute] = form, found[attribute]  # type: ignore[assignment]
+        found.update(abbreviation.constants)
         return found
 
-    def reference(self, found: tuple[int, Value] | None) -> int:
-        """Return the place that an attribute refers to in the section, 0 for none. Raises `NotUnderstood`."""
+    def _one_by_one(self, abbreviation: _Abbreviation, place: int) -> dict[int, Value]:
+        info = self._info
+        found: dict[int, Value] = {}
+        for attribute, form in abbreviation.attributes:
+            size = _FORMS[form]
+            if size > 0:
+                found[attribute] = int.from_bytes(info[place : place + size], "little")
+                place += size
+            elif size == _LEB:
+                found[attribute], place = _leb(info, place)
+            elif size == _SIGNED:
+                found[attribute], place = _signed(info, place)
+            elif size == _STRING:
+                close = info.index(b"\0", place)
+                found[attribute], place = info[place:close], close + 1
+            else:
+                length, place = _block(info, place, size)
+                found[attribute], place = info[place : place + length], place + length
+        return found
+
+    def reference(self, found: Value | None) -> int:
+        """Return the place that an attribute refers to, 0 for none. Raises `NotUnderstood` for one elsewhere."""
         if found is None:
             return 0
-        form, value = found
-        if form in _IN_UNIT and isinstance(value, int):
-            return value + self.header.start
-        if form != _IN_FILE or not isinstance(value, int) or not self.header.first <= value < self.header.end:
+        if not isinstance(found, int) or not self.header.first <= found < self.header.end:
             raise NotUnderstood("a reference to another unit")
-        return value
+        return found
 
-    def string(self, found: tuple[int, Value] | None) -> str:
+    def text(self, found: Value | None) -> str:
         """Return an attribute that is a string; empty when there is none."""
-        if found is None:
+        if found is None or isinstance(found, int):
             return ""
+        if isinstance(found, bytes):
+            return found.decode("utf-8", "replace")
         form, value = found
-        if isinstance(value, bytes):
-            return value.decode("utf-8", "replace")
         if form == _STRINGS:
             return _string(self.sections.strings, value)
         if form == _LINE_STRINGS:
             return _string(self.sections.line_strings, value)
-        if form in _INDEXED_STRINGS:
-            place = self.header.strings_base + 4 * value
-            return _string(self.sections.strings, _number(self.sections.string_offsets, place, 4))
-        raise NotUnderstood(f"form {form:#x} of a string")
+        place = self.header.strings_base + 4 * value
+        return _string(self.sections.strings, _number(self.sections.string_offsets, place, 4))
 
 
 def _string(section: bytes, place: int) -> str:
@@ -365,8 +399,15 @@ class _Abbreviations(dict[int, _Abbreviation]):
 
     def __init__(self, data: bytes, place: int) -> None:
         super().__init__()
+        self.steps: dict[int, tuple[int, int, bool, _Abbreviation]] = {}
         self._data = data
         self._place = place
+
+    def step(self, code: int) -> tuple[int, int, bool, _Abbreviation]:
+        """Return an abbreviation, and of it what a walk needs of every entry."""
+        found = self[code]
+        self.steps[code] = found.size, found.action, found.children, found
+        return self.steps[code]
 
     def __missing__(self, wanted: int) -> _Abbreviation:
         while True:
@@ -376,7 +417,7 @@ class _Abbreviations(dict[int, _Abbreviation]):
             tag, place = _leb(self._data, place)
             children = self._data[place] == 1
             attributes, self._place = _attributes(self._data, place + 1)
-            self[code] = _abbreviation(tag, children, attributes)
+            self[code] = _abbreviation(tag, children, tuple(attributes))
             if code == wanted:
                 return self[code]
 
@@ -396,21 +437,54 @@ def _attributes(data: bytes, place: int) -> tuple[list[tuple[int, int, int]], in
         found.append((attribute, form, implicit))
 
 
-def _abbreviation(tag: int, children: bool, attributes: list[tuple[int, int, int]]) -> _Abbreviation:
+@lru_cache(maxsize=1 << 13)  # compilers use the same ones again and again
+def _abbreviation(tag: int, children: bool, every: tuple[tuple[int, int, int], ...]) -> _Abbreviation:
+    attributes = tuple((a, form) for a, form, _ in every if _FORMS[form])
     pieces: list[int] = []
-    for _, form, _ in attributes:
+    for _, form in attributes:
         size = _FORMS[form]
         if size >= 0 and pieces and pieces[-1] >= 0:
             pieces[-1] += size
         else:
             pieces.append(size)
     fixed = not pieces or (len(pieces) == 1 and pieces[0] >= 0)
-    names = {a for a, _, _ in attributes}
-    declaration = At.DECLARATION in names
+    codes = [_CODES.get(_FORMS[form], "") for _, form in attributes]
+    names = {a: form for a, form, _ in every}
     virtual = tag == Tag.SUBPROGRAM and (At.VIRTUALITY in names or At.VTABLE_SLOT in names)
-    # A function's declaration in a class has parameters, but neither types nor variables of its own.
-    outer = tag in _OUTER and not (tag == Tag.SUBPROGRAM and declaration and not virtual)
+    location = pieces[0] + 1 if len(pieces) > 1 and attributes[-1] == (At.LOCATION, 0x18) and len(pieces) == 2 else 0
     return _Abbreviation(
-        tag, children, tuple(attributes), sum(pieces) if fixed else None, outer, tag in _INNER or virtual,
-        tuple(pieces), declaration,
-    )  # fmt: skip
+        tag=tag,
+        children=children,
+        attributes=attributes,
+        constants={a: value for a, form, value in every if not _FORMS[form]},
+        size=sum(pieces) if fixed else -1,
+        action=_action(tag, children, attributes, names, virtual, location),
+        inner=tag in _INNER or virtual,
+        kept=tag in _OUTER or tag in (Tag.TYPEDEF, Tag.VARIABLE) or (tag == Tag.MEMBER and At.DECLARATION in names),
+        complete=At.DECLARATION not in names,
+        location=location,
+        pieces=tuple(pieces),
+        fixed=struct.Struct("<" + "".join(codes)) if fixed and all(codes) else None,
+        references=tuple(a for a, form in attributes if form in _IN_UNIT),
+        texts=tuple((a, form) for a, form in attributes if form in _TEXTS),
+    )
+
+
+def _action(
+    tag: int,
+    children: bool,
+    attributes: tuple[tuple[int, int], ...],
+    names: Mapping[int, int],
+    virtual: bool,
+    location: int,
+) -> int:
+    if tag == Tag.SUBPROGRAM and At.DECLARATION in names and not virtual:
+        # A function's declaration in a class has parameters, but neither types nor variables of its own.
+        return _SKIP if children and attributes[-1:] == ((At.SIBLING, 0x13),) else _PASS
+    if tag in _OUTER:
+        return _OPEN
+    if tag == Tag.VARIABLE and At.DECLARATION not in names:
+        if names.get(At.LOCATION) != 0x18:  # not a single place
+            return _KEEP if At.SPECIFICATION in names else _PASS
+        return _LOCATED if location else _KEEP
+    return _KEEP if tag in _INNER else _PASS

@@ -166,7 +166,8 @@ class Judgement:
 
     def unknown(self) -> tuple[str, ...]:
         """Return the types that the process is not known to have in this unit."""
-        return tuple(n for n in self.new.types if not any(n in old.types for layer in self._layers for old in layer))
+        known = set().union(*(old.types.keys() for layer in self._layers for old in layer))
+        return tuple(self.new.types.keys() - known)
 
     def verdicts(self) -> tuple[LayoutVerdict, ...]:
         """Judge every type and variable that differs. Raises what `Declared` raises."""
@@ -178,7 +179,9 @@ class Judgement:
         return tuple(found)
 
     def _compared(self, old: Declared) -> Comparison:
-        return self._comparisons.setdefault(old, Comparison(old, self.new))
+        if old not in self._comparisons:
+            self._comparisons[old] = Comparison(old, self.new)
+        return self._comparisons[old]
 
     def _differing(
         self, names: Callable[[Declared], Mapping[str, tuple[int, ...]]], name: str
@@ -328,7 +331,7 @@ def shape_of(unit: Declared, place: int) -> Shape:
     form = _FORMS.get(node.kind, Form.OTHER)
     text = unit.text(place) if form is not Form.ARRAY else ""
     if form is Form.ARRAY:
-        return Shape(node.size, form, "", (), node.count or 0, shape_of(unit, node.of))
+        return Shape(node.size, form, "", (), node.bound or 0, shape_of(unit, node.of))
     if any("(virtual" in m.name for m in node.members):
         return Shape(node.size, Form.OTHER, text)  # where such a part begins is known at run time only
     parts = tuple(Part(m.name, m.offset, m.bits, shape_of(unit, m.type)) for m in node.members)

@@ -29,9 +29,10 @@ def has_types(data: bytes, name: str = "the object") -> bool:
     Raises `PatcherError` when it is damaged; `name` is for its message.
     """
     raw = t.read_raw(name, data)
-    debug = [i for i in range(len(raw.section_headers)) if raw.section_name(i).startswith(".debug_")]
-    if not any(raw.section_name(i) == ".debug_info" for i in debug):
+    names = t.strings_at(raw.section_names, raw.section_headers["name"])
+    if ".debug_info" not in names:
         return False
+    debug = [i for i, found in enumerate(names) if found.startswith(".debug_")]
     packed = [i for i in debug if int(raw.section_headers[i]["flags"]) & t.SHF_COMPRESSED]
     return all(_inflate(raw, i) is not None for i in packed)
 
@@ -87,7 +88,8 @@ def sections(raw: t.RawFile) -> Sections | None:
     for index, about in zip(tables, headers["info"][tables].tolist(), strict=True):
         if names.get(about) in (".debug_info", ".debug_str_offsets"):
             found[names[about]] = _relocated(raw, index, found[names[about]])
-    return Sections(*found.values()) if found[".debug_info"] else None
+    info, abbreviations, strings, line_strings, offsets = found.values()
+    return Sections(info, abbreviations, strings, line_strings, offsets) if found[".debug_info"] else None
 
 
 def _relocated(raw: t.RawFile, index: int, contents: bytes) -> bytes:
