@@ -83,6 +83,7 @@ _SEEN_THROUGH = frozenset((Tag.TYPEDEF, Tag.CONST, Tag.VOLATILE, Tag.RESTRICT, T
 _FLOATS = (0x03, 0x04, 0x09, 0x0F)  # DW_ATE_complex_float, float, imaginary_float, decimal_float
 _ADDRESS, _ADDRESS_INDEX, _GNU_ADDRESS_INDEX = 0x03, 0xA1, 0xFB  # DW_OP_addr, addrx, GNU_addr_index
 _THREAD_LOCAL = (0x9B, 0xE0)  # DW_OP_form_tls_address, GNU_push_tls_address
+_PIECE = 0x93  # DW_OP_piece
 _PLUS, _CONSTANT = 0x23, 0x10  # DW_OP_plus_uconst, constu
 _NOWHERE = 0  # the place of no entry: `void`
 VOID = Node(Kind.VOID)
@@ -337,7 +338,11 @@ def _int(value: Value) -> int:
 
 
 def _is_static(location: Value) -> bool:
-    if not isinstance(location, bytes) or not location:
+    if not isinstance(location, bytes):
+        return False
+    while location[:1] == bytes([_PIECE]):  # of a variable that was split, one that is gone
+        location = location[1:].lstrip(bytes(range(0x80, 0x100)))[1:]
+    if not location:
         return False
     return location[0] in (_ADDRESS, _ADDRESS_INDEX, _GNU_ADDRESS_INDEX) or location[-1] in _THREAD_LOCAL
 
