@@ -360,6 +360,7 @@ class Units:
         """Refuse new code that sees existing data in another layout."""
         journal = self.ledger.journal
         lineage = {g.number for g in journal.lineage(self.ledger.generation)}
+        judged = []
         for part in parts:
             if not part.supplied and all(part.status(b) is Status.SAME for b in part.wanted()):
                 continue  # what runs now sees it in the same way
@@ -369,7 +370,9 @@ class Units:
                 self._say_unchecked(part, not known)
                 continue
             self.layouts += found
-            check_layouts(part.source, found)
+            judged.append((part.source, found))
+        for source, found in judged:
+            check_layouts(source, found)
 
     def know_layouts(self, module: LoadedModule) -> bool:
         """Read a module's debug information for the checks to come; tell whether it has any."""

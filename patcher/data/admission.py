@@ -56,6 +56,7 @@ class Admission:
     def __init__(self, allowed: Sequence[str]) -> None:
         self._allowed = allowed
         self._modules: dict[str, _Module | None] = {}
+        self._latest: dict[str, tuple[Declared, ...]] = {}
         self._checked: WeakKeyDictionary[ObjectFile, _Checked] = WeakKeyDictionary()
 
     def open(self, path: str, file: Path) -> bool:
@@ -75,7 +76,7 @@ class Admission:
         if module is None or not has_types(data, part.source):
             return None
         try:
-            declared = declared_by(data, part.source)
+            declared = declared_by(data, part.source, self._latest.get(part.unit.key, ()))
         except Elsewhere:
             return None
         with reading(part.source):
@@ -83,6 +84,7 @@ class Admission:
         if not declared:
             found += self._by_name(module, part, None)
         found = [replace(v, allowed=_is_allowed(v.type, self._allowed)) for v in dict.fromkeys(found)]
+        self._latest[part.unit.key] = declared
         self._checked[part.delta.blocks.object] = _Checked(declared, not found)
         return tuple(found)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from patcher.data.declared import Declared, Kind, Member, Node
 
+_NAMED = (Kind.STRUCT, Kind.UNION, Kind.ENUM, Kind.INCOMPLETE)
 _NUMBERS = {Kind.WHOLE, Kind.ENUM}
 _ANYTHING = {Kind.VOID, Kind.INCOMPLETE, Kind.FUNCTION, Kind.OTHER}  # what a pointer to it says of what is there
 
@@ -33,13 +34,13 @@ class Comparison:
         pair = self.old.bare(before), self.new.bare(after)
         if pair not in self._alike:
             self._alike[pair] = True  # types refer to each other in circles
-            named = self._named_alike(*pair)
-            self._alike[pair] = named or not any(self.differences(*pair))
+            self._alike[pair] = self._named_alike(*pair) or not any(self.differences(*pair))
         return self._alike[pair]
 
     def _named_alike(self, before: int, after: int) -> bool:
-        name = self.old.type_name(before)
-        return bool(name) and name == self.new.type_name(after) and self._is_single(name)
+        a, b = self.old.node(before), self.new.node(after)
+        structs = a.kind in _NAMED and b.kind in _NAMED
+        return structs and bool(a.name) and a.name == b.name and self._is_single(a.name)
 
     def _is_single(self, name: str) -> bool:
         return len(self.old.types.get(name, ())) == 1 == len(self.new.types.get(name, ()))
@@ -47,7 +48,7 @@ class Comparison:
     def differences(self, before: int, after: int) -> Iterator[str]:
         """Say in what two types, or the declarations of one variable, differ."""
         a, b = self.old.node(before), self.new.node(after)
-        if a == b and not a.of and not a.members:
+        if a is b or (a == b and not a.of and not a.members):
             return
         if a.kind is not b.kind:
             yield from self._other_kind(a, b, before, after)

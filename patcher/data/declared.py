@@ -97,6 +97,7 @@ class Declared:
 
     def __init__(self, sections: Sections, header: Header) -> None:
         self.file = header.file
+        self.sections = sections
         self._dies = Dies(sections, header)
         self._entries = self._dies.walk()
         self._at = {e.offset: e for e in self._entries}
@@ -162,8 +163,12 @@ class Declared:
         found = {self._qualified(e): e for e in self._entries if e.tag == Tag.SUBPROGRAM}
         return {name: entry for name, entry in found.items() if name}
 
-    def types_in(self, function: Entry) -> tuple[int, ...]:
-        """Return the types of a function's result, parameters and variables."""
+    @cached_property
+    def named_in(self) -> Mapping[str, tuple[int, ...]]:
+        """The types of each function's result, parameters and variables."""
+        return {name: self._types_in(entry) for name, entry in self.functions.items()}
+
+    def _types_in(self, function: Entry) -> tuple[int, ...]:
         places = [function.offset, *(offset for offset, _ in self._dies.within(function.offset, _VALUES))]
         return tuple(found for p in places if (found := self._type_at(p)))
 
@@ -212,6 +217,10 @@ class Declared:
     def _qualified(self, entry: Entry) -> str:
         if entry.offset in self._names:
             return self._names[entry.offset]
+        plain = self._dies.plain_name(entry.offset)
+        if plain:
+            name = self._names[entry.offset] = self._joined(entry, plain)
+            return name
         raw = self._dies.attributes(entry.offset)
         own = self._dies.text(raw.get(At.NAME))
         origin = self._reference(raw, At.SPECIFICATION) or self._reference(raw, At.ABSTRACT_ORIGIN)

@@ -140,11 +140,14 @@ class _Abbreviation:
     inner: bool
     kept: bool
     complete: bool
+    block: int  # where its only part of varying size begins, if that is a block; else 0
+    behind: int  # bytes behind that
     location: int  # where the first operation of its location is, if it is known
     pieces: tuple[int, ...]  # sizes, runs of fixed ones joined
     fixed: struct.Struct | None
     references: tuple[int, ...]
     texts: tuple[tuple[int, int], ...]  # attributes that are strings elsewhere, and the forms that say where
+    name: int  # where the offset of its name in `.debug_str` is; -1: elsewhere, or there is another entry to ask
 
 
 _PASS, _SKIP, _OPEN, _KEEP, _LOCATED = range(5)
@@ -236,9 +239,14 @@ class Dies:
                     break
                 outer = open_.pop()
                 continue
-            size, action, children, step = steps.get(code) or table.step(code)
+            size, action, children, block, step = steps.get(code) or table.step(code)
             at = place
-            place = place + size if size >= 0 else _past(info, place, step)
+            if size >= 0:
+                place += size
+            elif block and info[place + block] < 0x80:  # one short block, as most locations are
+                place += block + 1 + info[place + block] + step.behind
+            else:
+                place = _past(info, place, step)
             if not action:
                 if children:
                     open_.append(outer)
@@ -318,6 +326,17 @@ class Dies:
                 length, place = _block(info, place, size)
                 found[attribute], place = info[place : place + length], place + length
         return found
+
+    def plain_name(self, offset: int) -> str:
+        """Return an entry's name if that is quickly told, else an empty string."""
+        info = self._info
+        code, place = (info[offset], offset + 1) if info[offset] < 0x80 else _leb(info, offset)
+        at = self._abbreviations[code].name
+        if at < 0:
+            return ""
+        place += at
+        strings, start = self.sections.strings, int.from_bytes(info[place : place + 4], "little")
+        return strings[start : strings.index(b"\0", start)].decode("utf-8", "replace")
 
     def reference(self, found: Value | None) -> int:
         """Return the place that an attribute refers to, 0 for none. Raises `NotUnderstood` for one elsewhere."""
@@ -399,14 +418,14 @@ class _Abbreviations(dict[int, _Abbreviation]):
 
     def __init__(self, data: bytes, place: int) -> None:
         super().__init__()
-        self.steps: dict[int, tuple[int, int, bool, _Abbreviation]] = {}
+        self.steps: dict[int, tuple[int, int, bool, int, _Abbreviation]] = {}
         self._data = data
         self._place = place
 
-    def step(self, code: int) -> tuple[int, int, bool, _Abbreviation]:
+    def step(self, code: int) -> tuple[int, int, bool, int, _Abbreviation]:
         """Return an abbreviation, and of it what a walk needs of every entry."""
         found = self[code]
-        self.steps[code] = found.size, found.action, found.children, found
+        self.steps[code] = found.size, found.action, found.children, found.block, found
         return self.steps[code]
 
     def __missing__(self, wanted: int) -> _Abbreviation:
@@ -451,7 +470,9 @@ def _abbreviation(tag: int, children: bool, every: tuple[tuple[int, int, int], .
     codes = [_CODES.get(_FORMS[form], "") for _, form in attributes]
     names = {a: form for a, form, _ in every}
     virtual = tag == Tag.SUBPROGRAM and (At.VIRTUALITY in names or At.VTABLE_SLOT in names)
-    location = pieces[0] + 1 if len(pieces) > 1 and attributes[-1] == (At.LOCATION, 0x18) and len(pieces) == 2 else 0
+    one_block = len(pieces) in (2, 3) and pieces[1] == _BLOCK and all(size >= 0 for size in (pieces[0], *pieces[2:]))
+    block = pieces[0] if one_block else 0
+    location = block + 1 if block and (At.LOCATION, 0x18) in attributes else 0
     return _Abbreviation(
         tag=tag,
         children=children,
@@ -462,12 +483,26 @@ def _abbreviation(tag: int, children: bool, every: tuple[tuple[int, int, int], .
         inner=tag in _INNER or virtual,
         kept=tag in _OUTER or tag in (Tag.TYPEDEF, Tag.VARIABLE) or (tag == Tag.MEMBER and At.DECLARATION in names),
         complete=At.DECLARATION not in names,
+        block=block,
+        behind=sum(pieces[2:]) if block else 0,
         location=location,
         pieces=tuple(pieces),
         fixed=struct.Struct("<" + "".join(codes)) if fixed and all(codes) else None,
         references=tuple(a for a, form in attributes if form in _IN_UNIT),
         texts=tuple((a, form) for a, form in attributes if form in _TEXTS),
+        name=_name_place(attributes) if At.SPECIFICATION not in names and At.ABSTRACT_ORIGIN not in names else -1,
     )
+
+
+def _name_place(attributes: tuple[tuple[int, int], ...]) -> int:
+    place = 0
+    for attribute, form in attributes:
+        if attribute == At.NAME:
+            return place if form == _STRINGS else -1
+        if _FORMS[form] < 0:
+            return -1
+        place += _FORMS[form]
+    return -1
 
 
 def _action(

@@ -16,13 +16,15 @@ Types that a unit had no knowledge of, and the process has, are compared by name
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
 from patcher.data.compare import Comparison
-from patcher.data.declared import Declared, Kind, Variable
+from patcher.data.declared import Declared, Kind
 from patcher.data.dies import Elsewhere, Header, NotUnderstood, Sections, units
 from patcher.data.prepare import reading, sections
 from patcher.data.shapes import Form, Part, Shape
@@ -131,16 +133,31 @@ class Program:
         return self._known[header]
 
 
-def declared_by(data: bytes, name: str) -> tuple[Declared, ...]:
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Do not look for garbage: among many values that are made and stay, that takes as long as making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def declared_by(data: bytes, name: str, previous: Sequence[Declared] = ()) -> tuple[Declared, ...]:
     """Return what the units of an object declare; nothing if only drgn can read its debug information.
 
-    Raises `PatcherError` when it is damaged, `Elsewhere` when it is in another file.
+    `previous` is what an earlier object of the same unit declares: most edits change code only. Raises `PatcherError`
+    when the debug information is damaged, `Elsewhere` when it is in another file.
     """
     raw = t.read_raw(name, data)
     try:
         found = sections(raw)
-        with reading(name):
-            return tuple(Declared(found, h) for h in units(found)) if found is not None else ()
+        if found is None or (previous and previous[0].sections == found):
+            return tuple(previous) if found is not None else ()
+        with reading(name), _uncollected():
+            return tuple(Declared(found, h) for h in units(found))
     except Elsewhere:
         raise
     except NotUnderstood:
@@ -171,11 +188,10 @@ class Judgement:
 
     def verdicts(self) -> tuple[LayoutVerdict, ...]:
         """Judge every type and variable that differs. Raises what `Declared` raises."""
-        found = [v for name, places in self.new.types.items() for v in self._of_type(name, places)]
-        found += [v for name, places in self.new.plain_typedefs.items() for v in self._of_typedef(name, places)]
-        changed = {v.type for v in found}
-        for name, variables in self.new.variables.items():
-            found += self._of_variable(name, variables, changed)
+        with _uncollected():
+            found = [v for name in self.new.types for v in self._of_type(name)]
+            found += [v for name in self.new.plain_typedefs for v in self._of_typedef(name)]
+            found += [v for name in self.new.variables for v in self._of_variable(name)]
         return tuple(found)
 
     def _compared(self, old: Declared) -> Comparison:
@@ -200,15 +216,16 @@ class Judgement:
                 if differences is not None:
                     yield differences
 
-    def _of_type(self, name: str, places: tuple[int, ...]) -> Iterator[LayoutVerdict]:
+    def _of_type(self, name: str) -> Iterator[LayoutVerdict]:
         for old, before, after, details in self._differing(_types, name):
             yield self._judged(name, old, before, after, details)
 
-    def _of_typedef(self, name: str, places: tuple[int, ...]) -> Iterator[LayoutVerdict]:
+    def _of_typedef(self, name: str) -> Iterator[LayoutVerdict]:
         for *_, details in self._differing(_typedefs, name):
             yield LayoutVerdict(name, details, Standing.HEAP)
 
-    def _of_variable(self, name: str, variables: tuple[Variable, ...], changed: set[str]) -> Iterator[LayoutVerdict]:
+    def _of_variable(self, name: str) -> Iterator[LayoutVerdict]:
+        variables = self.new.variables[name]
         layer = next((found for each in self._layers if (found := [o for o in each if name in o.variables])), [])
         pairs = [(old, v) for old in layer for v in old.variables[name]]
         if not layer and not variables[0].defined:
@@ -279,8 +296,7 @@ class Holders:
             dict.fromkeys(v.name for v in every if v not in self.variables and self._leads(v.type, set()))
         )
         self.escaping = any(map(self.contains, unit.pointed | unit.passed))
-        inner = {name: unit.types_in(entry) for name, entry in unit.functions.items()}
-        self.functions = tuple(name for name, places in inner.items() if any(map(self._mentions, places)))
+        self.functions = tuple(name for name, places in unit.named_in.items() if any(map(self._mentions, places)))
         self.local = any(map(self.contains, unit.automatic))
 
     def contains(self, place: int) -> bool:
