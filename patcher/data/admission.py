@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from patcher.code.frames import keeps_to_its_frame
 from patcher.data.declared import Declared
-from patcher.data.dies import Elsewhere
+from patcher.data.dies import Elsewhere, NotUnderstood
 from patcher.data.layouts import Judgement, LayoutVerdict, Program, Standing, declared_by
 from patcher.data.prepare import has_types, reading
 from patcher.elf import ObjectFile
@@ -79,10 +79,13 @@ class Admission:
             declared = declared_by(data, part.source, self._latest.get(part.unit.key, ()))
         except Elsewhere:
             return None
-        with reading(part.source):
-            found = [v for new in declared for v in self._judged(module, part, lineage, new)]
+        try:
+            with reading(part.source):
+                found = [v for new in declared for v in self._judged(module, part, lineage, new)]
+        except NotUnderstood:  # units that share entries, as link-time optimisation makes them
+            declared, found = (), []
         if not declared:
-            found += self._by_name(module, part, None)
+            found = self._by_name(module, part, None)
         found = [replace(v, allowed=_is_allowed(v.type, self._allowed)) for v in dict.fromkeys(found)]
         self._latest[part.unit.key] = declared
         self._checked[part.delta.blocks.object] = _Checked(declared, not found)

@@ -150,6 +150,7 @@ class _Abbreviation:
     name: int  # where the offset of its name in `.debug_str` is; -1: elsewhere, or there is another entry to ask
 
 
+_COMPILE, _SKELETON, _SPLIT = 1, 4, 5  # kinds of units (DWARF 5, table 7.2)
 _PASS, _SKIP, _OPEN, _KEEP, _LOCATED = range(5)
 _FRAME_BASE = 0x91  # DW_OP_fbreg: a place on the stack
 
@@ -195,7 +196,9 @@ def units(sections: Sections, *, every: bool = True) -> Iterator[Header]:
 
 def _header(sections: Sections, start: int, end: int) -> Header:
     info, version = sections.info, _number(sections.info, start + 4, 2)
-    if version not in (4, 5) or (version == 5 and info[start + 6] != 1):
+    if version == 5 and info[start + 6] in (_SKELETON, _SPLIT):
+        raise Elsewhere("it is in another file")
+    if version not in (4, 5) or (version == 5 and info[start + 6] != _COMPILE):
         raise NotUnderstood("a unit of another version or kind")
     at, first = (start + 8, start + 12) if version == 5 else (start + 6, start + 11)
     return _with_names(sections, Header(start, first, end, version, _number(info, at, 4), "", 8))

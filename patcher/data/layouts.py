@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -100,7 +100,7 @@ class Program:
         self.file = file
         self._sections = found
         self._headers: dict[str, list[Header]] = {}
-        with reading(str(file)):
+        with reading(str(file)), suppress(NotUnderstood):
             for header in units(found, every=False):
                 self._headers.setdefault(header.file, []).append(header)
         self._known: dict[Header, Declared] = {}

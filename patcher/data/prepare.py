@@ -114,7 +114,7 @@ def reading(name: str) -> Iterator[None]:
     """Refuse a file whose debug information turns out to be damaged, or of a form that drgn does not know."""
     try:
         yield
-    except (PatcherError, MemoryError):
+    except (PatcherError, MemoryError, NotUnderstood):
         raise
     except Exception as error:  # drgn has no class of its own for what libelf refuses
         raise unreadable(name, str(error)) from None

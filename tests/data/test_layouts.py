@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,11 @@ from data.layout_cases import (
     C,
     Case,
 )
+from patcher.data.dies import Elsewhere, NotUnderstood
 from patcher.data.layouts import Judgement, LayoutVerdict, Program, Standing, declared_by
+from patcher.data.prepare import reading
+from patcher.elf.tables import read_raw
+from patcher.errors import PatcherError
 
 FORMS = [(compiler, version) for compiler in ("gcc", "clang") for version in ("4", "5")]
 IN_CPP = {"gcc": "g++", "clang": "clang++"}
@@ -34,7 +39,7 @@ class Built:
         compiler, version = form
         self.folder, self.name = folder, name
         self.compiler = [IN_CPP[compiler] if name.endswith("cc") else compiler, f"-gdwarf-{version}"]
-        self._compile(folder, text)
+        self.compile(folder, text)
         (folder / "main.c").write_text("int elsewhere; int main(void) { return 0; }\n")
         link = [*self.compiler, "-o", "program", "unit.o", "-x", "c", "main.c", "-x", "none"]
         subprocess.run(link, cwd=folder, check=True)
@@ -42,7 +47,7 @@ class Built:
         assert program is not None
         self.program = program
 
-    def _compile(self, folder: Path, text: str, flags: Sequence[str] = ()) -> bytes:
+    def compile(self, folder: Path, text: str, flags: Sequence[str] = ()) -> bytes:
         (folder / self.name).write_text(text)
         mapped = f"-fdebug-prefix-map={folder}={self.folder}"
         subprocess.run([*self.compiler, mapped, *flags, "-c", "-o", "unit.o", self.name], cwd=folder, check=True)
@@ -50,7 +55,7 @@ class Built:
 
     def verdicts(self, folder: Path, text: str, *flags: str, keeping: bool = True) -> dict[str, LayoutVerdict]:
         found: dict[str, LayoutVerdict] = {}
-        for new in declared_by(self._compile(folder, text, flags), "unit.o"):
+        for new in declared_by(self.compile(folder, text, flags), "unit.o"):
             layers = [self.program.units_of(new.file)]
             assert layers[0], f"{new.file} is a unit of the program"
             for verdict in Judgement(layers, new, self.program, lambda: keeping).verdicts():
@@ -106,6 +111,37 @@ def test_a_change_of_classes_is_named(what: str, built_cpp: Built, tmp_path: Pat
     assert case.type in found, found
     assert case.detail in found[case.type].describe()
     assert not found[case.type].accepted
+
+
+# --- other forms ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_to_another_reader(tmp_path: Path) -> None:
+    (tmp_path / "unit.cc").write_text(CPP)
+    for flags in (["-gdwarf-5", "-fdebug-types-section"], ["-gdwarf-4", "-fdebug-types-section"], ["-gdwarf-3"]):
+        subprocess.run(["g++", *flags, "-c", "-o", "unit.o", "unit.cc"], cwd=tmp_path, check=True)
+        assert declared_by((tmp_path / "unit.o").read_bytes(), "unit.o") == ()
+    subprocess.run(["g++", "-g", "-gsplit-dwarf", "-c", "-o", "unit.o", "unit.cc"], cwd=tmp_path, check=True)
+    with pytest.raises(Elsewhere):
+        declared_by((tmp_path / "unit.o").read_bytes(), "unit.o")
+
+
+def test_what_is_the_same_is_read_once(built: Built, tmp_path: Path) -> None:
+    first = declared_by(built.compile(tmp_path, C), "unit.o")
+    assert declared_by(built.compile(tmp_path, C.replace("{n, 1}", "{n, 2}")), "unit.o", first)[0] is first[0]
+    assert declared_by(built.compile(tmp_path, C.replace("int p, q;", "int q, p;")), "unit.o", first)[0] is not first[0]
+
+
+def test_damaged_debug_information_is_refused(built: Built, tmp_path: Path) -> None:
+    data = built.compile(tmp_path, C)
+    raw = read_raw("unit.o", data)
+    names = [raw.section_name(i) for i in range(len(raw.section_headers))]
+    start = int(raw.section_headers[names.index(".debug_info")]["offset"])
+    for place in range(start + 16, start + 200, 3):
+        damaged = data[:place] + b"\x7e\x7e" + data[place + 2 :]
+        with contextlib.suppress(PatcherError, NotUnderstood), reading("unit.o"):
+            for new in declared_by(damaged, "unit.o"):
+                Judgement([built.program.units_of(new.file)], new, built.program, lambda: True).verdicts()
 
 
 # --- who has one ------------------------------------------------------------------------------------------------------
