@@ -51,6 +51,7 @@ def attach(
     allow_undefined: bool = False,
     tree: bool = False,
     best_effort: bool = False,
+    allowed_layouts: Sequence[str] = (),
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
@@ -58,7 +59,8 @@ def attach(
     name are read now, as what the process was built from. `every_function` replaces functions that did not change as
     well. `archives` and `libraries` are where to find what the process lacks; with `allow_undefined`, a call of what
     is nowhere aborts when it is reached. With `tree`, its descendants are changed with it: all or none, unless
-    `best_effort`. Raises `TargetGone` or `AttachDenied`, with what to do about it.
+    `best_effort`. `allowed_layouts` are types that may change, since nothing live has their old layout or the caller
+    sees to it. Raises `TargetGone` or `AttachDenied`, with what to do about it.
     """
     from patcher.options import Options
     from patcher.session import Session
@@ -75,6 +77,7 @@ def attach(
         libraries=tuple(libraries),
         allow_undefined=allow_undefined,
         best_effort=best_effort,
+        allowed_layouts=tuple(allowed_layouts),
     )
     session = (Tree if tree else Session)(Target.attach(pid), options)
     session.remember_texts()
@@ -92,6 +95,7 @@ def spawn(
     archives: Sequence[str | Path] = (),
     libraries: Sequence[str] = (),
     allow_undefined: bool = False,
+    allowed_layouts: Sequence[str] = (),
 ) -> Session:
     """Start a program and open a session on it. The caller is its parent, and waits for it.
 
@@ -108,6 +112,7 @@ def spawn(
         archives=archives,
         libraries=libraries,
         allow_undefined=allow_undefined,
+        allowed_layouts=allowed_layouts,
     )
 
 

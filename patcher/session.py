@@ -278,6 +278,8 @@ class Session:
                 outcome = replace(
                     self._commit(linked), line_only=changes.line_only, supplied=supplied, undefined=undefined
                 )
+                if not self.options.dry_run:
+                    units.admission.applied(outcome.number, (*changes.parts, *linked.supplied))
                 for part in changes.parts:
                     self.texts.applied(Path(part.source))
                 return outcome
@@ -477,7 +479,7 @@ class Session:
         """Load what the first save needs, so that it is as quick as the later ones."""
         self._await_loaded()
         self.image.executable.module.symbols.named("main")
-        self.units.layouts_of(self.image.executable)
+        self.units.know_layouts(self.image.executable)
         self.ledger.refresh()
 
     def _await_loaded(self) -> None:

@@ -30,7 +30,10 @@ from patcher.build import (
     Variant,
     is_unit,
 )
-from patcher.data import dwarf
+from patcher.data.admission import Admission
+from patcher.data.admission import check as check_layouts
+from patcher.data.layouts import LayoutVerdict
+from patcher.data.prepare import has_types
 from patcher.elf import ObjectFile, read_object, read_objects
 from patcher.errors import ObjectError, PatcherError, UnsafeChange
 from patcher.image import Image, LoadedModule
@@ -113,7 +116,8 @@ class Units:
         self._line_only: dict[tuple[Path, str], object] = {}
         self._waiting: dict[str, Source] = {}
         self._command_of: dict[ObjectFile, CompileCommand] = {}
-        self._layouts: dict[str, dwarf.Layouts | None] = {}
+        self.admission = Admission(options.allowed_layouts)
+        self.layouts: list[LayoutVerdict] = []  # of the change that is being judged
         self._unchecked: set[str] = set()
 
     def close(self) -> None:
@@ -230,6 +234,7 @@ class Units:
         """Do what `changes` does, save that types are not compared."""
         self._command_of = {s.object: s.command for s in sources if s.command is not None}
         _check_code(sources)
+        self.layouts = []
         view = self.ledger.view()
         parts: list[Part] = []
         absent: list[str] = []
@@ -369,33 +374,27 @@ class Units:
 
     def check_layouts(self, parts: Sequence[Part]) -> None:
         """Refuse new code that sees existing data in another layout."""
+        journal = self.ledger.journal
+        lineage = {g.number for g in journal.lineage(self.ledger.generation)}
+        judged = []
         for part in parts:
             if not part.supplied and all(part.status(b) is Status.SAME for b in part.wanted()):
                 continue  # what runs now sees it in the same way
-            layouts = self.layouts_of(part.module)
-            data = bytes(part.delta.blocks.object.contents)
-            if layouts is None or not _has_types(part):
-                self._say_unchecked(part, layouts is None)
+            known = self.know_layouts(part.module)
+            found = self.admission.verdicts(part, lineage) if known else None
+            if found is None:
+                self._say_unchecked(part, not known)
                 continue
-            found = dwarf.changed_types(layouts, data, part.source)
-            changes = [c for c in found if not _allowed(c.name, self.options.allowed_layouts)]
-            if changes:
-                names = ", ".join(f"`{c.name}`" for c in changes[:3])
-                raise UnsafeChange(
-                    f"{part.source} changes the layout of data that the process has: "
-                    + "; ".join(c.describe() for c in changes[:3]),
-                    f"restart the program; or, if nothing live is {names} any more, "
-                    f"--allow-layout-change '{changes[0].name}'",
-                    code="layout",
-                )
+            self.layouts += found
+            judged.append((part.source, found))
+        for source, found in judged:
+            check_layouts(source, found)
 
-    def layouts_of(self, module: LoadedModule) -> dwarf.Layouts | None:
-        """Return the types of a module, None without debug information."""
-        if module.path not in self._layouts:
-            file = Path(module.module.symbols_from)
-            file = module.file if str(file) == module.path or not file.is_file() else file
-            self._layouts[module.path] = dwarf.Layouts.of_program(file)
-        return self._layouts[module.path]
+    def know_layouts(self, module: LoadedModule) -> bool:
+        """Read a module's debug information for the checks to come; tell whether it has any."""
+        file = Path(module.module.symbols_from)
+        file = module.file if str(file) == module.path or not file.is_file() else file
+        return self.admission.open(module.path, file)
 
     def _say_unchecked(self, part: Part, program: bool) -> None:
         what = part.module.path if program else part.source
@@ -407,11 +406,7 @@ class Units:
 
 
 def _has_types(part: Part) -> bool:
-    return dwarf.has_types(bytes(part.delta.blocks.object.contents), part.source)
-
-
-def _allowed(name: str, allowed: Sequence[str]) -> bool:
-    return name in allowed or name.partition(" ")[2] in allowed
+    return has_types(bytes(part.delta.blocks.object.contents), part.source)
 
 
 def _check_code(sources: Sequence[Source]) -> None:

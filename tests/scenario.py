@@ -91,6 +91,7 @@ class Step:
     flags: tuple[str, ...] = ()
     force: bool = False
     attach_again: bool = False
+    allow: tuple[str, ...] = ()
     revert: int | None = None
     refused: str = ""
     names: tuple[str, ...] = ()
@@ -467,15 +468,16 @@ class Api:
     def __init__(self, built: Built, pid: int) -> None:
         self.built = built
         self.pid = pid
-        self.session = self._attach(force=False)
+        self.session = self._attach(Step())
 
-    def _attach(self, *, force: bool) -> patcher.session.Session:
-        return patcher.attach(self.pid, compile_commands=self.built.database, force=force, **self.built.options)
+    def _attach(self, step: Step) -> patcher.session.Session:
+        options = {"force": step.force, "allowed_layouts": step.allow, **self.built.options}
+        return patcher.attach(self.pid, compile_commands=self.built.database, **options)
 
     def apply(self, step: Step, files: Sequence[str]) -> Outcome:
-        if step.attach_again or step.force:
+        if step.attach_again or step.force or step.allow:
             self.session.close()
-            self.session = self._attach(force=step.force)
+            self.session = self._attach(step)
         try:
             done = self.session.apply(*given_files(self.built, step, files))
         except patcher.PatcherError as error:

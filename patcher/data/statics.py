@@ -19,7 +19,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from patcher.blocks import Block, Blocks, Kind
-from patcher.data.declared import NONE, Declarations, Declared, declared_in_object, declared_in_program, place
+from patcher.data.located import NONE, Declarations, Declared, declared_in_object, declared_in_program, place
 from patcher.data.names import Spelling, guard_of, guards, spelling
 from patcher.data.outcome import Fate
 from patcher.data.sites import Votes, same_code, votes

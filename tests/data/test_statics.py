@@ -9,7 +9,7 @@ import pytest
 from project import MAIN, Project
 
 import patcher
-from patcher.data.declared import NONE, declared_in_object, declared_in_program
+from patcher.data.located import NONE, declared_in_object, declared_in_program
 from patcher.data.names import guard_of, spelling
 from patcher.session import Generation, Session
 
