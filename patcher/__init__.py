@@ -51,6 +51,7 @@ def attach(
     allow_undefined: bool = False,
     tree: bool = False,
     best_effort: bool = False,
+    reinit: Sequence[str] = (),
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
@@ -75,6 +76,7 @@ def attach(
         libraries=tuple(libraries),
         allow_undefined=allow_undefined,
         best_effort=best_effort,
+        reinit=tuple(reinit),
     )
     session = (Tree if tree else Session)(Target.attach(pid), options)
     session.remember_texts()
@@ -92,6 +94,7 @@ def spawn(
     archives: Sequence[str | Path] = (),
     libraries: Sequence[str] = (),
     allow_undefined: bool = False,
+    reinit: Sequence[str] = (),
 ) -> Session:
     """Start a program and open a session on it. The caller is its parent, and waits for it.
 
@@ -108,6 +111,7 @@ def spawn(
         archives=archives,
         libraries=libraries,
         allow_undefined=allow_undefined,
+        reinit=tuple(reinit),
     )
 
 

@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     # One unit's share of a generation: its verdicts, and the object that new code is taken from.
     "part": MATCHING | {"match", "constructors"},
     # What becomes of variables; the types are read from a copy of the object, in which relocations are mended.
-    "data": MATCHING | {"match", "part"},
+    "data": MATCHING | {"match", "part", "patch.journal"},
     # What the names and blocks of parts mean in the process.
     "linkage": MATCHING | {"match", "part", "patch", "data", "undefined"},
     # Joins verdicts, linker and arena to a generation that is ready to be written.
@@ -79,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "linkage",
         "patch",
         "relink",
+        "data",
         "loader",
         "options",
         "texts",
