@@ -52,6 +52,7 @@ def attach(
     tree: bool = False,
     best_effort: bool = False,
     allowed_layouts: Sequence[str] = (),
+    reinit: Sequence[str] = (),
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
@@ -78,6 +79,7 @@ def attach(
         allow_undefined=allow_undefined,
         best_effort=best_effort,
         allowed_layouts=tuple(allowed_layouts),
+        reinit=tuple(reinit),
     )
     session = (Tree if tree else Session)(Target.attach(pid), options)
     session.remember_texts()
@@ -96,6 +98,7 @@ def spawn(
     libraries: Sequence[str] = (),
     allow_undefined: bool = False,
     allowed_layouts: Sequence[str] = (),
+    reinit: Sequence[str] = (),
 ) -> Session:
     """Start a program and open a session on it. The caller is its parent, and waits for it.
 
@@ -113,6 +116,7 @@ def spawn(
         libraries=libraries,
         allow_undefined=allow_undefined,
         allowed_layouts=allowed_layouts,
+        reinit=tuple(reinit),
     )
 
 

@@ -156,6 +156,7 @@ class Linkage:
                             self._brought[symbol.name] = part, block
         placed = [p for p in ledger.journal.placed if p.kind == THREAD_LOCAL]
         self._added_names = {*beyond.defined, *(name for p in placed for name in p.names)}
+        self._in_place: dict[Block, int] = {}
         self._redirects = {r.original: r for r in ledger.journal.redirects}
         self._known: dict[tuple[LoadedModule, str, bool], Bound | None] = {}
         self._stubs: dict[tuple[LoadedModule, str], int] = {}  # of IFUNCs, in position-independent modules
@@ -170,6 +171,27 @@ class Linkage:
     def lives(self, part: Part, variable: Block) -> bool:
         """Tell whether the process has a variable of a unit."""
         return self._variable(part, variable) is not None
+
+    def address_of(self, part: Part, variable: Block) -> int | None:
+        """Return where the process has a variable of a unit, thread-locals left out; None where it cannot be told."""
+        if variable.kind is not Kind.DATA:
+            return None
+        try:
+            found = self._variable(part, variable)
+        except UnsafeChange:
+            return None  # refused if new code uses it
+        return found.address if found is not None else None
+
+    def constant_of(self, part: Part, block: Block) -> LiveVariable | None:
+        """Return the live constant that a block's name stands for, None where there is none or it cannot be told."""
+        interposed = self._interposed(part, block)
+        if interposed is not None and not interposed.function and not interposed.thread_local:
+            return LiveVariable(interposed.name, interposed.address, interposed.size)
+        return part.unit.constant(block, self.ledger.generation)
+
+    def keep_in_place(self, block: Block, address: int) -> None:
+        """Have a constant be what stands at an address, where it has its contents or is to get them."""
+        self._in_place[block] = address
 
     def part_of(self, block: Block) -> Part:
         return self.part_with(block.object)
@@ -228,6 +250,8 @@ class Linkage:
         def resident(block: Block) -> Bound | None:
             if block.kind is Kind.CODE:
                 return self._function(part, block)
+            if block in self._in_place:
+                return Bound(self._in_place[block])
             if block.kind is Kind.READ_ONLY:
                 matched = part.matched(block)
                 address = part.delta.bindings.get(matched) if matched is not None and matched.symbols else None
@@ -347,7 +371,7 @@ class Linkage:
         self._check_model(part.blocks, block, bound)
         self.thread_locals[block] = part
         if block not in self.images and part.blocks.references(block):
-            self.images[block] = replace(block, kind=Kind.DATA, symbols=())
+            self.images[block] = part.blocks.contents_of(block)
         return bound
 
     def _check_initialised(self, part: Part, block: Block) -> None:
@@ -446,7 +470,7 @@ class Linkage:
         return self._known[key]
 
     def _look_up(self, module: LoadedModule, name: str, weak: bool) -> Bound | None:
-        earlier = self._from_earlier_generation(module, name)
+        earlier = self._from_earlier_generation(module, name) or self._newest_constant(module, name)
         if earlier is not None:
             return earlier
         if name == MODULE_BASE:
@@ -519,6 +543,15 @@ class Linkage:
         for placed in reversed(self.ledger.journal.placed):
             if placed.kind == "read-only" and not placed.local and name in placed.names:
                 return Bound(placed.address)
+        return None
+
+    def _newest_constant(self, module: LoadedModule, name: str) -> Bound | None:
+        """Return the copy that the live generation has of an exported constant of a module."""
+        for record in reversed(self.ledger.journal.lineage(self.ledger.generation)):
+            for placed in record.placed:
+                own = placed.kind == "read-only" and not placed.local and placed.module == module.path
+                if own and name in placed.names:
+                    return Bound(placed.address)
         return None
 
     def _from_earlier_generation(self, module: LoadedModule, name: str) -> Bound | None:

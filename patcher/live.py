@@ -137,6 +137,7 @@ class LiveUnit:
         self._bodies = {body: self._slots[key] for key, body in view.bodies.items() if key in self._slots}
         self._names: dict[int, frozenset[tuple[str, Scope]]] = {}
         self._pieces = self._live_pieces()
+        self._constants: tuple[int, dict[str, list[Placed]]] | None = None
 
     # --- functions --------------------------------------------------------------------------------------------
 
@@ -318,6 +319,39 @@ class LiveUnit:
             for p in self.view.journal.placed
             if p.kind in ("data", THREAD_LOCAL) and p.module == self.module.path
         ]
+
+    def constant(self, block: Block, generation: int) -> LiveVariable | None:
+        """Return the constant that a block's name stands for while a generation is live, None if it cannot be told."""
+        local = not block.exported
+        for p in self._constants_at(generation).get(block.name, ()):
+            if self._ours(p.local, p.unit, local):
+                return LiveVariable(p.name, p.address, p.size)
+        found = self._constant_symbols(block.name, local)
+        return self._variable(found[0]) if len({s.value for s in found}) == 1 else None
+
+    def _constants_at(self, generation: int) -> dict[str, list[Placed]]:
+        """Return the constants that the patches which lead to a generation have brought, by name, the newest first."""
+        if self._constants is None or self._constants[0] != generation:
+            found: dict[str, list[Placed]] = {}
+            for record in reversed(self.view.journal.lineage(generation)):
+                own = [p for p in record.placed if p.kind == "read-only" and p.module == self.module.path]
+                for name, placed in ((name, p) for p in own for name in p.names):
+                    found.setdefault(name, []).append(placed)
+            self._constants = generation, found
+        return self._constants[1]
+
+    def _constant_symbols(self, name: str, local: bool) -> list[StaticSymbol]:
+        symbols = self.module.module.symbols
+        if self.born:
+            return []
+        if numbered(name):
+            members = [s for group in self.groups for s in symbols.members(group)]
+            found = [s for s in members if numbered(s.name) and base_name(s.name) == base_name(name)]
+        else:
+            named = symbols.named(name)
+            found = [s for s in named if (self._own(s) if local else not s.local)]
+            found = found or [s for s in named if not local and self.module.module.demoted(s)]
+        return [s for s in found if s.size and not s.function and self.module.module.constant(s.value, s.size)]
 
     def _variable(self, symbol: StaticSymbol) -> LiveVariable:
         bias = 0 if symbol.type == SymbolType.TLS else self.module.bias

@@ -21,4 +21,5 @@ class Options:
     allowed_layouts: tuple[str, ...] = ()  # types whose layout may change, on the user's responsibility
     archives: tuple[Path, ...] = ()  # where to look for what is missing
     libraries: tuple[str, ...] = ()  # likewise; loaded into the process when they have it
+    reinit: tuple[str, ...] = ()  # variables that get their new initial value, if that changed
     allow_undefined: bool = False  # calls of functions that are nowhere abort when they are reached

@@ -16,10 +16,13 @@ from patcher.blocks import Block, Kind, Place
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
 from patcher.constructors import Starter, belonging, touched
 from patcher.convention import Registers
+from patcher.data.constants import unbound_constants
+from patcher.data.initial import Changed, Initials, first_value
 from patcher.data.names import spelling
 from patcher.data.outcome import Datum, Fate
 from patcher.data.statics import Found
 from patcher.data.threads import NewThreadLocals
+from patcher.data.writing import DataDelta, Writing, data_delta
 from patcher.elf import SymbolBinding
 from patcher.errors import LinkError, TargetBusy, UnsafeChange
 from patcher.image import Image, LoadedModule
@@ -30,7 +33,7 @@ from patcher.live import THREAD_LOCAL, UNDEFINED, LiveFunction, base_name, threa
 from patcher.match import Status
 from patcher.part import Part
 from patcher.patch.arena import DOOR_SIZE, SLOT_COUNT, Arena, Usage
-from patcher.patch.journal import Allocation, Body, GenerationRecord, Placed, Redirect
+from patcher.patch.journal import Allocation, Body, GenerationRecord, Initial, Placed, Redirect, Rewrite
 from patcher.patch.ledger import Choice, Commit, Constructor, Ledger
 
 
@@ -52,6 +55,7 @@ class Linked:
     used: tuple[tuple[str, str], ...] = ()  # variables that new code goes on using: name, file
     supplied: tuple[Part, ...] = ()  # the parts that came in because something was missing
     kept: tuple[str, ...] = ()  # functions that could not be entered anew, and are as they were
+    told: tuple[Changed, ...] = ()  # the variables whose initialiser changed, and that keep their value
 
 
 def link_generation(
@@ -61,27 +65,46 @@ def link_generation(
     threads: NewThreadLocals,
     waiting: Sequence[Part] = (),
     supply: Supply | None = None,
+    initials: Initials | None = None,
 ) -> Linked:
     """Link every part's changed functions as one generation.
 
     `threads` gets the new thread-locals, whose storage is to be loaded before the generation is linked for good.
     `waiting`: units whose new functions nobody called so far; they are placed when something now does. `supply` is
-    asked for what is still missing then.
+    asked for what is still missing then; `initials` says which variables are to be initialised again.
     Raises `LinkError` and its kin, `UnsafeChange`, and `NeedsArena`.
     """
-    linker = _Generation(image, ledger, supply, threads)
+    linker = _Generation(image, ledger, supply, threads, initials or Initials())
     modules = dict.fromkeys(p.module for p in parts)
     for module in modules:
         linker.link(module, [p for p in parts if p.module is module], [p for p in waiting if p.module is module])
     return linker.finish(parts)
 
 
+def data_of_idle(image: Image, ledger: Ledger, parts: Sequence[Part], initials: Initials) -> DataDelta:
+    """Return what units without new code change of the data that the process has."""
+    found = DataDelta()
+    for module in dict.fromkeys(p.module for p in parts):
+        own = [p for p in parts if p.module is module]
+        linkage = Linkage(image, ledger, own, Beyond(module, None, {}, NewThreadLocals(ledger.journal.placed)))
+        constants = unbound_constants(image, ledger.view(), own, linkage.constant_of).changed
+        found = found.plus(replace(data_delta(own, linkage.address_of, ledger.journal, initials), constants=constants))
+    return found
+
+
 class _Generation:
-    def __init__(self, image: Image, ledger: Ledger, supply: Supply | None, threads: NewThreadLocals) -> None:
+    def __init__(
+        self, image: Image, ledger: Ledger, supply: Supply | None, threads: NewThreadLocals, initials: Initials
+    ) -> None:
         self.image = image
         self.ledger = ledger
         self.supply = supply
         self.threads = threads
+        self.asked = initials
+        self.initials: list[Initial] = []
+        self.data_writes: list[tuple[int, bytes]] = []
+        self.rewrites: list[Rewrite] = []
+        self.told: list[Changed] = []
         self.defined: dict[str, Bound] = {}  # by the modules that were linked before
         self.choices: list[Choice] = []
         self.constructors: list[tuple[int, Constructor]] = []
@@ -115,11 +138,28 @@ class _Generation:
             quiet_back=tuple(self.quiet_back),
             allocations=tuple(self.allocations.values()),
             chosen=tuple((m, at, to) for (m, at), to in self.image.asked.items() if (m, at) not in known),
+            initials=tuple(self.initials),
+            rewrites=tuple(self.rewrites),
         )
         constructors = tuple(c for _, c in sorted(self.constructors, key=lambda found: found[0]))
-        commit = Commit(record, tuple(self.writes), tuple(self.usages.items()), tuple(self.choices), constructors)
+        commit = Commit(
+            record,
+            tuple(self.writes),
+            tuple(self.usages.items()),
+            tuple(self.choices),
+            constructors,
+            tuple(self.data_writes),
+        )
         kept = tuple(name for part in parts for name in part.kept)
-        return Linked(commit, tuple(self.replaced), tuple(self.data), tuple(self.used), tuple(self.supplied), kept)
+        return Linked(
+            commit,
+            tuple(self.replaced),
+            tuple(self.data),
+            tuple(self.used),
+            tuple(self.supplied),
+            kept,
+            told=tuple(self.told),
+        )
 
     def link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
         _keep_twins(parts)
@@ -137,6 +177,15 @@ class _Generation:
         starts = {part: _start(part, linkage) for part in parts}
         wanted = {part: tuple(b for b in part.wanted() if b not in starts[part].left) for part in parts}
         wanted |= dict.fromkeys(waiting, ())
+        data = data_delta((*parts, *waiting), linkage.address_of, self.ledger.journal, self.asked)
+        constants = unbound_constants(self.image, self.ledger.view(), (*parts, *waiting), linkage.constant_of)
+        for _, block, address in constants.same:
+            linkage.keep_in_place(block, address)
+        for constant in constants.changed:
+            if constant.in_place:
+                linkage.keep_in_place(constant.block, constant.address)
+        writing = Writing(replace(data, constants=constants.changed))
+        wanted = {part: (*blocks, *writing.copies(part)) for part, blocks in wanted.items()}
         found = _planned(linkage, wanted, starts)
         for block in found.code:
             if linkage.part_of(block).supplied:
@@ -146,7 +195,7 @@ class _Generation:
         full: ArenaFull | None = None
         for home in chain((first,), homes):  # a further arena is planned only when it is wanted
             try:
-                return self._settle(home, found, linkage)
+                return self._settle(home, found, linkage, writing)
             except ArenaFull as error:
                 full = error
         assert full is not None
@@ -175,7 +224,7 @@ class _Generation:
         anywhere = self.ledger.plan_anywhere()
         yield from (_Home(entries, anywhere) for entries in near)
 
-    def _settle(self, home: _Home, found: Plan, linkage: Linkage) -> None:
+    def _settle(self, home: _Home, found: Plan, linkage: Linkage, writing: Writing) -> None:
         """Place a plan somewhere and keep what is to be written. Raises `ArenaFull`, leaving everything as it was."""
         doors = self._doors(home.entries, found, linkage)
         near = home.entries.entry_space(self._usage(home.entries))
@@ -193,6 +242,7 @@ class _Generation:
         self.quiet += [_body(e.live) for e in entries if e.displaced.reentries]
         self._record(found, placement, doors, {copy.block: copy for copy in copies}, linkage)
         self._record_constructors(doors, placement)
+        self._record_data(writing, placement)
         self._use(home, placement.space, end, sum(1 for d in doors if d.fresh))
         placed = {block.object for block in found.placed}
         self.supplied += [p for p in linkage.supplied if p.blocks.object in placed or p.unit.key == UNDEFINED]
@@ -278,6 +328,8 @@ class _Generation:
                 self.placed.append(_placed(block, part, _KINDS[block.kind], address, type=type_, scope=scope))
                 if block.kind is not Kind.CODE:
                     self._define(block, Bound(address))
+                if block.kind is Kind.DATA:
+                    self.initials.append(first_value(part, block, address))
                 if block.kind is Kind.DATA and not part.supplied:
                     self._tell(block, part, Fate.ADDED)
         self._record_thread_locals(found, placement, linkage)
@@ -318,6 +370,23 @@ class _Generation:
             self._define(block, bound)
             if not part.supplied:
                 self._tell(block, part, Fate.ADDED, "each thread has its own")
+
+    def _record_data(self, writing: Writing, placement: Placement) -> None:
+        """Note what is written into live data with the flip, and what is told of data that keeps its value."""
+        written = writing.writes(placement.addresses, placement.writes)
+        self.data_writes += written
+        constants = {c.address for c in writing.data.rewritten}
+        for address, new in written:
+            if address in constants:
+                old = self.image.target.memory.read(address, len(new))
+                self.rewrites.append(Rewrite(address, old.hex(), new.hex()))
+        self.data += [c.datum() for c in writing.data.constants if c.holders]
+        self.initials += [c.as_record(written=True) for c in writing.data.renewed]
+        self.data += [c.datum(Fate.REINITIALISED) for c in writing.data.renewed]
+        news = self.asked.news(writing.data.kept, self.ledger.journal)
+        self.initials += self.asked.to_record(writing.data.kept, self.ledger.journal)
+        self.data += [c.datum(Fate.KEPT) for c in news]
+        self.told += writing.data.kept
 
     def _record_constructors(self, doors: list[_Door], placement: Placement) -> None:
         for part in dict.fromkeys(door.part for door in doors):

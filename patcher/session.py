@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from patcher.data.outcome import Datum, Fate
 from patcher.errors import AttachDenied, PatcherError, TargetGone, UnresolvedSymbol, UnsafeChange
 from patcher.options import Options
 from patcher.report import Applied, Event, Explanation, Function, Member, Note, Reporter, Timings, Unchanged, Variable
@@ -26,6 +27,7 @@ from patcher.texts import Texts
 
 # What follows takes a third of a second to import (drgn, numpy, capstone), and `status` and `revert` need none of it.
 if TYPE_CHECKING:
+    from patcher.data.initial import Changed, Initials, Told
     from patcher.data.threads import NewBlock, NewThreadLocals, StaticModel
     from patcher.elf.thread_module import ThreadBlock
     from patcher.image import Image
@@ -55,11 +57,12 @@ class Generation:
     supplied: tuple[str, ...] = ()  # objects and libraries that were brought in, being missing
     undefined: tuple[str, ...] = ()  # functions that are nowhere: a call aborts
     members: tuple[Member, ...] = ()  # the processes, where several were changed together
+    data_only: bool = False  # it changed no function
 
     def as_event(self, files: Sequence[Path]) -> Event:
         """Return the event that tells of it."""
         names = tuple(str(f) for f in files)
-        if not self.functions:
+        if not self.functions and not self.data_only:
             return Unchanged(names, self.line_only, self.waiting, self.kept, self.variables)
         return Applied(
             self.number,
@@ -121,11 +124,33 @@ class Status:
     objects: tuple[ObjectUse, ...]
 
 
+class _Offered(Exception):
+    """Initialisers changed, and the user has not been asked yet whether the new values are wanted."""
+
+    def __init__(self, variables: tuple[Variable, ...]) -> None:
+        super().__init__()
+        self.variables = variables
+
+
+Offer = Callable[[Sequence[Variable]], bool]
+
+
 class Session:
     """Patches one process. Use as a context manager; leaving it leaves the process running."""
 
-    def __init__(self, target: Target, options: Options | None = None, reporter: Reporter | None = None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        options: Options | None = None,
+        reporter: Reporter | None = None,
+        offer: Offer | None = None,
+    ) -> None:
+        """`offer` is asked, before anything is written, whether variables get their new initial values."""
         self.target = target
+        self._offer = offer
+        self._told: Told = {}
+        self._initials: Initials | None = None
+        self._offering = False
         self.options = options or Options()
         self._reporter = reporter
         self._image: Image | None = None
@@ -158,6 +183,15 @@ class Session:
         return self._image
 
     @property
+    def initials(self) -> Initials:
+        """What the user wants of changed initialisers in the change at hand."""
+        if self._initials is None:
+            from patcher.data.initial import Initials
+
+            self._initials = Initials(self.options.reinit, self._told)
+        return self._initials
+
+    @property
     def ledger(self) -> Ledger:
         if self._ledger is None:
             from patcher.patch.ledger import Ledger
@@ -187,6 +221,18 @@ class Session:
         if self._reporter is not None:
             self._reporter.emit(event)
 
+    def report(self, outcome: Generation, files: Sequence[Path]) -> Event:
+        """Tell of an outcome, and of what a user may want to do about it; return the event."""
+        event = outcome.as_event(files)
+        self.emit(event)
+        kept = [v for v in outcome.variables if v.outcome == Fate.KEPT.value]
+        if kept:
+            sources = " ".join(dict.fromkeys(v.file for v in kept))
+            names = " ".join(f"--reinit {v.name}" for v in kept)
+            what = "the new value" if len(kept) == 1 else "new values"
+            self.emit(Note(f"  to write {what}: patcher apply {self.target.pid} {sources} {names}"))
+        return event
+
     # --- apply ------------------------------------------------------------------------------------------------
 
     def apply(self, *files: str | Path) -> Generation:
@@ -195,7 +241,7 @@ class Session:
         Raises `BuildError` with the compiler's words, `PatcherError` and its kin with what was refused and why;
         the process is then as it was.
         """
-        return self.change([Path(f) for f in files])
+        return self.change([Path(f) for f in files], strict=True)
 
     def change(
         self,
@@ -204,16 +250,30 @@ class Session:
         began: float | None = None,
         detect: float = 0.0,
         cancelled: Callable[[], bool] = lambda: False,
+        strict: bool = False,
     ) -> Generation:
         """Do what `apply` does, for a save that was noticed at `began` (perf_counter), `detect` ms after it.
 
-        `cancelled` is asked while compilers run; raises `BuildCancelled` when it says so.
+        `cancelled` is asked while compilers run; raises `BuildCancelled` when it says so. `strict`: it is an error
+        when a variable that is to be initialised again has no new initial value.
         """
+        from patcher.data.initial import Initials
+
         self.target.check_alive()
         started = time.perf_counter()
         units = self.units
         units.build_seconds = 0.0
-        outcome = self.relink(units.sources(files, cancelled))
+        compiled = units.sources(files, cancelled)
+        self._initials = Initials(self.options.reinit, self._told, strict=strict)
+        self._offering = self._offer is not None and not self.options.reinit and not self.options.dry_run
+        try:
+            outcome = self.relink(compiled)
+        except _Offered as offered:
+            # Outside of the transaction: nobody has to wait for the answer.
+            accepted = self._offer is not None and self._offer(offered.variables)
+            self._initials = Initials((), self._told, every=accepted)
+            self._offering = False
+            outcome = self.relink(compiled)
         now = time.perf_counter()
         build, stop = units.build_seconds * 1e3, outcome.timings.stop
         total = detect + (now - (began if began is not None else started)) * 1e3
@@ -271,9 +331,16 @@ class Session:
         with self._transaction():
             changes = units.changes(sources)
             if not changes.parts:
-                return Generation(self.ledger.generation, line_only=changes.line_only, waiting=changes.uncalled)
+                from patcher.relink import data_of_idle
+
+                idle = data_of_idle(self.image, self.ledger, changes.idle, self.initials)
+                if idle.writes:
+                    changes = replace(changes, parts=changes.idle, idle=())
+                else:
+                    return self._untouched(changes, idle.kept)
             try:
                 linked = self._link(units, changes, dry_run=self.options.dry_run)
+                self._ask(linked.told)
                 supplied, undefined = units.supplies.outcome(linked)
                 outcome = replace(
                     self._commit(linked), line_only=changes.line_only, supplied=supplied, undefined=undefined
@@ -282,9 +349,24 @@ class Session:
                     units.admission.applied(outcome.number, (*changes.parts, *linked.supplied))
                 for part in changes.parts:
                     self.texts.applied(Path(part.source))
+                if not self.options.dry_run:
+                    self.initials.remember(linked.told)
                 return outcome
             finally:
                 self.ledger.forget_plans()
+
+    def _untouched(self, changes: Changes, kept: Sequence[Changed]) -> Generation:
+        self._ask(kept)
+        news = self.initials.news(kept, self.ledger.journal)
+        if not self.options.dry_run:
+            self.initials.remember(kept)
+        told = _variables([c.datum(Fate.KEPT) for c in news])
+        return Generation(self.ledger.generation, line_only=changes.line_only, waiting=changes.uncalled, variables=told)
+
+    def _ask(self, kept: Sequence[Changed]) -> None:
+        news = self.initials.news(kept, self.ledger.journal) if self._offering else []
+        if news:
+            raise _Offered(_variables([c.datum(Fate.KEPT) for c in news]))
 
     def _link(self, units: Units, changes: Changes, *, dry_run: bool) -> Linked:
         from patcher.data.threads import NewThreadLocals, StaticModel
@@ -299,7 +381,7 @@ class Session:
         for _ in range(2 * len(parts) + _ROUNDS):
             supplies.to_load.clear()
             try:
-                linked = link_generation(self.image, self.ledger, parts, threads, waiting, supplies)
+                linked = link_generation(self.image, self.ledger, parts, threads, waiting, supplies, self.initials)
             except NeedsArena:
                 self._map_stub_area(dry_run)
             except FarData as error:
@@ -369,10 +451,10 @@ class Session:
 
         record = linked.commit.record
         functions = tuple(Function(*status) for status in record.statuses)
-        if not functions:
-            return Generation(self.ledger.generation, kept=linked.kept)
-        variables = tuple(Variable(d.name, d.file, d.fate.value, d.note) for d in linked.data)
-        outcome = Generation(record.number, functions, variables=variables, kept=linked.kept)
+        variables = _variables(linked.data)
+        if not functions and not linked.commit.data and not record.placed:
+            return Generation(self.ledger.generation, kept=linked.kept, variables=variables)
+        outcome = Generation(record.number, functions, variables=variables, kept=linked.kept, data_only=not functions)
         if self.options.dry_run:
             return outcome
         self.ledger.realise()
@@ -512,6 +594,10 @@ def _made_again(
     if not own and not units.supply_again(error.object, make):
         raise error
     return [made(p) for p in parts], [made(p) for p in waiting]
+
+
+def _variables(data: Sequence[Datum]) -> tuple[Variable, ...]:
+    return tuple(Variable(d.name, d.file, d.fate.value, d.note) for d in data)
 
 
 __all__ = ["ArenaUse", "Generation", "ObjectUse", "Options", "PatchedFunction", "Session", "Status"]

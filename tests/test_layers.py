@@ -79,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
         "linkage",
         "patch",
         "relink",
+        "data",
         "loader",
         "data.threads",
         "options",

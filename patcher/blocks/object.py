@@ -266,6 +266,13 @@ class Blocks:
             self._commons[symbol.number] = block
         return block
 
+    def contents_of(self, block: Block) -> Block:
+        """Return a nameless block of data with the contents of another one, to be placed and linked beside it."""
+        extent = (block.section, block.start, block.size, block.alignment, block.data)
+        made = Block(self.object, Kind.DATA, f"contents of {block.name}", *extent, (), len(self._made))
+        self._made.append(made)
+        return made
+
     def _outside(self, section: Section, offset: int) -> ObjectError:
         return ObjectError(
             f"{self.object.name}: a reference to {section.name}+{offset:#x}, outside its {section.size} bytes",

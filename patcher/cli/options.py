@@ -15,7 +15,7 @@ from patcher.errors import PatcherError
 from patcher.options import Options
 from patcher.report.console import ConsoleReport
 from patcher.report.events import EventStream, Reporter, Reporters
-from patcher.session import Session
+from patcher.session import Offer, Session
 from patcher.target import Target
 from patcher.tree import Tree
 
@@ -43,6 +43,7 @@ class Common:
     allow_undefined: bool
     tree: bool
     best_effort: bool
+    reinit: tuple[str, ...]
 
     def options(self) -> Options:
         return Options(
@@ -58,12 +59,14 @@ class Common:
             libraries=self.library,
             allow_undefined=self.allow_undefined,
             best_effort=self.best_effort,
+            reinit=self.reinit,
         )
 
-    def session(self, pid: int, reporter: Reporter) -> Session:
-        """Open a session on a process, or on it and its descendants."""
-        kind = Tree if self.tree else Session
-        return kind(Target.attach(pid), self.options(), reporter)
+    def session(self, pid: int, reporter: Reporter, offer: Offer | None = None) -> Session:
+        """Open a session on a process, or on it and its descendants, where nobody is asked."""
+        if self.tree:
+            return Tree(Target.attach(pid), self.options(), reporter)
+        return Session(Target.attach(pid), self.options(), reporter, offer)
 
     @contextlib.contextmanager
     def reporter(self) -> Iterator[Reporter]:
@@ -94,6 +97,12 @@ def common(watch: bool) -> Callable[[F], F]:
                 multiple=True,
                 metavar="TYPE",
                 help="Take it that nothing live has TYPE's old layout. Repeatable.",
+            ),
+            click.option(
+                "--reinit",
+                multiple=True,
+                metavar="NAME",
+                help="Write this variable's new initial value, if that changed. Repeatable.",
             ),
             click.option(
                 "--allow-undefined", is_flag=True, help="Let calls of functions that are nowhere abort when reached."
@@ -163,4 +172,5 @@ def gather(arguments: dict[str, Any]) -> Common:
         allow_undefined=arguments["allow_undefined"],
         tree=arguments["tree"],
         best_effort=arguments["best_effort"],
+        reinit=tuple(arguments["reinit"]),
     )

@@ -96,6 +96,25 @@ class Allocation:
 
 
 @dataclass(frozen=True, slots=True)
+class Initial:
+    """An initial value that a variable has got since (`written`), or that the user was told it did not get."""
+
+    address: int
+    digest: str
+    shown: str  # short, for people; "" where it is not
+    written: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """A constant that is changed where it stands: hex of what it was in the parent generation, and of what it is."""
+
+    address: int
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRecord:
     """One generation: who its parent is, what it placed and where each function it changed now goes."""
 
@@ -109,8 +128,10 @@ class GenerationRecord:
     redirects: tuple[Redirect, ...]  # the functions that got their island with this generation
     quiet: tuple[Body, ...] = ()  # bodies without a frame when it went live
     quiet_back: tuple[Body, ...] = ()  # bodies that must have no frame when it is taken back
-    allocations: tuple[Allocation, ...] = ()  # not in the records of older versions
+    allocations: tuple[Allocation, ...] = ()  # this, and what follows, is not in the records of older versions
     chosen: tuple[tuple[str, int, int], ...] = ()  # IFUNCs that were asked: module, resolver, implementation
+    initials: tuple[Initial, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
 
 
 @dataclass
@@ -166,6 +187,22 @@ class Journal:
             found.append(record)
             number = record.parent
         return found[::-1]
+
+    def initials(self, *, written: bool) -> dict[int, Initial]:
+        """Return the last initial value that each variable got, or (not `written`) that was told of, by address."""
+        # What a variable was given it keeps, whichever generation is live.
+        return {i.address: i for g in self.generations.values() for i in g.initials if i.written == written}
+
+    def rewrites_at(self, number: int) -> dict[int, bytes]:
+        """Return what stands at each address with a rewritten constant while generation `number` is live."""
+        found: dict[int, bytes] = {}
+        for record in self.generations.values():
+            for rewrite in record.rewrites:
+                found.setdefault(rewrite.address, bytes.fromhex(rewrite.old))
+        for record in self.lineage(number):
+            for rewrite in record.rewrites:
+                found[rewrite.address] = bytes.fromhex(rewrite.new)
+        return found
 
     def bodies_at(self, number: int) -> dict[tuple[int, int], int]:
         """Return (arena, slot index) -> body address for every function that generation `number` has changed."""
@@ -254,6 +291,8 @@ def _record(raw: dict[str, Any]) -> GenerationRecord:
         quiet_back=_bodies(raw["quiet_back"]),
         allocations=tuple(_allocation(a) for a in raw.get("allocations", ())),
         chosen=tuple((str(m), _number(a), _number(b)) for m, a, b in raw.get("chosen", ())),
+        initials=tuple(_initial(i) for i in raw.get("initials", ())),
+        rewrites=tuple(_rewrite(r) for r in raw.get("rewrites", ())),
     )
 
 
@@ -280,6 +319,14 @@ def _bodies(raw: Any) -> tuple[Body, ...]:
 def _allocation(raw: dict[str, Any]) -> Allocation:
     kinds = ("text", "read_only", "data", "cells", "islands")
     return Allocation(str(raw["object"]), *(_number(raw[kind]) for kind in kinds))
+
+
+def _initial(raw: dict[str, Any]) -> Initial:
+    return Initial(_number(raw["address"]), str(raw["digest"]), str(raw["shown"]), bool(raw["written"]))
+
+
+def _rewrite(raw: dict[str, Any]) -> Rewrite:
+    return Rewrite(_number(raw["address"]), bytes.fromhex(raw["old"]).hex(), bytes.fromhex(raw["new"]).hex())
 
 
 def _placed(raw: dict[str, Any]) -> Placed:

@@ -56,6 +56,7 @@ class Commit:
     usage: tuple[tuple[int, Usage], ...]  # arena base -> how far it will be in use
     choices: tuple[Choice, ...] = ()
     constructors: tuple[Constructor, ...] = ()  # in the order in which they run
+    data: tuple[tuple[int, bytes], ...] = ()  # what the program's own data becomes with it: address, contents
 
 
 Construct = Callable[[Sequence[Constructor]], None]
@@ -202,7 +203,8 @@ class Ledger:
             yield
 
     def _mend(self) -> None:
-        if self.slots != {base: self._slots_at(base, self.generation) for base in self.slots}:
+        torn = self.slots != {base: self._slots_at(base, self.generation) for base in self.slots}
+        if torn or self._rewrites_to(self.generation):
             self.revert(self.generation)
 
     def _slots_at(self, base: int, number: int) -> list[int]:
@@ -301,7 +303,7 @@ class Ledger:
             values.setdefault(arena, {})[index] = body
         touched = {(arena, index) for arena, index, _ in record.bodies}
         known = [r for r in (*self.journal.redirects, *record.redirects) if (r.arena, r.index) in touched]
-        return self._assemble(values, record.number, known, record.quiet)
+        return replace(self._assemble(values, record.number, known, record.quiet), data=change.data)
 
     def _assemble(
         self,
@@ -348,9 +350,15 @@ class Ledger:
         change = self._assemble(values, number, kept, self._quiet_between(self.generation, number))
         if number == 0:
             change = self._restoring(change)
+        change = replace(change, data=self._rewrites_to(number))
         result = flip(self.target, change)
         self.refresh()
         return result
+
+    def _rewrites_to(self, number: int) -> tuple[tuple[int, bytes], ...]:
+        """Return what constants have to become so that they are as in a generation."""
+        wanted = self.journal.rewrites_at(number).items()
+        return tuple((a, data) for a, data in wanted if self.target.memory.read(a, len(data)) != data)
 
     def _quiet_between(self, live: int, number: int) -> tuple[Body, ...]:
         """Return the bodies that must have no frame on the way from one generation to another."""

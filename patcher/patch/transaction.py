@@ -51,7 +51,8 @@ class Flip:
     `text`: detours written or taken back; `cells`: GOT cells; `slots`: new values by arena and index, slot 0 of
     the first arena among them; `quiet`: bodies (start, end) that no thread may be inside, because they jump back
     to their own entry and would come out in the new code in the middle of their work; `restores`: the text goes back
-    to what it was at first, after the slots.
+    to what it was at first, after the slots; `data`: what the program's own data becomes (address, contents),
+    whatever it is by then.
     """
 
     text: tuple[TextWrite, ...]
@@ -59,10 +60,11 @@ class Flip:
     slots: tuple[tuple[Arena, dict[int, int]], ...]
     quiet: tuple[Body, ...] = ()
     restores: bool = False
+    data: tuple[tuple[int, bytes], ...] = ()
 
     @property
     def needs_stop(self) -> bool:
-        return bool(self.text or self.cells or self.quiet)
+        return bool(self.text or self.cells or self.quiet or self.data)
 
     @property
     def in_one_write(self) -> bool:
@@ -85,7 +87,7 @@ class FlipResult:
 def flip(target: Target, change: Flip) -> FlipResult:
     """Make a change live. Raises `PatcherError` with the target as it was before when it cannot be done."""
     writes = [_slot_write(arena, values) for arena, values in change.slots]
-    if change.in_one_write or change.quiet:
+    if change.in_one_write or change.quiet or change.data:
         return _flip(target, change, writes)
     if change.restores:
         _copy_slots(target, change.slots, writes)
@@ -156,7 +158,9 @@ def _copy_slots(target: Target, arenas: Sequence[tuple[Arena, dict[int, int]]], 
 
 def _write_all(target: Target, change: Flip, slots: Sequence[TextWrite]) -> None:
     done: list[TextWrite] = []
-    text = (*change.text, *change.cells)
+    # The program writes to its data whenever it runs: what it holds is known only now.
+    data = [TextWrite(address, target.memory.read(address, len(new)), new) for address, new in change.data]
+    text = (*change.text, *change.cells, *data)
     try:
         for write in (*slots, *text) if change.restores else (*text, *slots):
             if target.memory.read(write.address, len(write.old)) != write.old:
