@@ -59,11 +59,12 @@ class Node(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """A variable with static storage; `defined` is False where another unit has it."""
+    """A variable with static storage; `defined` is False where another unit has it. New code has its own constants."""
 
     name: str
     type: int
     defined: bool
+    constant: bool = False
 
 
 _NAMES = {Tag.STRUCTURE: "struct ", Tag.CLASS: "class ", Tag.UNION: "union ", Tag.ENUMERATION: "enum "}
@@ -155,7 +156,18 @@ class Declared:
         while place and At.TYPE not in raw:
             place = self._reference(raw, At.SPECIFICATION) or self._reference(raw, At.ABSTRACT_ORIGIN)
             raw = self._dies.attributes(place) if place else raw
-        return Variable(name, self._reference(raw, At.TYPE), defined) if name and place else None
+        if not name or not place:
+            return None
+        found = self._reference(raw, At.TYPE)
+        return Variable(name, found, defined, self._is_constant(found))
+
+    def _is_constant(self, offset: int) -> bool:
+        """Tell whether a type is const: itself, or the elements of an array."""
+        tag, seen = self._dies.tag(offset) if offset else 0, 0
+        while tag in (Tag.TYPEDEF, Tag.ARRAY) and seen < 99:
+            offset, seen = self._type_at(offset), seen + 1
+            tag = self._dies.tag(offset) if offset else 0
+        return tag == Tag.CONST
 
     @cached_property
     def functions(self) -> Mapping[str, Entry]:

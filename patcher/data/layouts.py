@@ -232,6 +232,8 @@ class Judgement:
             pairs = [(o, v) for o in self._program.others(self.new.file) or () for v in o.variables.get(name, ())]
             pairs = [(o, v) for o, v in pairs if v.defined]
         for variable in variables if pairs else ():
+            if variable.constant and variable.defined and all(v.constant for _, v in pairs):
+                continue
             if any(self._compared(old).alike(v.type, variable.type) for old, v in pairs):
                 continue
             old, v = pairs[0]

@@ -22,6 +22,7 @@ enum colour colour;
 int number = 3;
 int *at_number = &number;
 int table[3] = {1, 2, 3};
+const int constants[2] = {1, 2};
 static struct { int m, n; } bare;
 struct chain chain;
 struct deep deep;
@@ -103,6 +104,7 @@ SAME = {
     "union members in another order": Case("int i; char c[4];", "char c[4]; int i;"),
     "a type of its own for the element": Case("int list[4];", "count_t list[4];"),
     "a pointer that may lead anywhere": Case("int *at_number", "void *at_number"),
+    "a longer constant": Case("const int constants[2] = {1,", "const int constants[3] = {1, 1,"),
     "another function pointer": Case("int (*call)(int);", "long (*call)(long);"),
 }
 SAME_EDITS = {  # what has to be edited with it
