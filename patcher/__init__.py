@@ -51,6 +51,7 @@ def attach(
     allow_undefined: bool = False,
     tree: bool = False,
     best_effort: bool = False,
+    hook_timeout: float = 5.0,
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
@@ -58,7 +59,8 @@ def attach(
     name are read now, as what the process was built from. `every_function` replaces functions that did not change as
     well. `archives` and `libraries` are where to find what the process lacks; with `allow_undefined`, a call of what
     is nowhere aborts when it is reached. With `tree`, its descendants are changed with it: all or none, unless
-    `best_effort`. Raises `TargetGone` or `AttachDenied`, with what to do about it.
+    `best_effort`. `hook_timeout` is how long each function that the program has for patcher to
+    call may take, in seconds. Raises `TargetGone` or `AttachDenied`, with what to do about it.
     """
     from patcher.options import Options
     from patcher.session import Session
@@ -75,6 +77,7 @@ def attach(
         libraries=tuple(libraries),
         allow_undefined=allow_undefined,
         best_effort=best_effort,
+        hook_timeout=hook_timeout,
     )
     session = (Tree if tree else Session)(Target.attach(pid), options)
     session.remember_texts()
@@ -92,6 +95,7 @@ def spawn(
     archives: Sequence[str | Path] = (),
     libraries: Sequence[str] = (),
     allow_undefined: bool = False,
+    hook_timeout: float = 5.0,
 ) -> Session:
     """Start a program and open a session on it. The caller is its parent, and waits for it.
 
@@ -108,6 +112,7 @@ def spawn(
         archives=archives,
         libraries=libraries,
         allow_undefined=allow_undefined,
+        hook_timeout=hook_timeout,
     )
 
 

@@ -40,20 +40,22 @@ _NO_FD = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Memory of ours in the target for calls: executable memory for the stub, and a stack."""
+    """Memory of ours in the target for calls: a page for the stub, a stack, and room for arguments."""
 
     code: int
     stack: tuple[int, int]
+    room: int = 0
 
 
 @contextmanager
-def workspace(target: Target) -> Iterator[Workspace]:
-    """Map a workspace in the target for the length of the block.
+def workspace(target: Target, room: int = 0) -> Iterator[Workspace]:
+    """Map a workspace in the target for the length of the block, with `room` bytes for arguments.
 
     It stays when a call was abandoned: the thread's own data, such as the loader's list of who catches its errors,
     may point into the stack on which the function ran.
     """
-    (base,) = target.inject([SystemCall(_MMAP, (0, _WORKSPACE_SIZE, _NONE, _PRIVATE_ANONYMOUS, _NO_FD, 0))])
+    size = _WORKSPACE_SIZE + (room + _PAGE - 1 & -_PAGE)
+    (base,) = target.inject([SystemCall(_MMAP, (0, size, _NONE, _PRIVATE_ANONYMOUS, _NO_FD, 0))])
     if -4095 <= base < 0:
         raise PatcherError(f"process {target.pid} cannot map memory for a call: error {-base}", code="no-memory")
     stack, code = base + _PAGE, base + _PAGE + _STACK_SIZE  # behind a page that catches an overflow
@@ -61,14 +63,16 @@ def workspace(target: Target) -> Iterator[Workspace]:
     try:
         _protect(target, stack, _STACK_SIZE, _READ_WRITE)
         _protect(target, code, _PAGE, _READ_EXECUTE)
-        yield Workspace(code, (stack, code))
+        if room:
+            _protect(target, code + _PAGE, size - _WORKSPACE_SIZE, _READ_WRITE)
+        yield Workspace(code, (stack, code), code + _PAGE)
     except PatcherError as error:
         abandoned = error.code in _ABANDONED
         raise
     finally:
         if not abandoned:
             with suppress(TargetBusy, TargetGone):
-                target.inject([SystemCall(_MUNMAP, (base, _WORKSPACE_SIZE))])
+                target.inject([SystemCall(_MUNMAP, (base, size))])
 
 
 def _protect(target: Target, start: int, size: int, protection: int) -> None:

@@ -22,3 +22,4 @@ class Options:
     archives: tuple[Path, ...] = ()  # where to look for what is missing
     libraries: tuple[str, ...] = ()  # likewise; loaded into the process when they have it
     allow_undefined: bool = False  # calls of functions that are nowhere abort when they are reached
+    hook_timeout: float = 5.0  # seconds that each function which the program has for us to call may take

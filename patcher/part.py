@@ -14,6 +14,8 @@ from patcher.image import LoadedModule
 from patcher.live import LiveFunction
 from patcher.match import Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
 
+HOOKS = ("patcher_before", "patcher_after")  # functions that patcher calls by name: nothing else has to
+
 
 class Part:
     """One unit's share of a generation: its verdicts, and the object that new code is taken from.
@@ -92,7 +94,7 @@ class Part:
         """Tell whether new code takes the place of a function's code, or there is none yet."""
         status = self.status(block)
         if status is Status.SAME:
-            return self.every and block not in self._left
+            return (self.every and block not in self._left) or self._is_absent_hook(block)
         return status is not Status.LINE_ONLY
 
     def is_door(self, block: Block) -> bool:
@@ -104,8 +106,18 @@ class Part:
             return ()
         started = {s.function for s in self.starters}
         return tuple(
-            b for b in self.blocks.functions if self.is_door(b) and (self.status(b) is not Status.ADDED or b in started)
+            b
+            for b in self.blocks.functions
+            if self.is_door(b) and (self.status(b) is not Status.ADDED or b in started or b.name in HOOKS)
         )
+
+    def _is_absent_hook(self, block: Block) -> bool:
+        """Tell whether a block is a hook that an earlier patch brought, and that the live generation is without."""
+        live = self.live(block) if block.name in HOOKS else None
+        if live is None or live.redirect is None or not live.redirect.born:
+            return False
+        view = self.unit.view
+        return (live.redirect.arena, live.redirect.index) not in view.journal.bodies_at(view.generation)
 
     @cached_property
     def starters(self) -> tuple[Starter, ...]:

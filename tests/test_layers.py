@@ -65,6 +65,9 @@ ALLOWED: dict[str, set[str]] = {
     "undefined": READING | {"blocks", "live"},
     # Where a definition comes from that the process has never had: brought in as units that are matched like others.
     "supply": MATCHING | {"match", "part", "linkage", "patch", "relink", "undefined", "options", "origin", "build"},
+    # What the program itself can read of its generations, and which of its functions are told of them.
+    "directory": {"image", "link.place", "patch"},
+    "hooks": {"errors", "image", "live", "loader", "part", "patch", "target"},
     "options": {"errors"},
     "texts": {"errors", "build"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
@@ -79,6 +82,8 @@ ALLOWED: dict[str, set[str]] = {
         "linkage",
         "patch",
         "relink",
+        "directory",
+        "hooks",
         "loader",
         "options",
         "texts",

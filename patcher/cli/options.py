@@ -43,6 +43,7 @@ class Common:
     allow_undefined: bool
     tree: bool
     best_effort: bool
+    hook_timeout: float
 
     def options(self) -> Options:
         return Options(
@@ -58,6 +59,7 @@ class Common:
             libraries=self.library,
             allow_undefined=self.allow_undefined,
             best_effort=self.best_effort,
+            hook_timeout=self.hook_timeout,
         )
 
     def session(self, pid: int, reporter: Reporter) -> Session:
@@ -111,6 +113,13 @@ def common(watch: bool) -> Callable[[F], F]:
                 metavar="FILE",
                 help="Take what is missing from this archive. Repeatable.",
             ),
+            click.option(
+                "--hook-timeout",
+                type=click.FloatRange(min=0, min_open=True),
+                default=Options().hook_timeout,
+                metavar="SECONDS",
+                help="How long each hook and migration of the program may take (default: 5).",
+            ),
             click.option("--every-function", is_flag=True, help="Replace functions that did not change as well."),
             click.option("--best-effort", is_flag=True, help="With --tree: change those processes that can be."),
             click.option("--tree", is_flag=True, help="Take the process and its descendants as one."),
@@ -163,4 +172,5 @@ def gather(arguments: dict[str, Any]) -> Common:
         allow_undefined=arguments["allow_undefined"],
         tree=arguments["tree"],
         best_effort=arguments["best_effort"],
+        hook_timeout=arguments["hook_timeout"],
     )

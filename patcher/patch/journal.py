@@ -177,6 +177,7 @@ class ArenaView:
     bodies: Mapping[tuple[int, int], int]  # (arena, slot index) -> body that the slot points at now
     islands: Mapping[int, tuple[int, int]]  # island address -> (arena, slot index)
     ranges: tuple[tuple[int, int], ...] = ()  # the arenas' extents
+    generation: int = 0  # that is live
 
     def contains(self, address: int) -> bool:
         return any(start <= address < end for start, end in self.ranges)

@@ -56,6 +56,7 @@ class Commit:
     usage: tuple[tuple[int, Usage], ...]  # arena base -> how far it will be in use
     choices: tuple[Choice, ...] = ()
     constructors: tuple[Constructor, ...] = ()  # in the order in which they run
+    published: tuple[tuple[int, bytes], ...] = ()  # what leads the program to some of the writes, in this order
 
 
 Construct = Callable[[Sequence[Constructor]], None]
@@ -122,7 +123,7 @@ class Ledger:
             for address, index in arena.islands(len(self.slots[base]))
         }
         ranges = tuple((a.base, a.end) for a in self.arenas.values())
-        return ArenaView(self.journal, bodies, islands, ranges)
+        return ArenaView(self.journal, bodies, islands, ranges, self.generation)
 
     def is_detoured(self, redirect: Redirect) -> bool:
         if redirect.born:
@@ -221,7 +222,7 @@ class Ledger:
         `construct` runs the generation's constructors in the target, or raises. What they may have handed out to the
         program by then is not used again, should the generation not become live.
         """
-        constructing = False
+        exposed = False  # whether the program may know of what was written
         before = {base: self.arenas[base].usage() for base in self.arenas}
         primary = self.primary
         assert primary is not None
@@ -238,7 +239,7 @@ class Ledger:
                 self._write_islands(change)
             if change.constructors:
                 assert construct is not None
-                constructing = True
+                exposed = True
                 construct(change.constructors)
             encoded = records.encode(change.record)
             if start + len(encoded) > JOURNAL_SIZE:
@@ -250,12 +251,15 @@ class Ledger:
             self.target.memory.write(primary.journal + start, encoded)
             usage = primary.usage()
             primary.set_usage(replace(usage, journal=start + len(encoded)))
+            for address, data in change.published:
+                exposed = True
+                self.target.memory.write(address, data)
             return flip(self.target, self._flip(change))
         except PatcherError:
             # A detour that is in place must stay on record.
             if self.target.alive() and not any(self._is_in_place(r) for r in change.record.redirects):
                 for base, usage in before.items():
-                    kept = replace(self.arenas[base].usage(), journal=usage.journal) if constructing else usage
+                    kept = replace(self.arenas[base].usage(), journal=usage.journal) if exposed else usage
                     self.arenas[base].set_usage(kept)
             raise
         finally:
