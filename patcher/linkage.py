@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from patcher.blocks import Block, Blocks, External, Kind, Place
+from patcher.data.migrate import Migration
 from patcher.data.statics import candidates, find_static
 from patcher.elf import ObjectFile, SymbolType
 from patcher.elf.relocations import R
@@ -138,6 +139,9 @@ class Linkage:
                         known = self._brought.setdefault(symbol.name, (part, block))
                         if _is_tentative(known[1]):
                             self._brought[symbol.name] = part, block
+        self.renewed: dict[Block, Migration] = {}  # variables that get new storage
+        self._storages = ledger.journal.storages_at(ledger.generation)
+        self._outdated = ledger.journal.outdated_at(ledger.generation)
         self._redirects = {r.original: r for r in ledger.journal.redirects}
         self._known: dict[tuple[LoadedModule, str, bool], Bound | None] = {}
         self._stubs: dict[tuple[LoadedModule, str], int] = {}  # of IFUNCs, in position-independent modules
@@ -152,6 +156,22 @@ class Linkage:
     def lives(self, part: Part, variable: Block) -> bool:
         """Tell whether the process has a variable of a unit."""
         return self._variable(part, variable) is not None
+
+    def living(self, part: Part, variable: Block) -> LiveVariable | None:
+        """Return where the process has a variable of a unit now, whatever its size; None for one it has not."""
+        if not variable.symbols or numbered(variable.name):
+            return None
+        return self._find_variable(part, variable)
+
+    def denoted_variable(self, part: Part, name: str) -> LiveVariable | None:
+        """Return what a name that a unit does not define denotes, if it is a variable of the process."""
+        storage = next((s for s in self._storages if not s.local and name in s.names), None)
+        if storage is not None:
+            return LiveVariable(name, storage.address, storage.size)
+        found = self.image.search(name, part.module, weak=True)
+        if found is None or found.function or found.thread_local or not found.size:
+            return None
+        return LiveVariable(name, found.address, found.size)
 
     def part_of(self, block: Block) -> Part:
         return self.part_with(block.object)
@@ -272,6 +292,8 @@ class Linkage:
             interposed = self._interposed(part, block)
             if interposed is not None and interposed.thread_local:
                 return self._thread_local(interposed)
+        if block in self.renewed:
+            return None
         matched = part.matched(block)
         address = part.delta.bindings.get(matched) if matched is not None else None
         if address is None and part.unit.born and block.exported and block.kind is not Kind.THREAD_LOCAL:
@@ -422,7 +444,11 @@ class Linkage:
         for redirect in self._born:
             if name in redirect.names and redirect.module == module.path:
                 return Bound(redirect.original)
+        for storage in self._storages:
+            if not storage.local and name in storage.names:
+                return Bound(storage.address, size=storage.size)
         for placed in reversed(self.ledger.journal.placed):
-            if placed.kind == "data" and not placed.local and name in placed.names:
+            current = placed.address not in self._outdated
+            if placed.kind == "data" and current and not placed.local and name in placed.names:
                 return Bound(placed.address)
         return None

@@ -88,6 +88,8 @@ class LiveUnit:
         self._redirects = {r.original: r for r in view.journal.redirects if r.module == module.path}
         self._slots = {(r.arena, r.index): r for r in view.journal.redirects}
         self._placed = {p.address: p for p in view.journal.placed}
+        self._storages = view.journal.storages_at(view.generation)
+        self._outdated = view.journal.outdated_at(view.generation)
         self._bodies = {body: self._slots[key] for key, body in view.bodies.items() if key in self._slots}
         self._names: dict[int, frozenset[tuple[str, Scope]]] = {}
         self._pieces = self._live_pieces()
@@ -221,6 +223,9 @@ class LiveUnit:
 
     def variables(self, name: str, local: bool) -> list[LiveVariable]:
         """Return what a variable's name may stand for: one exact match, or every one that differs in number only."""
+        for s in self._storages:
+            if name in s.names and s.module == self.module.path and self._ours(s.local, s.unit, local):
+                return [LiveVariable(s.name, s.address, s.size)]
         exact = self._static(name, local, functions=False) if not numbered(name) else None
         if exact is not None:
             if local and not exact.local:
@@ -231,6 +236,7 @@ class LiveUnit:
             LiveVariable(p.name, p.address, p.size)
             for p in self.view.journal.placed
             if p.kind == "data"
+            and p.address not in self._outdated
             and p.module == self.module.path
             and (name in p.names or (numbered(name) and base_name(p.name) == wanted))
             and self._ours(p.local, p.unit, local)

@@ -22,7 +22,7 @@ from patcher.elf.tables import read_raw
 from patcher.errors import ObjectError, PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.image import Image
 from patcher.safepoint import SafePoints
-from patcher.target import FunctionCall, SystemCall, Target, read_stat
+from patcher.target import FunctionCall, Stopped, StoppedThread, SystemCall, Target, read_stat
 
 RTLD_NOW, RTLD_GLOBAL = 0x2, 0x100
 
@@ -109,6 +109,26 @@ class Caller:
             stack=memory.stack,
             errno_location=self._address("__errno_location") or 0,
             wait=self.wait,
+            timeout=self.timeout,
+        )
+
+    def objection(self, thread: StoppedThread) -> str:
+        """Say why a stopped thread is at no safe point; "" when it is at one."""
+        return self._safe_points.objection(thread)
+
+    def holding(self, thread: StoppedThread) -> str:
+        """Say what a stopped thread is in that may hold a lock; "" for nothing."""
+        return self._safe_points.holding(thread)
+
+    def call_standing(self, stopped: Stopped, tid: int, calls: Sequence[FunctionCall], memory: Workspace) -> None:
+        """Call functions on one of the threads that all stand still; raises as `Target.call_standing` does."""
+        self.target.call_standing(
+            stopped,
+            tid,
+            calls,
+            code=memory.code,
+            stack=memory.stack,
+            errno_location=self._address("__errno_location") or 0,
             timeout=self.timeout,
         )
 

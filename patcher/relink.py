@@ -16,6 +16,8 @@ from patcher.blocks import Block, Kind, Place
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
 from patcher.constructors import Starter, belonging, touched
 from patcher.convention import Registers
+from patcher.data.holders import Extent, Holders
+from patcher.data.migrate import Migration, migrations, require_users, users
 from patcher.data.outcome import Datum, Fate
 from patcher.elf import SymbolBinding
 from patcher.errors import LinkError, TargetBusy, UnsafeChange
@@ -27,8 +29,8 @@ from patcher.live import UNDEFINED, LiveFunction, base_name
 from patcher.match import Status
 from patcher.part import Part
 from patcher.patch.arena import DOOR_SIZE, SLOT_COUNT, Arena, Usage
-from patcher.patch.journal import Allocation, Body, GenerationRecord, Placed, Redirect
-from patcher.patch.ledger import Choice, Commit, Constructor, Ledger
+from patcher.patch.journal import Allocation, Body, GenerationRecord, Placed, Redirect, Storage
+from patcher.patch.ledger import Choice, Commit, Constructor, Fill, Ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,13 @@ class _Generation:
         self.data: list[Datum] = []
         self.used: dict[tuple[str, str], None] = {}
         self.allocations: dict[str, Allocation] = {}
+        self.storages: list[Storage] = []
+        self.fills: list[Fill] = []
+        self.out_of_use: list[Extent] = []  # old code that nothing enters once the generation is live
 
     def finish(self, parts: Sequence[Part]) -> Linked:
         known = self.ledger.journal.chosen
+        self._give_up_old_storage()
         record = GenerationRecord(
             number=self.number,
             parent=self.ledger.generation,
@@ -105,9 +111,12 @@ class _Generation:
             quiet_back=tuple(self.quiet_back),
             allocations=tuple(self.allocations.values()),
             chosen=tuple((m, at, to) for (m, at), to in self.image.asked.items() if (m, at) not in known),
+            storages=tuple(self.storages),
         )
         constructors = tuple(c for _, c in sorted(self.constructors, key=lambda found: found[0]))
-        commit = Commit(record, tuple(self.writes), tuple(self.usages.items()), tuple(self.choices), constructors)
+        usages = tuple(self.usages.items())
+        fills = tuple(self.fills)
+        commit = Commit(record, tuple(self.writes), usages, tuple(self.choices), constructors, fills)
         kept = tuple(name for part in parts for name in part.kept)
         return Linked(commit, tuple(self.replaced), tuple(self.data), tuple(self.used), tuple(self.supplied), kept)
 
@@ -123,9 +132,12 @@ class _Generation:
         homes = self._homes(module)
         first = next(homes)  # chosen now: to resolve a symbol, a function of the target may have to be called
         linkage = Linkage(self.image, self.ledger, (*parts, *waiting), Beyond(module, self.supply, self.defined))
+        renewed = self._renewed(linkage, parts)
         starts = {part: _start(part, linkage) for part in parts}
         wanted = {part: tuple(b for b in part.wanted() if b not in starts[part].left) for part in parts}
         wanted |= dict.fromkeys(waiting, ())
+        for migration in renewed:
+            wanted[migration.how.part] = (*wanted[migration.how.part], migration.how.function)
         found = _planned(linkage, wanted, starts)
         for block in found.code:
             if linkage.part_of(block).supplied:
@@ -140,6 +152,54 @@ class _Generation:
                 full = error
         assert full is not None
         raise full
+
+    def _renewed(self, linkage: Linkage, parts: list[Part]) -> tuple[Migration, ...]:
+        """Return the variables that get new storage, and have all that refers to them new."""
+        if not any(part.layouts for part in parts):
+            return ()
+        found = migrations(parts, linkage.living, linkage.denoted_variable)
+        linkage.renewed = {m.variable: m for m in found}
+        if found:
+            require_users(parts, found)
+            _keep_twins(parts)
+        return found
+
+    def _record_migrations(self, placement: Placement, linkage: Linkage) -> None:
+        renewed = [m for m in linkage.renewed.values() if m.variable in placement.addresses]
+        for m in renewed:
+            placed = _placed(m.variable, m.part, placement)
+            start = placed.address
+            layout, types = (m.layout.as_text(), m.layout.types) if m.layout is not None else ("", ())
+            where = (placed.module, placed.unit, placed.local, start, placed.size, m.old.address, m.old.size)
+            self.storages.append(Storage(m.name, placed.names, *where, types, layout, m.how.name))
+            filled = (start, placed.size, m.old.address, m.old.size)
+            steps = (m.how.count, m.how.new_step, m.how.old_step)
+            self.fills.append(
+                Fill(m.name, m.part.source, *filled, m.how.name, placement.addresses[m.how.function], *steps)
+            )
+            self.data.append(Datum(m.name, m.part.source, Fate.MIGRATED, m.note))
+        for part in dict.fromkeys(linkage.part_of(b) for b in placement.addresses) if renewed else ():
+            self._record_out_of_use(part)
+            for block in users(part, renewed):
+                if block in placement.addresses:
+                    start = placement.addresses[block]
+                    self.quiet_back.append(Body(block.name, start, start + block.size))
+
+    def _record_out_of_use(self, part: Part) -> None:
+        for block in part.blocks.functions:
+            live = part.live(block)
+            if live is not None and part.is_new(block):
+                self.out_of_use.append(Extent(live.name, live.body, live.body + live.size))
+
+    def _give_up_old_storage(self) -> None:
+        """Have no thread in the old code that refers to old storage; refuse it if other code does as well."""
+        if not self.fills:
+            return
+        replaced = [Extent(r.name, *extent) for r in self.replaced for extent in r.extents]
+        holders = Holders(self.image, self.ledger.view(), [*replaced, *self.out_of_use])
+        for fill in self.fills:
+            using = holders.give_up(fill.name, fill.old, fill.old + fill.old_size)
+            self.quiet += [Body(e.name, e.start, e.end) for e in using]
 
     def _homes(self, module: LoadedModule) -> Iterator[_Home]:
         """Yield where a module's new code may go, the best first; raises `TargetBusy` when there is no arena for it.
@@ -182,6 +242,7 @@ class _Generation:
         self.quiet += [_body(e.live) for e in entries if e.displaced.reentries]
         self._record(found, placement, doors, {copy.block: copy for copy in copies}, linkage)
         self._record_constructors(doors, placement)
+        self._record_migrations(placement, linkage)
         self._use(home, placement.space, end, sum(1 for d in doors if d.fresh))
         placed = {block.object for block in found.placed}
         self.supplied += [p for p in linkage.supplied if p.blocks.object in placed or p.unit.key == UNDEFINED]
@@ -230,7 +291,7 @@ class _Generation:
                 displaced_copy(entry.displaced, entry.ahead, door.live.address, near)
                 entries.append(entry)
             except NotDetourable:
-                if door.part.status(door.block) is not Status.SAME:
+                if door.part.status(door.block) is not Status.SAME or door.part.is_required(door.block):
                     raise
                 door.part.keep(door.block)
                 kept = True
@@ -265,7 +326,7 @@ class _Generation:
                 self.placed.append(_placed(block, part, placement))
                 if block.kind is not Kind.CODE:
                     self._define(block, Bound(placement.addresses[block]))
-                if block.kind is Kind.DATA and not part.supplied:
+                if block.kind is Kind.DATA and not part.supplied and block not in linkage.renewed:
                     self.data.append(Datum(base_name(block.name), part.source, Fate.ADDED))
         for block in found.bound:
             if block.symbols and block.kind in (Kind.DATA, Kind.THREAD_LOCAL):
@@ -447,7 +508,12 @@ def _check_end(block: Block) -> None:
         )
 
 
-_STATUSES = {Status.CHANGED: "changed", Status.ADDED: "added", Status.SAME: "relinked"}
+_STATUSES = {
+    Status.CHANGED: "changed",
+    Status.ADDED: "added",
+    Status.SAME: "relinked",
+    Status.LINE_ONLY: "changed",
+}
 
 
 def _keep_twins(parts: Sequence[Part]) -> None:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from patcher.image import Image
     from patcher.link.place import FarData
     from patcher.part import Part
-    from patcher.patch.ledger import Constructor, Ledger
+    from patcher.patch.ledger import Commit, Constructor, Ledger
+    from patcher.patch.transaction import FlipResult
     from patcher.relink import Linked
     from patcher.units import Changes, Source, Units
 
@@ -356,7 +357,7 @@ class Session:
         named = tuple(Named(d.name, Path(d.file).name, d.fate.value) for d in linked.data)
         self.ledger.realise()
         with self._told(applying(record, named)):
-            result = self.ledger.commit(commit, self._construct)
+            result = self._made_live(commit)
         bodies = [(r.name, r.extents) for r in linked.replaced]
         active = find_active(self.target, bodies, result.threads)
         return replace(
@@ -364,6 +365,16 @@ class Session:
             active=tuple((a.thread, a.function) for a in active),
             timings=Timings(stop=result.stop_ns / 1e6),
         )
+
+    def _made_live(self, commit: Commit) -> FlipResult:
+        if not commit.fills:
+            return self.ledger.commit(commit, self._construct)
+        from patcher.filling import Filling
+        from patcher.loader import workspace
+
+        with workspace(self.target) as memory:
+            filling = Filling(self.image, self.ledger.view(), commit.fills, memory, self.options.hook_timeout)
+            return self.ledger.commit(commit, self._construct, filling)
 
     @contextmanager
     def _told(self, happening: Happening) -> Iterator[None]:

@@ -29,7 +29,7 @@ from patcher.build import (
     Variant,
     is_unit,
 )
-from patcher.data import dwarf
+from patcher.data import dwarf, migrate
 from patcher.elf import ObjectFile, read_object, read_objects
 from patcher.errors import ObjectError, PatcherError, UnsafeChange
 from patcher.image import Image, LoadedModule
@@ -351,8 +351,23 @@ class Units:
         """Refuse objects that were brought in and see existing data in another layout."""
         self.check_layouts([p for p in parts if p.unit.key != UNDEFINED and _has_types(p)])
 
+    def _compare_variables(self, parts: Sequence[Part]) -> None:
+        """Note how the variables of units are laid out, where some have, or get, storage of a new layout."""
+        view = self.ledger.view()
+        if not migrate.concerned(parts, view):
+            return
+        from patcher.data.layout import comparisons
+
+        for part in parts:
+            data = bytes(part.delta.blocks.object.contents)
+            new = dwarf.Layouts.of_object(data, part.source) if _has_types(part) else None
+            part.layouts = comparisons(part, self.layouts_of(part.module), new)
+
     def check_layouts(self, parts: Sequence[Part]) -> None:
         """Refuse new code that sees existing data in another layout."""
+        self._compare_variables(parts)
+        view = self.ledger.view()
+        migrated = migrate.taken_care_of(parts, view.journal.storages_at(view.generation))
         for part in parts:
             if not part.supplied and all(part.status(b) is Status.SAME for b in part.wanted()):
                 continue  # what runs now sees it in the same way
@@ -362,7 +377,7 @@ class Units:
                 self._say_unchecked(part, layouts is None)
                 continue
             found = dwarf.changed_types(layouts, data, part.source)
-            changes = [c for c in found if not _allowed(c.name, self.options.allowed_layouts)]
+            changes = [c for c in found if not _allowed(c.name, (*self.options.allowed_layouts, *migrated))]
             if changes:
                 names = ", ".join(f"`{c.name}`" for c in changes[:3])
                 raise UnsafeChange(

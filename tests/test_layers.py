@@ -52,9 +52,9 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors"},
     "convention": MATCHING | {"match"},
     # One unit's share of a generation: its verdicts, and the object that new code is taken from.
-    "part": MATCHING | {"match", "constructors"},
+    "part": MATCHING | {"match", "constructors", "data.migrate"},
     # What becomes of variables; the types are read from a copy of the object, in which relocations are mended.
-    "data": MATCHING | {"match", "part"},
+    "data": MATCHING | {"match", "part", "patch.journal"},
     # What the names and blocks of parts mean in the process.
     "linkage": MATCHING | {"match", "part", "patch", "data", "undefined"},
     # Joins verdicts, linker and arena to a generation that is ready to be written.
@@ -67,6 +67,8 @@ ALLOWED: dict[str, set[str]] = {
     "supply": MATCHING | {"match", "part", "linkage", "patch", "relink", "undefined", "options", "origin", "build"},
     # What the program itself can read of its generations, and which of its functions are told of them.
     "directory": {"image", "link.place", "patch"},
+    # What fills new storage runs while all stand still, when nobody refers to the old any more.
+    "filling": {"data.holders", "errors", "image", "loader", "patch", "target"},
     "hooks": {"errors", "image", "live", "loader", "part", "patch", "target"},
     "options": {"errors"},
     "texts": {"errors", "build"},
@@ -83,6 +85,7 @@ ALLOWED: dict[str, set[str]] = {
         "patch",
         "relink",
         "directory",
+        "filling",
         "hooks",
         "loader",
         "options",

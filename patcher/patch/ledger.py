@@ -24,7 +24,7 @@ from patcher.patch.arena import (
     find_arenas,
 )
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
-from patcher.patch.transaction import Flip, FlipResult, TextWrite, flip
+from patcher.patch.transaction import Flip, FlipResult, Inside, TextWrite, flip
 from patcher.target import FunctionCall, Target, read_stat
 
 
@@ -48,6 +48,23 @@ class Constructor:
 
 
 @dataclass(frozen=True, slots=True)
+class Fill:
+    """New storage of a variable that is filled from the old, by a function called for each of `count` elements."""
+
+    name: str
+    unit: str
+    new: int
+    new_size: int
+    old: int
+    old_size: int
+    by: str
+    function: int
+    count: int
+    new_step: int
+    old_step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """A generation that is linked and ready: what to write where nobody looks yet, and what then changes at once."""
 
@@ -56,6 +73,7 @@ class Commit:
     usage: tuple[tuple[int, Usage], ...]  # arena base -> how far it will be in use
     choices: tuple[Choice, ...] = ()
     constructors: tuple[Constructor, ...] = ()  # in the order in which they run
+    fills: tuple[Fill, ...] = ()  # done when all stand still, right before the generation is live
     published: tuple[tuple[int, bytes], ...] = ()  # what leads the program to some of the writes, in this order
 
 
@@ -216,11 +234,11 @@ class Ledger:
 
     # --- changing ---------------------------------------------------------------------------------------------
 
-    def commit(self, change: Commit, construct: Construct | None = None) -> FlipResult:
+    def commit(self, change: Commit, construct: Construct | None = None, inside: Inside | None = None) -> FlipResult:
         """Make a generation live, or leave everything as it was and raise.
 
         `construct` runs the generation's constructors in the target, or raises. What they may have handed out to the
-        program by then is not used again, should the generation not become live.
+        program by then is not used again, should the generation not become live. `inside` does the fills: see `Flip`.
         """
         exposed = False  # whether the program may know of what was written
         before = {base: self.arenas[base].usage() for base in self.arenas}
@@ -254,7 +272,8 @@ class Ledger:
             for address, data in change.published:
                 exposed = True
                 self.target.memory.write(address, data)
-            return flip(self.target, self._flip(change))
+            exposed = exposed or bool(change.fills)
+            return flip(self.target, replace(self._flip(change), inside=inside if change.fills else None))
         except PatcherError:
             # A detour that is in place must stay on record.
             if self.target.alive() and not any(self._is_in_place(r) for r in change.record.redirects):

@@ -164,6 +164,20 @@ class Borrowing:
             time.sleep(pause * (0.5 + random.random()))
             pause, tries = min(1.5 * pause, _LONGEST_PAUSE), _TRIES_IN_A_ROW
 
+    def run_standing(
+        self, tracee: Tracee, steps: tuple[Step, ...], mappings: Sequence[Mapping], terms: Terms
+    ) -> tuple[int, ...]:
+        """Do `steps` on a thread that stands still, with all others, and goes on standing; see Target.call_standing."""
+        check_steps(steps)
+        assert terms.code is not None
+        try:
+            if tracee.signal or not tracee.standing:
+                raise Unsuitable("is about to handle a signal")
+            self._check_suitable(tracee, mappings, terms)
+            return _Loan(self._pid, self._memory, tracee, steps, terms).run_stub(mappings, terms.code)
+        except Unsuitable as error:
+            raise _none_to_borrow(self._pid, [f"thread {tracee.tid} {error}"]) from None
+
     def _candidates(self) -> list[int]:
         return sorted(list_threads(self._pid), key=lambda tid: tid != self._pid)
 
