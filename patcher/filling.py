@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from patcher.data.holders import refuse_words
 from patcher.errors import AttachDenied, PatcherError, TargetGone, UnsafeChange
 from patcher.image import Image
@@ -117,12 +119,21 @@ class Filling:
         except (TargetGone, AttachDenied):
             raise
         except PatcherError as error:
+            self._forget_arguments()
             by = ", ".join(dict.fromkeys(f"`{f.by}`" for f in fills))
             raise UnsafeChange(
                 f"{by} of {fills[0].unit} was not run to its end, and so nothing was changed: {error.message}",
                 "while it runs, every other thread stands still: it must not wait for any of them",
                 code=error.code,
             ) from None
+
+    def _forget_arguments(self) -> None:
+        """Clear the addresses that an abandoned call left on our stack: nobody refers to anything by them."""
+        low, high = self._memory.stack
+        words = np.frombuffer(self._target.memory.read(low, high - low), np.uint64).copy()
+        for start, end in self._ranges:
+            words[(words >= np.uint64(start)) & (words < np.uint64(end))] = 0
+        self._target.memory.write(low, words.tobytes())
 
     def _check(self, fill: Fill, low: int, high: int, before: bytes) -> None:
         if self._target.memory.read(fill.old, fill.old_size) != before:

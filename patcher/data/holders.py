@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Words = npt.NDArray[np.uint64]
 _COPY_SIZE = 128  # more than any displaced entry takes
 _PAGE = 4096
+_MARKING = ("deregister_tm_clones", "register_tm_clones")  # they compare the address where the data ends
 _PIECE = 16 << 20  # looked at together
 _PRESENT = np.uint64(0b11 << 62)  # present, or in swap (pagemap)
 _IMMEDIATES = 4  # bytes that may stand between a field and the end of its instruction
@@ -79,6 +80,8 @@ class Holders:
         from patcher.code.instructions import UndecodableCode, references_into
 
         start, end = self._function_at(at)
+        if start == end:
+            return True
         try:
             found = references_into(self._text(start, end), start, low, high)
         except UndecodableCode:
@@ -93,25 +96,12 @@ class Holders:
         if redirect is not None:
             return redirect.copy, redirect.copy + _COPY_SIZE
         module = self._image.module_at(at)
-        symbol = module.module.symbols.covering(at - module.bias) if module is not None else None
-        if module is None or symbol is None or not symbol.size:
+        symbol = module.module.symbols.function_before(at - module.bias) if module is not None else None
+        if module is None or symbol is None:
             return at, at
-        return symbol.value + module.bias, symbol.value + module.bias + symbol.size
-
-    def _extents(self, low: int) -> Iterator[tuple[int, int, bool]]:
-        home = self._image.module_at(low)
-        fixed = home is not None and not home.module.position_independent
-        if home is not None:
-            yield (*home.text, fixed)
-        for placed in self._placed:
-            yield placed.address, placed.address + placed.size, True
-        for redirect in self._redirects.values():
-            yield redirect.copy, redirect.copy + _COPY_SIZE, True
-
-    def _text(self, start: int, end: int) -> bytes:
-        if (start, end) not in self._texts:
-            self._texts[start, end] = self._image.target.memory.read_available(start, end - start)
-        return self._texts[start, end]
+        # Those of the C library's start-up files have no size.
+        end = module.module.symbols.next_address(symbol.value)
+        return symbol.value + module.bias, (end or symbol.value + symbol.size) + module.bias
 
     def _user(self, name: str, at: int) -> Extent | None:
         """Return the code that a field belongs to, which is out of use; None where nothing can enter it.
@@ -128,8 +118,10 @@ class Holders:
         if redirect is not None:
             return self._original(name, redirect)
         module = self._image.module_at(at)
-        symbol = module.module.symbols.covering(at - module.bias) if module is not None else None
-        if module is None or symbol is None or not symbol.function:
+        symbol = module.module.symbols.function_before(at - module.bias) if module is not None else None
+        if symbol is not None and symbol.name in _MARKING:
+            return None
+        if module is None or symbol is None:
             raise _still_used(name, f"code at {at:#x}" + (f" of {module.name}" if module is not None else ""))
         redirect = self._redirects.get(symbol.value + module.bias)
         if redirect is not None:
@@ -241,19 +233,20 @@ def _present(pagemap: int, mapping: Mapping) -> Iterator[tuple[int, int]]:
 def _fields(text: bytes, address: int, low: int, high: int, absolute: bool) -> list[tuple[int, bool]]:
     """Return the offsets of fields that lead to `low`..`high`: relative ones, and absolute ones where there may be.
 
-    Each with whether that is certain: an immediate behind the field would move what it counts from.
+    Each with whether that is certain: what looks like a relative field may be parts of two others, and an immediate
+    behind it moves what it counts from.
     """
     found: dict[int, bool] = {}
     for shift in range(4):
         values = np.frombuffer(text[shift : shift + (len(text) - shift) // 4 * 4], "<i4").astype(np.int64)
         places = address + shift + 4 * np.arange(len(values), dtype=np.int64)
         ends = places + 4 + values
-        certain = (ends >= low) & (ends < high - _IMMEDIATES)
+        found.update(
+            dict.fromkeys((4 * np.flatnonzero((ends + _IMMEDIATES >= low) & (ends < high)) + shift).tolist(), False)
+        )
         if absolute:
-            certain |= ((values & 0xFFFFFFFF) >= low) & ((values & 0xFFFFFFFF) < high)
-        near = (ends + _IMMEDIATES >= low) & (ends < high) & ~certain
-        found.update(dict.fromkeys((4 * np.flatnonzero(near) + shift).tolist(), False))
-        found.update(dict.fromkeys((4 * np.flatnonzero(certain) + shift).tolist(), True))
+            whole = values & 0xFFFFFFFF
+            found.update(dict.fromkeys((4 * np.flatnonzero((whole >= low) & (whole < high)) + shift).tolist(), True))
     for shift in range(8):
         wide = np.frombuffer(text[shift : shift + (len(text) - shift) // 8 * 8], np.uint64)
         inside = (wide >= np.uint64(low)) & (wide < np.uint64(high))
