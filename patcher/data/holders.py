@@ -103,6 +103,21 @@ class Holders:
         end = module.module.symbols.next_address(symbol.value)
         return symbol.value + module.bias, (end or symbol.value + symbol.size) + module.bias
 
+    def _extents(self, low: int) -> Iterator[tuple[int, int, bool]]:
+        home = self._image.module_at(low)
+        fixed = home is not None and not home.module.position_independent
+        if home is not None:
+            yield (*home.text, fixed)
+        for placed in self._placed:
+            yield placed.address, placed.address + placed.size, True
+        for redirect in self._redirects.values():
+            yield redirect.copy, redirect.copy + _COPY_SIZE, True
+
+    def _text(self, start: int, end: int) -> bytes:
+        if (start, end) not in self._texts:
+            self._texts[start, end] = self._image.target.memory.read_available(start, end - start)
+        return self._texts[start, end]
+
     def _user(self, name: str, at: int) -> Extent | None:
         """Return the code that a field belongs to, which is out of use; None where nothing can enter it.
 
