@@ -93,10 +93,12 @@ class Filling:
             held = self._caller.holding(thread)
             if held:
                 return f"thread {thread.tid} {held}"
-            words = [*thread.general, *read_stack(self._target, thread.sp, mappings).tolist()]
+            stack = read_stack(self._target, thread.sp, mappings)
             for fill, (low, high) in zip(self._fills, self._ranges, strict=True):
-                if any(low <= word < high for word in words):
-                    return f"thread {thread.tid} holds the address of `{fill.name}`"
+                if any(low <= word < high for word in thread.general):
+                    return f"thread {thread.tid} holds the address of `{fill.name}` in a register"
+                if np.any((stack >= np.uint64(low)) & (stack < np.uint64(high))):
+                    return f"thread {thread.tid} holds the address of `{fill.name}` on its stack"
         return ""
 
     def _fill(self, stopped: Stopped, tid: int) -> None:

@@ -26,7 +26,7 @@ HOOKS = ("patcher_before", "patcher_after")  # functions that patcher calls by n
 
 def is_migration(name: str) -> bool:
     """Tell whether a function is there to fill new storage, once: it is none of the program's own."""
-    return _MIGRATION.match(name) is not None
+    return "patcher_migrate_" in name and _MIGRATION.match(name) is not None
 
 
 class Part:

@@ -69,9 +69,13 @@ class Holders:
 
     def _code(self, low: int, high: int) -> Iterator[int]:
         """Yield the addresses of fields in code that lead to `low`..`high`."""
+        tables = [table for m in self._image.modules if (table := m.offset_table) is not None]
         for start, end, absolute in self._extents(low):
             text = self._text(start, end)
-            for at, certain in _fields(text, start, low, high, absolute):
+            fields = _fields(text, start, low, high, absolute)
+            for table in tables:  # to whose address the large model of position-independent code adds
+                fields += [(at, True) for at in _wide(text, low - table, high - table)]
+            for at, certain in fields:
                 if certain or self._leads(start + at, low, high):
                     yield start + at
 
@@ -262,11 +266,17 @@ def _fields(text: bytes, address: int, low: int, high: int, absolute: bool) -> l
         if absolute:
             whole = values & 0xFFFFFFFF
             found.update(dict.fromkeys((4 * np.flatnonzero((whole >= low) & (whole < high)) + shift).tolist(), True))
-    for shift in range(8):
-        wide = np.frombuffer(text[shift : shift + (len(text) - shift) // 8 * 8], np.uint64)
-        inside = (wide >= np.uint64(low)) & (wide < np.uint64(high))
-        found.update(dict.fromkeys((8 * np.flatnonzero(inside) + shift).tolist(), True))
+    found.update(dict.fromkeys(_wide(text, low, high), True))
     return sorted(found.items())
+
+
+def _wide(text: bytes, low: int, high: int) -> list[int]:
+    """Return the offsets of 64-bit fields that hold a number in `low`..`high`."""
+    found = []
+    for shift in range(8):
+        values = np.frombuffer(text[shift : shift + (len(text) - shift) // 8 * 8], np.int64)
+        found += (8 * np.flatnonzero((values >= low) & (values < high)) + shift).tolist()
+    return found
 
 
 def _file(module: LoadedModule, group: int) -> str:

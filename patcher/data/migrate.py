@@ -146,8 +146,7 @@ def functions_of(parts: Iterable[Part]) -> Functions:
     found: Functions = {}
     for part in parts:
         for block in part.blocks.functions:
-            name = plain_name(block.name)
-            if name.startswith(PREFIX):
+            if PREFIX in block.name and (name := plain_name(block.name)).startswith(PREFIX):
                 found.setdefault(name.removeprefix(PREFIX), []).append((part, block))
     return found
 

@@ -29,7 +29,7 @@ from patcher.target import FunctionCall, Mapping, Stopped, StoppedThread, Target
 _STACK_LIMIT = 8 << 20  # a stack's usual limit; a body that is far up in a deep recursion counts too
 _NEW_STACK = 64 << 10  # of a thread whose stack was mapped after we looked
 _TRIES = 20
-_PATIENT_TRIES = 200  # some 4 s
+_PATIENT_TRIES, _PATIENCE = 1000, 5.0  # where more than the entries has to be clear; in seconds
 _STEPS = 16
 
 
@@ -113,6 +113,7 @@ def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResul
     detours = _Guard(((w.address, w.address + len(w.new)) for w in change.text), include_start=False)
     bodies = _Guard(((b.start, b.end) for b in change.quiet), include_start=True)
     reason = ""
+    until = time.monotonic() + _PATIENCE
     for attempt in range(_TRIES if change.inside is None else _PATIENT_TRIES):
         mappings = target.mappings()
         with target.stopped() as stopped:
@@ -123,6 +124,8 @@ def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResul
                 _write_all(target, change, slots)
         if done:
             return FlipResult(stopped.duration_ns, stopped.threads)
+        if attempt >= _TRIES and time.monotonic() > until:
+            break
         time.sleep(0.001 * min(attempt + 1, _TRIES))
     if reason:
         raise TargetBusy(
