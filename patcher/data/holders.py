@@ -10,6 +10,7 @@ Not found are addresses that code computes from others, and such as lie outside 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ Words = npt.NDArray[np.uint64]
 _COPY_SIZE = 128  # more than any displaced entry takes
 _PAGE = 4096
 _MARKING = ("deregister_tm_clones", "register_tm_clones")  # they compare the address where the data ends
+_MOVABS = re.compile(rb"[\x48\x49][\xb8-\xbf]")
 _PIECE = 16 << 20  # looked at together
 _PRESENT = np.uint64(0b11 << 62)  # present, or in swap (pagemap)
 _IMMEDIATES = 4  # bytes that may stand between a field and the end of its instruction
@@ -74,7 +76,8 @@ class Holders:
             text = self._text(start, end)
             fields = _fields(text, start, low, high, absolute)
             for table in tables:  # to whose address the large model of position-independent code adds
-                fields += [(at, True) for at in _wide(text, low - table, high - table)]
+                found = _wide(text, low - table, high - table)
+                fields += [(at, True) for at in found if _MOVABS.fullmatch(text[max(0, at - 2) : at])]
             for at, certain in fields:
                 if certain or self._leads(start + at, low, high):
                     yield start + at
