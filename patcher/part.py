@@ -110,6 +110,10 @@ class Part:
     def is_required(self, block: Block) -> bool:
         return block in self._required
 
+    def required_doors(self) -> tuple[Block, ...]:
+        """Return the functions that are to be new only because others need that."""
+        return tuple(b for b in self.blocks.functions if b in self._required and self.is_door(b))
+
     def leave(self, block: Block) -> None:
         """Leave a function that is the same, with what was split off it, to another unit, which replaces it."""
         self._left.add(block)

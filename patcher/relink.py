@@ -132,10 +132,10 @@ class _Generation:
         homes = self._homes(module)
         first = next(homes)  # chosen now: to resolve a symbol, a function of the target may have to be called
         linkage = Linkage(self.image, self.ledger, (*parts, *waiting), Beyond(module, self.supply, self.defined))
-        renewed = self._renewed(linkage, parts)
+        renewed = self._renewed(linkage, parts, waiting)
         starts = {part: _start(part, linkage) for part in parts}
         wanted = {part: tuple(b for b in part.wanted() if b not in starts[part].left) for part in parts}
-        wanted |= dict.fromkeys(waiting, ())
+        wanted |= {part: part.required_doors() for part in waiting}
         for migration in renewed:
             wanted[migration.how.part] = (*wanted[migration.how.part], migration.how.function)
         found = _planned(linkage, wanted, starts)
@@ -153,14 +153,14 @@ class _Generation:
         assert full is not None
         raise full
 
-    def _renewed(self, linkage: Linkage, parts: list[Part]) -> tuple[Migration, ...]:
+    def _renewed(self, linkage: Linkage, parts: list[Part], waiting: list[Part]) -> tuple[Migration, ...]:
         """Return the variables that get new storage, and have all that refers to them new."""
         if not any(part.layouts for part in parts):
             return ()
         found = migrations(parts, linkage.living, linkage.denoted_variable)
         linkage.renewed = {m.variable: m for m in found}
         if found:
-            require_users(parts, found)
+            require_users([*parts, *waiting], found)
             _keep_twins(parts)
         return found
 

@@ -131,6 +131,28 @@ def test_a_file_that_uses_it_too_has_to_be_saved_as_well(tmp_path):
         assert_untouched(program.pid)
 
 
+def test_a_file_whose_code_is_the_same_is_linked_again_with_it(tmp_path):
+    last = OTHER.replace("count; char name[12];", "count, unused; char name[12];")
+    main = MAIN.replace("int answer(int n);", "int other(int n);").replace("answer(", "other(")
+    old = OLD.replace("static struct", "struct").replace("int count;", "int count, unused;").replace("{5,", "{5, 0,")
+    project = Project(tmp_path / "p", {"main.c": main, "unit.c": old, "other.c": last})
+    grown = "count, unused; char name[99];"
+    with project.running() as program, patcher.attach(program.pid, watched=[project.sources]) as session:
+        program.ask(1)
+        function = "void patcher_migrate_config(void *to, const void *from) { memcpy(to, from, 20); }\nint answer"
+        text = old.replace("count, unused; char name[12];", grown).replace("int answer", function)
+        text = text.replace("settings.name[0]", "settings.name[0] + 1").replace(
+            "return settings.count;", "return settings.count + 100;"
+        )
+        done = session.apply(
+            rewrite(project, text), rewrite(project, last.replace("count, unused; char name[12];", grown), "other.c")
+        )
+        assert {f.name: f.status for f in done.functions} == {"answer": "changed", "other": "relinked"}
+        assert program.ask(0) == "112"
+        session.revert()
+        assert program.ask(0) == "12"
+
+
 @pytest.mark.parametrize(
     ("holder", "named"),
     [
