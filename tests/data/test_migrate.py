@@ -84,6 +84,12 @@ def test_filled_once_and_reverted(tmp_path, compiled, text):
         assert [v.name for v in done.variables if v.outcome == "migrated"] == ["settings"]
         assert program.ask(1) == "70008", "filled again, from the old storage"
         assert_untouched(program.pid)
+
+
+def test_another_session_knows_what_was_migrated(tmp_path):
+    text = NEW
+    project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": OLD})
+    rewrite(project, NEW)
     with project.running() as program, patcher.attach(program.pid, watched=[project.sources]) as session:
         session.apply(project.sources / "unit.c")
         with patcher.attach(program.pid, watched=[project.sources]) as other:
