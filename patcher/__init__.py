@@ -53,6 +53,7 @@ def attach(
     best_effort: bool = False,
     allowed_layouts: Sequence[str] = (),
     reinit: Sequence[str] = (),
+    hook_timeout: float = 5.0,
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
@@ -61,7 +62,8 @@ def attach(
     well. `archives` and `libraries` are where to find what the process lacks; with `allow_undefined`, a call of what
     is nowhere aborts when it is reached. With `tree`, its descendants are changed with it: all or none, unless
     `best_effort`. `allowed_layouts` are types that may change, since nothing live has their old layout or the caller
-    sees to it. Raises `TargetGone` or `AttachDenied`, with what to do about it.
+    sees to it. `hook_timeout` is how long each function that the program has for patcher to call may take, in seconds.
+    Raises `TargetGone` or `AttachDenied`, with what to do about it.
     """
     from patcher.options import Options
     from patcher.session import Session
@@ -80,6 +82,7 @@ def attach(
         best_effort=best_effort,
         allowed_layouts=tuple(allowed_layouts),
         reinit=tuple(reinit),
+        hook_timeout=hook_timeout,
     )
     session = (Tree if tree else Session)(Target.attach(pid), options)
     session.remember_texts()
@@ -99,6 +102,7 @@ def spawn(
     allow_undefined: bool = False,
     allowed_layouts: Sequence[str] = (),
     reinit: Sequence[str] = (),
+    hook_timeout: float = 5.0,
 ) -> Session:
     """Start a program and open a session on it. The caller is its parent, and waits for it.
 
@@ -117,6 +121,7 @@ def spawn(
         allow_undefined=allow_undefined,
         allowed_layouts=allowed_layouts,
         reinit=tuple(reinit),
+        hook_timeout=hook_timeout,
     )
 
 

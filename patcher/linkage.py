@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from patcher.blocks import Block, Blocks, External, Kind, Place
-from patcher.data.statics import Found, Variables
+from patcher.data.migrate import Migration
+from patcher.data.statics import Found, Variables, is_scoped
 from patcher.data.threads import Models, NewThreadLocals, initialised_with
 from patcher.elf import ObjectFile, SymbolType
 from patcher.elf.relocations import R
@@ -157,6 +158,9 @@ class Linkage:
         placed = [p for p in ledger.journal.placed if p.kind == THREAD_LOCAL]
         self._added_names = {*beyond.defined, *(name for p in placed for name in p.names)}
         self._in_place: dict[Block, int] = {}
+        self.renewed: dict[Block, Migration] = {}  # variables that get new storage
+        self._storages = ledger.journal.storages_at(ledger.generation)
+        self._outdated = ledger.journal.outdated_at(ledger.generation)
         self._redirects = {r.original: r for r in ledger.journal.redirects}
         self._known: dict[tuple[LoadedModule, str, bool], Bound | None] = {}
         self._stubs: dict[tuple[LoadedModule, str], int] = {}  # of IFUNCs, in position-independent modules
@@ -192,6 +196,25 @@ class Linkage:
     def keep_in_place(self, block: Block, address: int) -> None:
         """Have a constant be what stands at an address, where it has its contents or is to get them."""
         self._in_place[block] = address
+
+    def living(self, part: Part, variable: Block) -> LiveVariable | None:
+        """Return where the process has a variable of a unit now, whatever its size; None for one it has not."""
+        if not variable.symbols or is_scoped(variable):
+            return None
+        interposed = self._interposed(part, variable)
+        if interposed is not None and not interposed.function and not interposed.thread_local:
+            return LiveVariable(interposed.name, interposed.address, interposed.size)
+        return next((v for s in variable.symbols for v in part.unit.variables(s.name, s.local)), None)
+
+    def denoted_variable(self, part: Part, name: str) -> LiveVariable | None:
+        """Return what a name that a unit does not define denotes, if it is a variable of the process."""
+        storage = next((s for s in self._storages if not s.local and name in s.names), None)
+        if storage is not None:
+            return LiveVariable(name, storage.address, storage.size)
+        found = self.image.search(name, part.module, weak=True)
+        if found is None or found.function or found.thread_local or not found.size:
+            return None
+        return LiveVariable(name, found.address, found.size)
 
     def part_of(self, block: Block) -> Part:
         return self.part_with(block.object)
@@ -321,6 +344,8 @@ class Linkage:
             interposed = self._interposed(part, block)
             if interposed is not None and interposed.thread_local:
                 return self._thread_local(interposed)
+        if block in self.renewed:
+            return None
         matched = part.matched(block)
         address = part.delta.bindings.get(matched) if matched is not None else None
         if address is None and part.unit.born and block.exported and block.kind is not Kind.THREAD_LOCAL:
@@ -558,7 +583,11 @@ class Linkage:
         for redirect in self._born:
             if name in redirect.names and redirect.module == module.path:
                 return Bound(redirect.original)
+        for storage in self._storages:
+            if not storage.local and name in storage.names:
+                return Bound(storage.address, size=storage.size)
         for placed in reversed(self.ledger.journal.placed):
-            if placed.kind in ("data", THREAD_LOCAL) and not placed.local and name in placed.names:
+            current = placed.kind == THREAD_LOCAL or (placed.kind == "data" and placed.address not in self._outdated)
+            if current and not placed.local and name in placed.names:
                 return _added(placed.address) or Bound(placed.address)
         return None

@@ -134,6 +134,8 @@ class LiveUnit:
         for placed in view.journal.placed:
             self._recorded.setdefault(placed.address, []).append(placed)
         self._placed = {p.address: p for p in view.journal.placed}
+        self._storages = view.journal.storages_at(view.generation)
+        self._outdated = view.journal.outdated_at(view.generation)
         self._bodies = {body: self._slots[key] for key, body in view.bodies.items() if key in self._slots}
         self._names: dict[int, frozenset[tuple[str, Scope]]] = {}
         self._pieces = self._live_pieces()
@@ -274,6 +276,9 @@ class LiveUnit:
         Either variables that each thread has, or such that there are once; a name may have been both. `trusted`: the
         addresses of globals that are known to be this unit's own.
         """
+        for s in self._storages if not thread_local else ():
+            if name in s.names and s.module == self.module.path and self._ours(s.local, s.unit, local):
+                return [LiveVariable(s.name, s.address, s.size, s.local, born=True)]
         exact = self._static(name, local, functions=False) if not numbered(name) else None
         if exact is not None and (exact.type == SymbolType.TLS) == thread_local:
             if local and not exact.local and not trusted(exact.value + self.module.bias):
@@ -317,7 +322,8 @@ class LiveUnit:
         return [
             (_brought(p), p.names, p.unit)
             for p in self.view.journal.placed
-            if p.kind in ("data", THREAD_LOCAL) and p.module == self.module.path
+            if p.kind == THREAD_LOCAL or (p.kind == "data" and p.address not in self._outdated)
+            if p.module == self.module.path
         ]
 
     def constant(self, block: Block, generation: int) -> LiveVariable | None:

@@ -24,7 +24,7 @@ from patcher.elf.thread_module import NAMES, NUMBER_CELL, OFFSET_CELL, ThreadBlo
 from patcher.errors import ObjectError, PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.image import Image
 from patcher.safepoint import SafePoints
-from patcher.target import FunctionCall, SystemCall, Target, read_stat
+from patcher.target import FunctionCall, Stopped, StoppedThread, SystemCall, Target, read_stat
 
 RTLD_NOW, RTLD_GLOBAL = 0x2, 0x100
 
@@ -44,20 +44,22 @@ _NO_FD = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Memory of ours in the target for calls: executable memory for the stub, and a stack."""
+    """Memory of ours in the target for calls: a page for the stub, a stack, and room for arguments."""
 
     code: int
     stack: tuple[int, int]
+    room: int = 0
 
 
 @contextmanager
-def workspace(target: Target) -> Iterator[Workspace]:
-    """Map a workspace in the target for the length of the block.
+def workspace(target: Target, room: int = 0) -> Iterator[Workspace]:
+    """Map a workspace in the target for the length of the block, with `room` bytes for arguments.
 
     It stays when a call was abandoned: the thread's own data, such as the loader's list of who catches its errors,
     may point into the stack on which the function ran.
     """
-    (base,) = target.inject([SystemCall(_MMAP, (0, _WORKSPACE_SIZE, _NONE, _PRIVATE_ANONYMOUS, _NO_FD, 0))])
+    size = _WORKSPACE_SIZE + (room + _PAGE - 1 & -_PAGE)
+    (base,) = target.inject([SystemCall(_MMAP, (0, size, _NONE, _PRIVATE_ANONYMOUS, _NO_FD, 0))])
     if -4095 <= base < 0:
         raise PatcherError(f"process {target.pid} cannot map memory for a call: error {-base}", code="no-memory")
     stack, code = base + _PAGE, base + _PAGE + _STACK_SIZE  # behind a page that catches an overflow
@@ -65,14 +67,16 @@ def workspace(target: Target) -> Iterator[Workspace]:
     try:
         _protect(target, stack, _STACK_SIZE, _READ_WRITE)
         _protect(target, code, _PAGE, _READ_EXECUTE)
-        yield Workspace(code, (stack, code))
+        if room:
+            _protect(target, code + _PAGE, size - _WORKSPACE_SIZE, _READ_WRITE)
+        yield Workspace(code, (stack, code), code + _PAGE)
     except PatcherError as error:
         abandoned = error.code in _ABANDONED
         raise
     finally:
         if not abandoned:
             with suppress(TargetBusy, TargetGone):
-                target.inject([SystemCall(_MUNMAP, (base, _WORKSPACE_SIZE))])
+                target.inject([SystemCall(_MUNMAP, (base, size))])
 
 
 def _protect(target: Target, start: int, size: int, protection: int) -> None:
@@ -109,6 +113,26 @@ class Caller:
             stack=memory.stack,
             errno_location=self._address("__errno_location") or 0,
             wait=self.wait,
+            timeout=self.timeout,
+        )
+
+    def objection(self, thread: StoppedThread) -> str:
+        """Say why a stopped thread is at no safe point; "" when it is at one."""
+        return self._safe_points.objection(thread)
+
+    def holding(self, thread: StoppedThread) -> str:
+        """Say what a stopped thread is in that may hold a lock; "" for nothing."""
+        return self._safe_points.holding(thread)
+
+    def call_standing(self, stopped: Stopped, tid: int, calls: Sequence[FunctionCall], memory: Workspace) -> None:
+        """Call functions on one of the threads that all stand still; raises as `Target.call_standing` does."""
+        self.target.call_standing(
+            stopped,
+            tid,
+            calls,
+            code=memory.code,
+            stack=memory.stack,
+            errno_location=self._address("__errno_location") or 0,
             timeout=self.timeout,
         )
 

@@ -23,3 +23,4 @@ class Options:
     libraries: tuple[str, ...] = ()  # likewise; loaded into the process when they have it
     reinit: tuple[str, ...] = ()  # variables that get their new initial value, if that changed
     allow_undefined: bool = False  # calls of functions that are nowhere abort when they are reached
+    hook_timeout: float = 5.0  # seconds that each function which the program has for us to call may take

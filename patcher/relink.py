@@ -18,9 +18,11 @@ from patcher.constructors import Starter, belonging, touched
 from patcher.convention import Registers
 from patcher.data.constants import unbound_constants
 from patcher.data.initial import Changed, Initials, first_value
+from patcher.data.migrate import Migration, migrations, require_users, users
 from patcher.data.names import spelling
 from patcher.data.outcome import Datum, Fate
 from patcher.data.statics import Found
+from patcher.data.still_used import Extent, Holders
 from patcher.data.threads import NewThreadLocals
 from patcher.data.writing import DataDelta, Writing, data_delta
 from patcher.elf import SymbolBinding
@@ -33,8 +35,8 @@ from patcher.live import THREAD_LOCAL, UNDEFINED, LiveFunction, base_name, threa
 from patcher.match import Status
 from patcher.part import Part
 from patcher.patch.arena import DOOR_SIZE, SLOT_COUNT, Arena, Usage
-from patcher.patch.journal import Allocation, Body, GenerationRecord, Initial, Placed, Redirect, Rewrite
-from patcher.patch.ledger import Choice, Commit, Constructor, Ledger
+from patcher.patch.journal import Allocation, Body, GenerationRecord, Initial, Placed, Redirect, Rewrite, Storage
+from patcher.patch.ledger import Choice, Commit, Constructor, Fill, Ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +124,13 @@ class _Generation:
         self.data: list[Datum] = []
         self.used: dict[tuple[str, str], None] = {}
         self.allocations: dict[str, Allocation] = {}
+        self.storages: list[Storage] = []
+        self.fills: list[Fill] = []
+        self.out_of_use: list[Extent] = []  # old code that nothing enters once the generation is live
 
     def finish(self, parts: Sequence[Part]) -> Linked:
         known = self.ledger.journal.chosen
+        self._give_up_old_storage()
         record = GenerationRecord(
             number=self.number,
             parent=self.ledger.generation,
@@ -140,6 +146,7 @@ class _Generation:
             chosen=tuple((m, at, to) for (m, at), to in self.image.asked.items() if (m, at) not in known),
             initials=tuple(self.initials),
             rewrites=tuple(self.rewrites),
+            storages=tuple(self.storages),
         )
         constructors = tuple(c for _, c in sorted(self.constructors, key=lambda found: found[0]))
         commit = Commit(
@@ -149,6 +156,7 @@ class _Generation:
             tuple(self.choices),
             constructors,
             tuple(self.data_writes),
+            tuple(self.fills),
         )
         kept = tuple(name for part in parts for name in part.kept)
         return Linked(
@@ -174,17 +182,13 @@ class _Generation:
         first = next(homes)  # chosen now: to resolve a symbol, a function of the target may have to be called
         beyond = Beyond(module, self.supply, self.defined, self.threads)
         linkage = Linkage(self.image, self.ledger, (*parts, *waiting), beyond)
+        renewed = self._renewed(linkage, parts, waiting)
         starts = {part: _start(part, linkage) for part in parts}
         wanted = {part: tuple(b for b in part.wanted() if b not in starts[part].left) for part in parts}
-        wanted |= dict.fromkeys(waiting, ())
-        data = data_delta((*parts, *waiting), linkage.address_of, self.ledger.journal, self.asked)
-        constants = unbound_constants(self.image, self.ledger.view(), (*parts, *waiting), linkage.constant_of)
-        for _, block, address in constants.same:
-            linkage.keep_in_place(block, address)
-        for constant in constants.changed:
-            if constant.in_place:
-                linkage.keep_in_place(constant.block, constant.address)
-        writing = Writing(replace(data, constants=constants.changed))
+        wanted |= {part: part.required_doors() for part in waiting}
+        for migration in renewed:
+            wanted[migration.how.part] = (*wanted[migration.how.part], migration.how.function)
+        writing = self._writing(linkage, (*parts, *waiting))
         wanted = {part: (*blocks, *writing.copies(part)) for part, blocks in wanted.items()}
         found = _planned(linkage, wanted, starts)
         for block in found.code:
@@ -200,6 +204,65 @@ class _Generation:
                 full = error
         assert full is not None
         raise full
+
+    def _writing(self, linkage: Linkage, parts: Sequence[Part]) -> Writing:
+        """Return what becomes of initialisers and constants that changed; unchanged constants stay where they are."""
+        data = data_delta(parts, linkage.address_of, self.ledger.journal, self.asked)
+        constants = unbound_constants(self.image, self.ledger.view(), parts, linkage.constant_of)
+        for _, block, address in constants.same:
+            linkage.keep_in_place(block, address)
+        for constant in constants.changed:
+            if constant.in_place:
+                linkage.keep_in_place(constant.block, constant.address)
+        return Writing(replace(data, constants=constants.changed))
+
+    def _renewed(self, linkage: Linkage, parts: list[Part], waiting: list[Part]) -> tuple[Migration, ...]:
+        """Return the variables that get new storage, and have all that refers to them new."""
+        if not any(part.layouts for part in parts):
+            return ()
+        found = migrations(parts, linkage.living, linkage.denoted_variable)
+        linkage.renewed = {m.variable: m for m in found}
+        if found:
+            require_users([*parts, *waiting], found)
+            _keep_twins(parts)
+        return found
+
+    def _record_migrations(self, placement: Placement, linkage: Linkage) -> None:
+        renewed = [m for m in linkage.renewed.values() if m.variable in placement.addresses]
+        for m in renewed:
+            placed = _placed(m.variable, m.part, _KINDS[Kind.DATA], placement.addresses[m.variable])
+            start = placed.address
+            layout, types = (m.layout.as_text(), m.layout.types) if m.layout is not None else ("", ())
+            where = (placed.module, placed.unit, placed.local, start, placed.size, m.old.address, m.old.size)
+            self.storages.append(Storage(m.name, placed.names, *where, types, layout, m.how.name))
+            filled = (start, placed.size, m.old.address, m.old.size)
+            steps = (m.how.count, m.how.new_step, m.how.old_step)
+            self.fills.append(
+                Fill(m.name, m.part.source, *filled, m.how.name, placement.addresses[m.how.function], *steps)
+            )
+            self.data.append(Datum(m.name, m.part.source, Fate.MIGRATED, m.note))
+        for part in dict.fromkeys(linkage.part_of(b) for b in placement.addresses) if renewed else ():
+            self._record_out_of_use(part)
+            for block in users(part, renewed):
+                if block in placement.addresses:
+                    start = placement.addresses[block]
+                    self.quiet_back.append(Body(block.name, start, start + block.size))
+
+    def _record_out_of_use(self, part: Part) -> None:
+        for block in part.blocks.functions:
+            live = part.live(block)
+            if live is not None and part.is_new(block):
+                self.out_of_use.append(Extent(live.name, live.body, live.body + live.size))
+
+    def _give_up_old_storage(self) -> None:
+        """Have no thread in the old code that refers to old storage; refuse it if other code does as well."""
+        if not self.fills:
+            return
+        replaced = [Extent(r.name, *extent) for r in self.replaced for extent in r.extents]
+        holders = Holders(self.image, self.ledger.view(), [*replaced, *self.out_of_use])
+        for fill in self.fills:
+            using = holders.give_up(fill.name, fill.old, fill.old + fill.old_size)
+            self.quiet += [Body(e.name, e.start, e.end) for e in using]
 
     def _homes(self, module: LoadedModule) -> Iterator[_Home]:
         """Yield where a module's new code may go, the best first; raises `TargetBusy` when there is no arena for it.
@@ -243,6 +306,7 @@ class _Generation:
         self._record(found, placement, doors, {copy.block: copy for copy in copies}, linkage)
         self._record_constructors(doors, placement)
         self._record_data(writing, placement)
+        self._record_migrations(placement, linkage)
         self._use(home, placement.space, end, sum(1 for d in doors if d.fresh))
         placed = {block.object for block in found.placed}
         self.supplied += [p for p in linkage.supplied if p.blocks.object in placed or p.unit.key == UNDEFINED]
@@ -291,7 +355,7 @@ class _Generation:
                 displaced_copy(entry.displaced, entry.ahead, door.live.address, near)
                 entries.append(entry)
             except NotDetourable:
-                if door.part.status(door.block) is not Status.SAME:
+                if door.part.status(door.block) is not Status.SAME or door.part.is_required(door.block):
                     raise
                 door.part.keep(door.block)
                 kept = True
@@ -330,7 +394,7 @@ class _Generation:
                     self._define(block, Bound(address))
                 if block.kind is Kind.DATA:
                     self.initials.append(first_value(part, block, address))
-                if block.kind is Kind.DATA and not part.supplied:
+                if block.kind is Kind.DATA and not part.supplied and block not in linkage.renewed:
                     self._tell(block, part, Fate.ADDED)
         self._record_thread_locals(found, placement, linkage)
         for block, known in linkage.found.items():
@@ -565,7 +629,12 @@ def _check_end(block: Block) -> None:
         )
 
 
-_STATUSES = {Status.CHANGED: "changed", Status.ADDED: "added", Status.SAME: "relinked"}
+_STATUSES = {
+    Status.CHANGED: "changed",
+    Status.ADDED: "added",
+    Status.SAME: "relinked",
+    Status.LINE_ONLY: "changed",
+}
 
 
 def _keep_twins(parts: Sequence[Part]) -> None:

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from patcher.data.outcome import Datum, Fate
-from patcher.errors import AttachDenied, PatcherError, TargetGone, UnresolvedSymbol, UnsafeChange
+from patcher.errors import AttachDenied, ObjectError, PatcherError, TargetGone, UnresolvedSymbol, UnsafeChange
 from patcher.options import Options
 from patcher.report import Applied, Event, Explanation, Function, Member, Note, Reporter, Timings, Unchanged, Variable
 from patcher.target import Target
@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from patcher.data.initial import Changed, Initials, Told
     from patcher.data.threads import NewBlock, NewThreadLocals, StaticModel
     from patcher.elf.thread_module import ThreadBlock
+    from patcher.hooks import Happening
     from patcher.image import Image
     from patcher.link.place import FarData
     from patcher.part import Part
-    from patcher.patch.ledger import Constructor, Ledger
+    from patcher.patch.ledger import Commit, Constructor, Ledger
+    from patcher.patch.transaction import FlipResult
     from patcher.relink import Linked
     from patcher.units import Changes, Source, Units
 
@@ -457,10 +459,16 @@ class Session:
         outcome = Generation(record.number, functions, variables=variables, kept=linked.kept, data_only=not functions)
         if self.options.dry_run:
             return outcome
+        from patcher.directory import published
+        from patcher.hooks import Named, applying
+
+        commit = published(self.image, self.ledger, linked.commit)
+        named = tuple(Named(d.name, Path(d.file).name, d.fate.value) for d in linked.data)
         self.ledger.realise()
         if linked.commit.constructors:
             self._spare.clear()  # they may write to it
-        result = self.ledger.commit(linked.commit, self._construct)
+        with self._with_hooks(applying(record, named)):
+            result = self._made_live(commit)
         self._spare.clear()
         bodies = [(r.name, r.extents) for r in linked.replaced]
         active = find_active(self.target, bodies, result.threads)
@@ -469,6 +477,27 @@ class Session:
             active=tuple((a.thread, a.function) for a in active),
             timings=Timings(stop=result.stop_ns / 1e6),
         )
+
+    def _made_live(self, commit: Commit) -> FlipResult:
+        if not commit.fills:
+            return self.ledger.commit(commit, self._construct)
+        from patcher.filling import Filling
+        from patcher.loader import workspace
+
+        with workspace(self.target) as memory:
+            filling = Filling(self.image, self.ledger.view(), commit.fills, memory, self.options.hook_timeout)
+            return self.ledger.commit(commit, self._construct, filling)
+
+    @contextmanager
+    def _with_hooks(self, happening: Happening) -> Iterator[None]:
+        """Have the program's hooks called before and after the block."""
+        from patcher.hooks import Hooks
+
+        warnings: list[str] = []
+        with Hooks(self.image, self.ledger, self.options.hook_timeout).around(happening, warnings):
+            yield
+        for text in warnings:
+            self.emit(Note(text))
 
     def _construct(self, constructors: Sequence[Constructor]) -> None:
         """Run constructors on a thread of the target that is at a safe point, one after another."""
@@ -508,13 +537,26 @@ class Session:
             if generation is None:
                 generation = self.previous()
             if generation != live:
-                self.ledger.revert(generation)
+                self._revert(live, generation)
         return generation
 
     def previous(self) -> int:
         """Return the generation before the live one; 0 when that is the first, or the program as it was started."""
         lineage = self.ledger.journal.lineage(self.ledger.generation)
         return lineage[-1].parent if lineage else 0
+
+    def _revert(self, live: int, generation: int) -> None:
+        from patcher.hooks import reverting
+
+        try:
+            self.image.refresh()
+        except ObjectError as error:
+            # Going back needs no file of the program; its hooks cannot be found without.
+            self.emit(Note(f"hooks are not called: {error.message}"))
+            self.ledger.revert(generation)
+            return
+        with self._with_hooks(reverting(self.ledger.journal, live, generation)):
+            self.ledger.revert(generation)
 
     def status(self) -> Status:
         """Tell which generation is live and where every patched function goes. Writes nothing."""

@@ -30,6 +30,7 @@ from patcher.build import (
     Variant,
     is_unit,
 )
+from patcher.data import migrate
 from patcher.data.admission import Admission
 from patcher.data.admission import check as check_layouts
 from patcher.data.layouts import LayoutVerdict
@@ -372,16 +373,32 @@ class Units:
         """Refuse objects that were brought in and see existing data in another layout."""
         self.check_layouts([p for p in parts if p.unit.key != UNDEFINED and _has_types(p)])
 
+    def _compare_variables(self, parts: Sequence[Part]) -> None:
+        """Note how the variables of units are laid out, where some have, or get, storage of a new layout."""
+        view = self.ledger.view()
+        if not migrate.concerned(parts, view):
+            return
+        from patcher.data.dwarf import Layouts
+        from patcher.data.layout import comparisons
+
+        for part in parts:
+            data = bytes(part.delta.blocks.object.contents)
+            new = Layouts.of_object(data, part.source) if _has_types(part) else None
+            old = self.admission.by_name(part.module.path) if self.know_layouts(part.module) else None
+            part.layouts = comparisons(part, old, new)
+
     def check_layouts(self, parts: Sequence[Part]) -> None:
         """Refuse new code that sees existing data in another layout."""
+        self._compare_variables(parts)
         journal = self.ledger.journal
         lineage = {g.number for g in journal.lineage(self.ledger.generation)}
+        migrated = migrate.taken_care_of(parts, journal.storages_at(self.ledger.generation))
         judged = []
         for part in parts:
             if not part.supplied and all(part.status(b) is Status.SAME for b in part.wanted()):
                 continue  # what runs now sees it in the same way
             known = self.know_layouts(part.module)
-            found = self.admission.verdicts(part, lineage) if known else None
+            found = self.admission.verdicts(part, lineage, migrated) if known else None
             if found is None:
                 self._say_unchecked(part, not known)
                 continue

@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors"},
     "convention": MATCHING | {"match"},
     # One unit's share of a generation: its verdicts, and the object that new code is taken from.
-    "part": MATCHING | {"match", "constructors"},
+    "part": MATCHING | {"match", "constructors", "data.migrate"},
     # What becomes of variables; the types are read from a copy of the object, in which relocations are mended.
     "data": MATCHING | {"match", "part", "patch.journal"},
     # What the names and blocks of parts mean in the process.
@@ -65,6 +65,11 @@ ALLOWED: dict[str, set[str]] = {
     "undefined": READING | {"blocks", "live"},
     # Where a definition comes from that the process has never had: brought in as units that are matched like others.
     "supply": MATCHING | {"match", "part", "linkage", "patch", "relink", "undefined", "options", "origin", "build"},
+    # What the program itself can read of its generations, and which of its functions are told of them.
+    "directory": {"image", "link.place", "patch"},
+    # What fills new storage runs while all stand still, when nobody refers to the old any more.
+    "filling": {"data.still_used", "errors", "image", "loader", "patch", "target"},
+    "hooks": {"errors", "image", "live", "loader", "part", "patch", "target"},
     "options": {"errors"},
     "texts": {"errors", "build"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
@@ -80,6 +85,9 @@ ALLOWED: dict[str, set[str]] = {
         "patch",
         "relink",
         "data",
+        "directory",
+        "filling",
+        "hooks",
         "loader",
         "data.threads",
         "options",

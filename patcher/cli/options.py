@@ -44,6 +44,7 @@ class Common:
     tree: bool
     best_effort: bool
     reinit: tuple[str, ...]
+    hook_timeout: float
 
     def options(self) -> Options:
         return Options(
@@ -60,6 +61,7 @@ class Common:
             allow_undefined=self.allow_undefined,
             best_effort=self.best_effort,
             reinit=self.reinit,
+            hook_timeout=self.hook_timeout,
         )
 
     def session(self, pid: int, reporter: Reporter, offer: Offer | None = None) -> Session:
@@ -120,6 +122,13 @@ def common(watch: bool) -> Callable[[F], F]:
                 metavar="FILE",
                 help="Take what is missing from this archive. Repeatable.",
             ),
+            click.option(
+                "--hook-timeout",
+                type=click.FloatRange(min=0, min_open=True),
+                default=Options().hook_timeout,
+                metavar="SECONDS",
+                help="How long each hook and migration of the program may take (default: 5).",
+            ),
             click.option("--every-function", is_flag=True, help="Replace functions that did not change as well."),
             click.option("--best-effort", is_flag=True, help="With --tree: change those processes that can be."),
             click.option("--tree", is_flag=True, help="Take the process and its descendants as one."),
@@ -173,4 +182,5 @@ def gather(arguments: dict[str, Any]) -> Common:
         tree=arguments["tree"],
         best_effort=arguments["best_effort"],
         reinit=tuple(arguments["reinit"]),
+        hook_timeout=arguments["hook_timeout"],
     )

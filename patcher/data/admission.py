@@ -66,10 +66,22 @@ class Admission:
             self._modules[path] = _Module(program) if program is not None else None
         return self._modules[path] is not None
 
-    def verdicts(self, part: Part, lineage: Collection[int]) -> tuple[LayoutVerdict, ...] | None:
+    def by_name(self, path: str) -> Layouts | None:
+        """Return the types of a module, which is open, by name; None when it has no debug information."""
+        from patcher.data.dwarf import Layouts
+
+        module = self._modules[path]
+        if module is not None and module.by_name is None:
+            module.by_name = Layouts.of_program(module.program.file)
+        return module.by_name if module is not None else None
+
+    def verdicts(
+        self, part: Part, lineage: Collection[int], migrated: Sequence[str] = ()
+    ) -> tuple[LayoutVerdict, ...] | None:
         """Judge what a part changes in its module, which is open; None when it has no debug information.
 
-        `lineage` are the generations that are live. Raises `PatcherError` when the debug information is damaged.
+        `lineage` are the generations that are live; `migrated` are types and variables that may change, since the
+        change carries their values over. Raises `PatcherError` when the debug information is damaged.
         """
         module = self._modules[part.module.path]
         data = bytes(part.delta.blocks.object.contents)
@@ -86,7 +98,7 @@ class Admission:
             declared, found = (), []
         if not declared:
             found = self._by_name(module, part, None)
-        found = [replace(v, allowed=_is_allowed(v.type, self._allowed)) for v in dict.fromkeys(found)]
+        found = [replace(v, allowed=_is_allowed(v.type, (*self._allowed, *migrated))) for v in dict.fromkeys(found)]
         self._latest[part.unit.key] = declared
         self._checked[part.delta.blocks.object] = _Checked(declared, not found)
         return tuple(found)
@@ -103,14 +115,13 @@ class Admission:
     def _by_name(self, module: _Module, part: Part, names: Collection[str] | None) -> list[LayoutVerdict]:
         if names is not None and not names:
             return []
-        from patcher.data.dwarf import Layouts, changed_types
+        from patcher.data.dwarf import changed_types
 
-        if module.by_name is None:
-            module.by_name = Layouts.of_program(module.program.file)
-        if module.by_name is None:
+        layouts = self.by_name(part.module.path)
+        if layouts is None:
             return []
         data = bytes(part.delta.blocks.object.contents)
-        changes = changed_types(module.by_name, data, part.source, names)
+        changes = changed_types(layouts, data, part.source, names)
         return [LayoutVerdict(c.name, c.details, Standing.HEAP) for c in changes]
 
     def applied(self, generation: int, parts: Sequence[Part]) -> None:

@@ -115,6 +115,28 @@ class Rewrite:
 
 
 @dataclass(frozen=True, slots=True)
+class Storage:
+    """Storage that a variable got anew because its layout changed, and what it was filled from.
+
+    `layout` is the new layout as JSON ("" when it is not known), `types` names the structures in it, `by` says what
+    filled it. The storage belongs to the generations that follow: one that does not go on from there has the old.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    module: str
+    unit: str
+    local: bool
+    address: int
+    size: int
+    old: int
+    old_size: int
+    types: tuple[str, ...]
+    layout: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRecord:
     """One generation: who its parent is, what it placed and where each function it changed now goes."""
 
@@ -132,6 +154,7 @@ class GenerationRecord:
     chosen: tuple[tuple[str, int, int], ...] = ()  # IFUNCs that were asked: module, resolver, implementation
     initials: tuple[Initial, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
+    storages: tuple[Storage, ...] = ()
 
 
 @dataclass
@@ -212,6 +235,21 @@ class Journal:
                 bodies[arena, index] = body
         return bodies
 
+    def storages_at(self, number: int) -> tuple[Storage, ...]:
+        """Return where generation `number` has the variables whose layout has changed since the start."""
+        if not any(g.storages for g in self.generations.values()):
+            return ()
+        found = {}
+        for record in self.lineage(number):
+            for s in record.storages:
+                found[s.module, s.unit if s.local else "", s.name] = s
+        return tuple(found.values())
+
+    def outdated_at(self, number: int) -> frozenset[int]:
+        """Return the addresses of storage that belongs to other generations than `number`."""
+        every = {s.address for g in self.generations.values() for s in g.storages}
+        return frozenset(every - {s.address for s in self.storages_at(number)})
+
 
 @dataclass(frozen=True, slots=True)
 class ArenaView:
@@ -221,6 +259,7 @@ class ArenaView:
     bodies: Mapping[tuple[int, int], int]  # (arena, slot index) -> body that the slot points at now
     islands: Mapping[int, tuple[int, int]]  # island address -> (arena, slot index)
     ranges: tuple[tuple[int, int], ...] = ()  # the arenas' extents
+    generation: int = 0  # that is live
 
     def contains(self, address: int) -> bool:
         return any(start <= address < end for start, end in self.ranges)
@@ -293,6 +332,7 @@ def _record(raw: dict[str, Any]) -> GenerationRecord:
         chosen=tuple((str(m), _number(a), _number(b)) for m, a, b in raw.get("chosen", ())),
         initials=tuple(_initial(i) for i in raw.get("initials", ())),
         rewrites=tuple(_rewrite(r) for r in raw.get("rewrites", ())),
+        storages=tuple(_storage(s) for s in raw.get("storages", ())),
     )
 
 
@@ -342,6 +382,23 @@ def _placed(raw: dict[str, Any]) -> Placed:
         str(raw.get("type", "")),
         str(raw.get("scope", "")),
         bool(raw.get("moved", False)),
+    )
+
+
+def _storage(raw: dict[str, Any]) -> Storage:
+    return Storage(
+        str(raw["name"]),
+        _strings(raw["names"]),
+        str(raw["module"]),
+        str(raw["unit"]),
+        bool(raw["local"]),
+        _number(raw["address"]),
+        _number(raw["size"]),
+        _number(raw["old"]),
+        _number(raw["old_size"]),
+        _strings(raw["types"]),
+        str(raw["layout"]),
+        str(raw["by"]),
     )
 
 

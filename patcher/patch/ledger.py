@@ -24,7 +24,7 @@ from patcher.patch.arena import (
     find_arenas,
 )
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
-from patcher.patch.transaction import Flip, FlipResult, TextWrite, flip
+from patcher.patch.transaction import Flip, FlipResult, Inside, TextWrite, flip
 from patcher.target import FunctionCall, Target, read_stat
 
 
@@ -48,6 +48,23 @@ class Constructor:
 
 
 @dataclass(frozen=True, slots=True)
+class Fill:
+    """New storage of a variable that is filled from the old, by a function called for each of `count` elements."""
+
+    name: str
+    unit: str
+    new: int
+    new_size: int
+    old: int
+    old_size: int
+    by: str
+    function: int
+    count: int
+    new_step: int
+    old_step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """A generation that is linked and ready: what to write where nobody looks yet, and what then changes at once."""
 
@@ -57,6 +74,8 @@ class Commit:
     choices: tuple[Choice, ...] = ()
     constructors: tuple[Constructor, ...] = ()  # in the order in which they run
     data: tuple[tuple[int, bytes], ...] = ()  # what the program's own data becomes with it: address, contents
+    fills: tuple[Fill, ...] = ()  # done when all stand still, right before the generation is live
+    published: tuple[tuple[int, bytes], ...] = ()  # what leads the program to some of the writes, in this order
 
 
 Construct = Callable[[Sequence[Constructor]], None]
@@ -123,7 +142,7 @@ class Ledger:
             for address, index in arena.islands(len(self.slots[base]))
         }
         ranges = tuple((a.base, a.end) for a in self.arenas.values())
-        return ArenaView(self.journal, bodies, islands, ranges)
+        return ArenaView(self.journal, bodies, islands, ranges, self.generation)
 
     def is_detoured(self, redirect: Redirect) -> bool:
         if redirect.born:
@@ -217,13 +236,13 @@ class Ledger:
 
     # --- changing ---------------------------------------------------------------------------------------------
 
-    def commit(self, change: Commit, construct: Construct | None = None) -> FlipResult:
+    def commit(self, change: Commit, construct: Construct | None = None, inside: Inside | None = None) -> FlipResult:
         """Make a generation live, or leave everything as it was and raise.
 
         `construct` runs the generation's constructors in the target, or raises. What they may have handed out to the
-        program by then is not used again, should the generation not become live.
+        program by then is not used again, should the generation not become live. `inside` does the fills: see `Flip`.
         """
-        constructing = False
+        exposed = False  # whether the program may know of what was written
         before = {base: self.arenas[base].usage() for base in self.arenas}
         primary = self.primary
         assert primary is not None
@@ -240,7 +259,7 @@ class Ledger:
                 self._write_islands(change)
             if change.constructors:
                 assert construct is not None
-                constructing = True
+                exposed = True
                 construct(change.constructors)
             encoded = records.encode(change.record)
             if start + len(encoded) > JOURNAL_SIZE:
@@ -252,12 +271,16 @@ class Ledger:
             self.target.memory.write(primary.journal + start, encoded)
             usage = primary.usage()
             primary.set_usage(replace(usage, journal=start + len(encoded)))
-            return flip(self.target, self._flip(change))
+            for address, data in change.published:
+                exposed = True
+                self.target.memory.write(address, data)
+            exposed = exposed or bool(change.fills)
+            return flip(self.target, replace(self._flip(change), inside=inside if change.fills else None))
         except PatcherError:
             # A detour that is in place must stay on record.
             if self.target.alive() and not any(self._is_in_place(r) for r in change.record.redirects):
                 for base, usage in before.items():
-                    kept = replace(self.arenas[base].usage(), journal=usage.journal) if constructing else usage
+                    kept = replace(self.arenas[base].usage(), journal=usage.journal) if exposed else usage
                     self.arenas[base].set_usage(kept)
             raise
         finally:

@@ -77,6 +77,14 @@ class Stopped:
         self.threads = tuple(_thread(tracee) for tracee in tracees)
         self.duration_ns = 0
 
+    def described(self) -> tuple[StoppedThread, ...]:
+        """Return the threads with their general registers."""
+        return tuple(described_thread(tracee) for tracee in self._tracees.values())
+
+    def tracee(self, tid: int) -> Tracee:
+        """Return what traces one of the threads."""
+        return self._tracees[tid]
+
     def step(self, tid: int, *, seconds: float = 0.1) -> StoppedThread:
         """Let one thread execute one instruction, the others standing still; return where it is now.
 

@@ -211,6 +211,26 @@ class Target:
         terms = Terms(code, wait, timeout, objection, stack, errno_location)
         return self._borrowing.run(tuple(calls), self.mappings(), terms)
 
+    def call_standing(
+        self,
+        stopped: Stopped,
+        tid: int,
+        calls: Sequence[FunctionCall],
+        *,
+        code: int,
+        stack: tuple[int, int],
+        errno_location: int = 0,
+        timeout: float = 10.0,
+    ) -> tuple[int, ...]:
+        """Call functions of the target on one thread, while all the others stand still; return rax of each.
+
+        `code` and `stack` are memory of ours, mapped for this; the rest is as for `call`, and what it raises too. The
+        caller knows that the functions want nothing that a thread which stands still may hold: they would wait until
+        `timeout`. The thread stands still again afterwards.
+        """
+        terms = Terms(code, 0.0, timeout, None, stack, errno_location)
+        return self._borrowing.run_standing(stopped.tracee(tid), tuple(calls), self.mappings(), terms)
+
     def _poke(self, address: int, data: bytes) -> bool:
         """Write through a thread that stands still: one of the open block's, or one that is stopped for it."""
         tracee = self._lingering.standing()
