@@ -77,7 +77,7 @@ def check(program: Program, data: bytes, before: Before) -> int:
     assert has_types(data, "unit.o")
     found = 0
     for new in declared_by(data, "unit.o", before):
-        judgement = Judgement([program.units_of(new.file)], new, program, lambda: True)
+        judgement = Judgement(*[[program.units_of(new.file)]] * 2, new, program, lambda: True)
         found += len(judgement.verdicts())
         judgement.unknown()
     return found

@@ -107,9 +107,10 @@ class Admission:
         layers = module.layers.get(part.unit.key, [])
         live = [la for la in reversed(layers) if la.generation in lineage]
         gone = [la for la in reversed(layers) if la.generation not in lineage]
-        known = [*(la.declared for la in live), module.program.units_of(new.file), *(la.declared for la in gone)]
-        known = [tuple(d for d in each if d.file == new.file) for each in known]
-        judgement = Judgement(known, new, module.program, lambda: keeps_values(part))
+        texts = [*(la.declared for la in live), module.program.units_of(new.file), *(la.declared for la in gone)]
+        known = [tuple(d for d in each if d.file == new.file) for each in texts]
+        current = [*known[: min(1, len(live))], known[len(live)]]
+        judgement = Judgement(known, current, new, module.program, lambda: keeps_values(part))
         return [*judgement.verdicts(), *self._by_name(module, part, judgement.unknown())]
 
     def _by_name(self, module: _Module, part: Part, names: Collection[str] | None) -> list[LayoutVerdict]:

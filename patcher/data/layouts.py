@@ -169,13 +169,21 @@ class Judgement:
 
     `layers` are what the process has of the unit, what counts first: the first that knows a name says what its layout
     is. Each is of several when the program has several units of that source file; then one that fits will do.
+    Variables are compared with `current` only, the newest text and the program's: what a patch brought and a later one
+    took out again gets new storage when it comes back with another type.
     `keeping` returns the functions that change and whose old code may keep values beyond its frame.
     """
 
     def __init__(
-        self, layers: Sequence[tuple[Declared, ...]], new: Declared, program: Program, keeping: Callable[[], bool]
+        self,
+        layers: Sequence[tuple[Declared, ...]],
+        current: Sequence[tuple[Declared, ...]],
+        new: Declared,
+        program: Program,
+        keeping: Callable[[], bool],
     ) -> None:
         self.new = new
+        self._current = current
         self._layers = [layer for layer in layers if layer]
         self._program = program
         self._keeping = keeping
@@ -226,7 +234,7 @@ class Judgement:
 
     def _of_variable(self, name: str) -> Iterator[LayoutVerdict]:
         variables = self.new.variables[name]
-        layer = next((found for each in self._layers if (found := [o for o in each if name in o.variables])), [])
+        layer = next((found for each in self._current if (found := [o for o in each if name in o.variables])), [])
         pairs = [(old, v) for old in layer for v in old.variables[name]]
         if not layer and not variables[0].defined:
             pairs = [(o, v) for o in self._program.others(self.new.file) or () for v in o.variables.get(name, ())]

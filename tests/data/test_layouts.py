@@ -58,7 +58,7 @@ class Built:
         for new in declared_by(self.compile(folder, text, flags), "unit.o"):
             layers = [self.program.units_of(new.file)]
             assert layers[0], f"{new.file} is a unit of the program"
-            for verdict in Judgement(layers, new, self.program, lambda: keeping).verdicts():
+            for verdict in Judgement(layers, layers, new, self.program, lambda: keeping).verdicts():
                 found[verdict.type] = verdict
         return found
 
@@ -141,7 +141,7 @@ def test_damaged_debug_information_is_refused(built: Built, tmp_path: Path) -> N
         damaged = data[:place] + b"\x7e\x7e" + data[place + 2 :]
         with contextlib.suppress(PatcherError, NotUnderstood), reading("unit.o"):
             for new in declared_by(damaged, "unit.o"):
-                Judgement([built.program.units_of(new.file)], new, built.program, lambda: True).verdicts()
+                Judgement(*[[built.program.units_of(new.file)]] * 2, new, built.program, lambda: True).verdicts()
 
 
 # --- who has one ------------------------------------------------------------------------------------------------------
