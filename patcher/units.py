@@ -252,7 +252,7 @@ class Units:
             self._check_origin(source, delta)
             self._check_drift(source, delta)
             parts.append(Part(delta, str(source.file), every=self.options.every_function))
-            if parts[-1].added():
+            if parts[-1].added() or self._exported_now(parts[-1]):
                 self._waiting[source.name] = source
         if absent and not parts:
             self._refuse_absent(sources, absent)
@@ -271,9 +271,14 @@ class Units:
                 unit = find_unit(self.image, view, blocks)
                 unit = unit or born_unit(self.image, view, blocks, self.image.executable)
                 parts.append(Part(match(blocks, unit), str(source.file)))
-                if not parts[-1].added():
+                if not parts[-1].added() and not self._exported_now(parts[-1]):
                     del self._waiting[name]  # all of it is in the process by now
         return parts
+
+    def _exported_now(self, part: Part) -> bool:
+        """Tell whether a unit has a variable for others that the process knows as its static only, or not at all."""
+        names = (s.name for b in part.blocks.data_blocks() for s in b.symbols if not s.local)
+        return any(self.image.resolve(name, part.module, weak=True) is None for name in names)
 
     def _refuse_absent(self, sources: Sequence[Source], absent: Sequence[str]) -> None:
         module = self.image.executable

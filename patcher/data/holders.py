@@ -35,6 +35,10 @@ class _Code:
     name: str  # "" for a module's text
     module: LoadedModule | None
 
+    def word(self, address: int) -> int:
+        offset = address - self.address
+        return int.from_bytes(self.contents[offset : offset + 8], "little")
+
 
 class Holders:
     """The code and the memory of a process, read when first asked. `gone`: extents that do not count."""
@@ -70,10 +74,11 @@ class Holders:
             for at in _displacements(code, low, high):
                 if not self._is_gone(at):
                     yield from self._user(code, at, low, high)
-            if code.module is not None and not code.module.module.position_independent:
+            # Code of ours may be from a unit at fixed addresses, or have been compiled to reach everything.
+            if code.module is None or not code.module.module.position_independent:
                 for at in _numbers(code, low, high):
                     if not self._is_gone(at):
-                        yield self._name(code, code.module, at)
+                        yield self._name(code, at)
 
     def _user(self, code: _Code, at: int, low: int, high: int) -> Iterator[str]:
         """Yield the function that a likely reference is in, if the reference is one."""
@@ -88,11 +93,13 @@ class Holders:
                 return
         elif not _is_field(code, at, low, high):
             return
-        yield self._name(code, code.module, at)
+        yield self._name(code, at)
 
-    def _name(self, code: _Code, module: LoadedModule, at: int) -> str:
-        symbol = module.module.symbols.covering(at - module.bias)
-        return f"`{base_name(symbol.name)}`" if symbol is not None else f"code at {at:#x} of {module.name}"
+    def _name(self, code: _Code, at: int) -> str:
+        if code.module is None:
+            return f"`{base_name(code.name)}`"
+        symbol = code.module.module.symbols.covering(at - code.module.bias)
+        return f"`{base_name(symbol.name)}`" if symbol is not None else f"code at {at:#x} of {code.module.name}"
 
     def _is_gone(self, address: int) -> bool:
         return any(start <= address < end for start, end in self._gone)
@@ -110,6 +117,8 @@ class Holders:
         for placed in self._view.journal.placed:
             if placed.kind == "data":
                 yield placed.address & -8, self._read(placed.address & -8, placed.size + 8)
+        for start, end in self._view.constants:  # with the cells of ours among them
+            yield start, self._read(start, end - start)
         left = _MOST
         for mapping in _heaps(mappings):
             if not self._view.contains(mapping.start) and self._image.module_at(mapping.start) is None:
@@ -128,12 +137,22 @@ class Holders:
                 if not self._is_gone(at):
                     yield from self._place(at)
 
+    def _in_constant_of_ours(self, at: int) -> Iterator[str]:
+        for placed in self._view.journal.placed:
+            if placed.kind == "read-only" and placed.address <= at < placed.address + placed.size:
+                yield f"stored in `{base_name(placed.name)}`"
+                return
+        yield from self._in_code(at, at + 8)  # a cell, for whoever goes through it
+
     def _place(self, at: int) -> Iterator[str]:
         for placed in self._view.journal.placed:
             if placed.kind == "data" and placed.address <= at < placed.address + placed.size:
                 yield f"stored in `{base_name(placed.name)}`"
                 return
         module = self._image.module_at(at)
+        if module is None and self._view.contains(at):
+            yield from self._in_constant_of_ours(at)
+            return
         if module is None:
             yield f"stored at {at:#x}"
             return
@@ -171,8 +190,13 @@ def _is_field(code: _Code, at: int, low: int, high: int) -> bool:
 
 
 def _numbers(code: _Code, low: int, high: int) -> list[int]:
-    """Return where an address itself may stand in code, which can be where a program has its addresses below 2 GiB."""
-    return [place for places, values in _words_of(code) for place in places[(values >= low) & (values < high)].tolist()]
+    """Return where an address itself may stand in code: of four bytes, below 2 GiB, or of eight."""
+    found = [p for places, values in _words_of(code) for p in places[(values >= low) & (values < high)].tolist()]
+    if code.module is None:
+        found += [
+            at for at in range(code.address, code.address + len(code.contents) - 7) if low <= code.word(at) < high
+        ]
+    return found
 
 
 def _words_of(code: _Code) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:

@@ -260,6 +260,7 @@ class ArenaView:
     islands: Mapping[int, tuple[int, int]]  # island address -> (arena, slot index)
     ranges: tuple[tuple[int, int], ...] = ()  # the arenas' extents
     generation: int = 0  # that is live
+    constants: tuple[tuple[int, int], ...] = ()  # the extents of the arenas' constants and cells
 
     def contains(self, address: int) -> bool:
         return any(start <= address < end for start, end in self.ranges)

@@ -142,7 +142,8 @@ class Ledger:
             for address, index in arena.islands(len(self.slots[base]))
         }
         ranges = tuple((a.base, a.end) for a in self.arenas.values())
-        return ArenaView(self.journal, bodies, islands, ranges, self.generation)
+        constants = tuple((base, usage.read_only) for base, usage in self.usages.items())
+        return ArenaView(self.journal, bodies, islands, ranges, self.generation, constants)
 
     def is_detoured(self, redirect: Redirect) -> bool:
         if redirect.born:

@@ -216,7 +216,7 @@ def test_a_variable_that_a_patch_brought_may_come_back_as_another_one(tmp_path: 
             assert (program.ask(1), program.ask(1)) == expected, text
             assert fates(done) == fate, text
         made.edit("unit.c", "static float", "static int")
-        with pytest.raises(patcher.PatcherError, match=r"`n` of .* has another type than before"):
+        with pytest.raises(patcher.PatcherError, match=r"`n`: type float -> int"):
             patching.apply(path)
         assert program.ask(1) == "16"
 

@@ -63,7 +63,14 @@ def refusals(live: Program, saved: Program, history: History, *, debug: bool) ->
     codes = {AMBIGUOUS} if any(_is_doubtful(*groups.of(key), debug) for key in groups.names()) else set()
     if not debug and any(_hides(live.variable(v.uid), v) for v in saved.variables if live.has(v.uid)):
         codes |= {AMBIGUOUS, "ambiguous-symbol"}  # the global may be another unit's
+    if debug and any(_takes_a_name(v, [*gone, *live.variables]) for v in saved.variables):
+        codes.add("layout")  # code that still runs may use what had the name
     return frozenset(codes)
+
+
+def _takes_a_name(new: Variable, old: Iterable[Variable]) -> bool:
+    """Tell whether a variable has the name of another one, which is of another type."""
+    return any(o.name == new.name and o.uid != new.uid and o.type != new.type for o in old)
 
 
 def _hides(old: Variable, new: Variable) -> bool:
