@@ -71,6 +71,7 @@ class Ledger:
         self.journal = Journal()
         self.slots: dict[int, list[int]] = {}
         self._planned: set[int] = set()  # arenas that are chosen and not mapped
+        self._unsettled = False  # some slots hold switches
         self._journal_read = b""
         self._controller = (os.getpid(), read_stat(os.getpid()).start_time)
         self.refresh()
@@ -81,7 +82,9 @@ class Ledger:
         """Read everything again that another controller may have changed."""
         self.arenas = {a.base: a for a in find_arenas(self.target)}
         self.usages = {base: arena.usage() for base, arena in self.arenas.items()}
-        self.slots = {base: arena.read_slots(self.usages[base].slots) for base, arena in self.arenas.items()}
+        found_slots = {base: arena.read_slots(self.usages[base].slots) for base, arena in self.arenas.items()}
+        self.slots = {base: arena.led_to(found_slots[base]) for base, arena in self.arenas.items()}
+        self._unsettled = self.slots != found_slots
         primary = self.primary
         found = self.target.memory.read(primary.journal, self.usages[primary.base].journal) if primary else b""
         if found != self._journal_read:
@@ -201,8 +204,14 @@ class Ledger:
             yield
 
     def _mend(self) -> None:
-        if self.slots != {base: self._slots_at(base, self.generation) for base in self.slots}:
-            self.revert(self.generation)
+        if self._unsettled:
+            for base, slots in self.slots.items():
+                self.arenas[base].write_slots(slots)
+        live = self.generation
+        torn = self.slots != {base: self._slots_at(base, live) for base in self.slots}
+        # Detours that lead to the old bodies do no harm, but a process that was taken back to 0 has none.
+        if torn or (live == 0 and any(self._is_in_place(r) for r in self.journal.redirects)):
+            self.revert(live)
 
     def _slots_at(self, base: int, number: int) -> list[int]:
         """Return what an arena's slots hold while a generation is live."""
