@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from patcher.errors import AttachDenied, PatcherError, TargetGone, UnresolvedSymbol, UnsafeChange
+from patcher.errors import AttachDenied, PatcherError, TargetGone, UnresolvedSymbol, UnsafeChange, named_shortages
 from patcher.options import Options
 from patcher.report import Applied, Event, Explanation, Function, Note, Reporter, Timings, Unchanged, Variable
 from patcher.target import Target
@@ -192,6 +192,7 @@ class Session:
         """
         return self.change([Path(f) for f in files])
 
+    @named_shortages()
     def change(
         self,
         files: Sequence[Path],
@@ -215,6 +216,7 @@ class Session:
         timings = Timings(detect, build, (now - started) * 1e3 - build - stop, stop, total)
         return replace(outcome, timings=timings, dry_run=self.options.dry_run)
 
+    @named_shortages()
     def explain(self, *files: str | Path) -> Explanation:
         """Tell what `apply` would do, and whether it would be refused. Changes nothing.
 
@@ -237,8 +239,7 @@ class Session:
         self.image.refresh()
         with self.ledger.transaction():
             self.image.asked |= self.ledger.journal.chosen
-            if self.ledger.primary is not None:
-                self.image.stub_area = self.ledger.primary.stub
+            self.image.stub_area = None if self.ledger.primary is None else self.ledger.primary.stub
             yield
 
     def _relink(self, units: Units, sources: Sequence[Source]) -> Generation:
@@ -355,6 +356,7 @@ class Session:
 
     # --- revert, status ---------------------------------------------------------------------------------------
 
+    @named_shortages()
     def revert(self, generation: int | None = None) -> int:
         """Go back to an earlier generation (default: the one before the live one; 0: the program as it was started).
 
@@ -375,6 +377,7 @@ class Session:
                 self.ledger.revert(generation)
         return generation
 
+    @named_shortages()
     def status(self) -> Status:
         """Tell which generation is live and where every patched function goes. Writes nothing."""
         self.target.check_alive()

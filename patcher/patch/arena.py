@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from patcher.code.entry import COPY_SIZE, SWITCH_CELLS, SWITCH_SIZE
@@ -51,7 +52,7 @@ _LOCK = struct.Struct("<QQ")
 _LOCK_OFFSET = 64
 _COMING_OFFSET = 128
 
-_MMAP, _CLOSE, _FTRUNCATE, _MEMFD_CREATE = 9, 3, 77, 319
+_MMAP, _MUNMAP, _CLOSE, _FTRUNCATE, _MEMFD_CREATE = 9, 11, 3, 77, 319
 _READ, _WRITE, _EXEC = 1, 2, 4
 _PRIVATE, _FIXED, _ANONYMOUS, _NORESERVE, _FIXED_NOREPLACE = 0x2, 0x10, 0x20, 0x4000, 0x100000
 _CLOEXEC = 1
@@ -301,7 +302,23 @@ def arena_anywhere(target: Target) -> int:
 
 
 def create_arena(target: Target, arena: Arena) -> None:
-    """Map a planned arena. Raises `TargetBusy` when the kernel refuses the mapping."""
+    """Map a planned arena, all of it or nothing. Raises `TargetBusy` when the kernel refuses the mapping."""
+    try:
+        _map_arena(target, arena)
+    except BaseException:
+        with suppress(PatcherError, OSError):
+            remove_arena(target, arena)
+        raise
+
+
+def remove_arena(target: Target, arena: Arena) -> None:
+    """Unmap an arena that nothing refers to, or what there is of it by now; one that a thread still uses stays."""
+    ours = [m for m in target.mappings() if arena.base <= m.start and m.end <= arena.end and m.private]
+    if sum(m.size for m in ours) == TOTAL_SIZE and not target.runs_stub(arena.stub):
+        target.inject([SystemCall(_MUNMAP, (arena.base, TOTAL_SIZE))])
+
+
+def _map_arena(target: Target, arena: Arena) -> None:
     flags = _PRIVATE | _ANONYMOUS | _FIXED_NOREPLACE | _NORESERVE
     (result,) = target.inject([SystemCall(_MMAP, (arena.base, TOTAL_SIZE, _READ | _EXEC, flags, _NO_FD, 0))])
     if result != arena.base:

@@ -7,8 +7,8 @@ Decides what a commit or a revert writes, and in which order; what is in a gener
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from patcher.code.entry import DETOUR_SIZE, detour, island
@@ -22,6 +22,7 @@ from patcher.patch.arena import (
     arena_near,
     create_arena,
     find_arenas,
+    remove_arena,
 )
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
 from patcher.patch.transaction import Flip, FlipResult, TextWrite, flip
@@ -71,6 +72,7 @@ class Ledger:
         self.journal = Journal()
         self.slots: dict[int, list[int]] = {}
         self._planned: set[int] = set()  # arenas that are chosen and not mapped
+        self._fresh: list[Arena] = []  # arenas that this transaction mapped, and that nothing refers to yet
         self._unsettled = False  # some slots hold switches
         self._journal_read = b""
         self._controller = (os.getpid(), read_stat(os.getpid()).start_time)
@@ -161,8 +163,10 @@ class Ledger:
     def realise(self) -> None:
         """Map every arena that so far is only planned. Raises `TargetBusy` when the kernel refuses."""
         while self._planned:
-            create_arena(self.target, self.arenas[min(self._planned)])
-            self._planned.remove(min(self._planned))
+            arena = self.arenas[min(self._planned)]
+            create_arena(self.target, arena)
+            self._planned.remove(arena.base)
+            self._fresh.append(arena)
 
     def forget_plans(self) -> None:
         """Drop arenas that were planned and never mapped."""
@@ -181,15 +185,30 @@ class Ledger:
             self.refresh()
             primary = self.primary
             if primary is None:
-                yield
+                with self._without_leftovers():
+                    yield
                 return
             primary.lock(*self._controller)
             try:
                 self._mend()
-                yield
+                with self._without_leftovers():
+                    yield
             finally:
-                if self.target.alive():
+                # A lock that stays is seen as a dead controller's, and must not make a failure of what is done.
+                with suppress(PatcherError):
                     primary.unlock()
+
+    @contextmanager
+    def _without_leftovers(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            for arena in self._fresh:
+                with suppress(PatcherError, OSError):
+                    remove_arena(self.target, arena)
+            raise
+        finally:
+            self._fresh.clear()
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -247,6 +266,7 @@ class Ledger:
             if change.constructors:
                 assert construct is not None
                 constructing = True
+                self._fresh.clear()
                 construct(change.constructors)
             encoded = records.encode(change.record)
             if start + len(encoded) > JOURNAL_SIZE:
@@ -258,17 +278,25 @@ class Ledger:
             self.target.memory.write(primary.journal + start, encoded)
             usage = primary.usage()
             primary.set_usage(replace(usage, journal=start + len(encoded)))
-            return flip(self.target, self._flip(change))
-        except PatcherError:
-            # A detour that is in place must stay on record.
-            if self.target.alive() and not any(self._is_in_place(r) for r in change.record.redirects):
-                for base, usage in before.items():
-                    kept = replace(self.arenas[base].usage(), journal=usage.journal) if constructing else usage
-                    self.arenas[base].set_usage(kept)
+            result = flip(self.target, self._flip(change))
+        except BaseException:
+            with suppress(PatcherError, OSError):
+                self._take_back(change, before, constructing)
             raise
-        finally:
-            if self.target.alive():
-                self.refresh()
+        self._fresh.clear()
+        with suppress(PatcherError):  # it is live, whatever we can see of it just now
+            self.refresh()
+        return result
+
+    def _take_back(self, change: Commit, before: Mapping[int, Usage], constructing: bool) -> None:
+        # A detour that is in place must stay on record.
+        if any(self._is_in_place(r) for r in change.record.redirects):
+            self._fresh.clear()
+        else:
+            for base, usage in before.items():
+                kept = replace(self.arenas[base].usage(), journal=usage.journal) if constructing else usage
+                self.arenas[base].set_usage(kept)
+        self.refresh()
 
     def _chosen(self, change: Commit) -> Commit:
         """Ask the resolvers of new IFUNCs, whose code is in place by now, and return the change with their choices."""
@@ -357,7 +385,8 @@ class Ledger:
         if number == 0:
             change = self._restoring(change)
         result = flip(self.target, change)
-        self.refresh()
+        with suppress(PatcherError):
+            self.refresh()
         return result
 
     def _quiet_between(self, live: int, number: int) -> tuple[Body, ...]:

@@ -30,7 +30,7 @@ from patcher.code.entry import switch
 from patcher.errors import PatcherError, TargetBusy
 from patcher.patch.arena import PAGE, Arena
 from patcher.patch.journal import Body
-from patcher.target import Mapping, Stopped, StoppedThread, Target, WriteRefused
+from patcher.target import Mapping, Stopped, StoppedThread, Target
 
 _STACK_LIMIT = 8 << 20  # a stack's usual limit; a body that is far up in a deep recursion counts too
 _NEW_STACK = 64 << 10  # of a thread whose stack was mapped after we looked
@@ -94,9 +94,9 @@ def flip(target: Target, change: Flip) -> FlipResult:
         for each in slots:
             each.lead_to_switches()
         result = _flip(target, change, [TextWrite(primary.live, _word(live), _word(number))])
-    except PatcherError:
-        if target.alive():
-            for each in slots:
+    except BaseException:
+        for each in slots:
+            with suppress(PatcherError):
                 each.take_back()
         raise
     # The change is live. What cannot be written now, the next patcher writes.
@@ -143,8 +143,7 @@ class _Slots:
 
 def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResult:
     if not change.needs_stop:
-        for write in slots:
-            target.memory.write(write.address, write.new)
+        _write_all(target, change, slots)
         return FlipResult(0)
     detours = _Guard(((w.address, w.address + len(w.new)) for w in change.text), include_start=False)
     bodies = _Guard(((b.start, b.end) for b in change.quiet), include_start=True)
@@ -195,11 +194,12 @@ def _write_all(target: Target, change: Flip, slots: Sequence[TextWrite]) -> None
                     "another tool modifies this process; detach it and try again",
                     code="text-changed",
                 )
-            target.memory.write(write.address, write.new)
             done.append(write)
-    except (PatcherError, WriteRefused):
+            target.memory.write(write.address, write.new)
+    except (PatcherError, OSError):
         for write in reversed(done):
-            target.memory.write(write.address, write.old)
+            with suppress(PatcherError):
+                target.memory.write(write.address, write.old)
         raise
 
 

@@ -18,6 +18,7 @@ from patcher.errors import PatcherError, TargetBusy, TargetGone
 from patcher.target.maps import read_mappings
 
 _PAGE = 4096
+_REFUSALS = frozenset({errno.EIO, errno.EFAULT, errno.EPERM, errno.EACCES, errno.ENOMEM, errno.EAGAIN})
 
 
 class WriteRefused(PatcherError):
@@ -135,7 +136,7 @@ class Memory:
         try:
             written = os.pwrite(self._descriptor, data, address)
         except (OSError, OverflowError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.EIO, errno.EFAULT, errno.EPERM, errno.EACCES):
+            if isinstance(error, OSError) and error.errno not in _REFUSALS:
                 raise
             return 0
         if written == 0:

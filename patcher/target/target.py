@@ -178,6 +178,11 @@ class Target:
         objection = None if accept is None else lambda thread: "" if accept(thread) else "is not at a safe point"
         return self._borrowing.run(tuple(steps), self.mappings(), Terms(code, timeout, timeout, objection))
 
+    def runs_stub(self, code: int) -> bool:
+        """Whether some thread still runs steps put at `code`, as one that could not be brought back; raises as `inject`."""
+        self.check_alive()
+        return self._borrowing.uses(code, self.mappings())
+
     def call(
         self,
         calls: Sequence[FunctionCall],
