@@ -246,6 +246,8 @@ class _Gathering:
         for tracee in self.tracees.values():
             if tracee.standing and (tracee.detach() or tracee.standing and tracee.detach()):
                 continue
+            with suppress(PatcherError):  # the request may be what failed
+                tracee.interrupt()
             if not _settled(tracee, 0.02):
                 self.lingering.add(tracee)
         self.lingering.held = {}

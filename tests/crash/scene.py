@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 
 # ptrace, pwrite64, wait4, flock, process_vm_writev, kill, tgkill, pidfd_send_signal: all that reaches the target.
 REACHING = "101,18,61,73,311,62,234,424"
-PTRACE, PWRITE, PREAD = 101, 18, 17
+# pread64, openat, read: what it only looks with.
+READING = "17,257,0"
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,14 @@ class Mortals:
         self.process.communicate(timeout=20)
 
 
-def unit(name: str, count: int = 1, step: int = 1) -> str:
-    """A unit of `count` functions, each of which answers `step`, and one that asks them all."""
-    text = f'#include "agree.h"\n#define STEP {step}\nint count_{name};\n'
+def unit(name: str, count: int = 1, *, more: str = "", asked: Sequence[str] = ()) -> str:
+    """A unit of `count` functions, each of which answers 1, and one that asks them all, and `asked` of `more`."""
+    text = f'#include "agree.h"\n#define STEP 1\nint count_{name};\n{more}'
     for i in range(count):
         text += f"int {name}{i}(int n)\n{{\n    count_{name}++;\n    return n + STEP;\n}}\n"
-    table = ", ".join(f"{name}{i}" for i in range(count))
+    table = ", ".join([f"{name}{i}" for i in range(count)] + list(asked))
     text += f"static int (*const table[])(int) = {{{table}}};\nvoid ask_{name}(struct asked *asked)\n{{\n"
-    return text + f"    for (int i = 0; i < {count}; i++)\n        note(asked, table[i](0));\n}}\n"
+    return text + f"    for (int i = 0; i < {count + len(asked)}; i++)\n        note(asked, table[i](0));\n}}\n"
 
 
 def sources(units: dict[str, str]) -> dict[str, str]:
