@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -335,7 +335,7 @@ class Session:
             timings=Timings(stop=result.stop_ns / 1e6),
         )
 
-    def _construct(self, constructors: Sequence[Constructor]) -> None:
+    def _construct(self, constructors: Iterable[Constructor]) -> None:
         """Run constructors on a thread of the target that is at a safe point, one after another."""
         from patcher.loader import Caller, workspace
 

@@ -7,7 +7,7 @@ Decides what a commit or a revert writes, and in which order; what is in a gener
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -59,7 +59,7 @@ class Commit:
     constructors: tuple[Constructor, ...] = ()  # in the order in which they run
 
 
-Construct = Callable[[Sequence[Constructor]], None]
+Construct = Callable[[Iterable[Constructor]], None]
 
 
 class Ledger:
@@ -248,7 +248,7 @@ class Ledger:
         `construct` runs the generation's constructors in the target, or raises. What they may have handed out to the
         program by then is not used again, should the generation not become live.
         """
-        constructing = False
+        running: list[Constructor] = []
         before = {base: self.arenas[base].usage() for base in self.arenas}
         primary = self.primary
         assert primary is not None
@@ -265,9 +265,7 @@ class Ledger:
                 self._write_islands(change)
             if change.constructors:
                 assert construct is not None
-                constructing = True
-                self._fresh.clear()
-                construct(change.constructors)
+                construct(self._begun(change.constructors, running))
             encoded = records.encode(change.record)
             if start + len(encoded) > JOURNAL_SIZE:
                 raise UnsafeChange(
@@ -281,12 +279,18 @@ class Ledger:
             result = flip(self.target, self._flip(change))
         except BaseException:
             with suppress(PatcherError, OSError):
-                self._take_back(change, before, constructing)
+                self._take_back(change, before, bool(running))
             raise
         self._fresh.clear()
         with suppress(PatcherError):  # it is live, whatever we can see of it just now
             self.refresh()
         return result
+
+    def _begun(self, constructors: Sequence[Constructor], running: list[Constructor]) -> Iterator[Constructor]:
+        for constructor in constructors:
+            running.append(constructor)
+            self._fresh.clear()
+            yield constructor
 
     def _take_back(self, change: Commit, before: Mapping[int, Usage], constructing: bool) -> None:
         # A detour that is in place must stay on record.

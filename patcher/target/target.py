@@ -15,7 +15,7 @@ from collections.abc import Mapping as MappingOf
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from patcher.errors import PatcherError, TargetBusy, TargetGone
+from patcher.errors import PatcherError, TargetBusy, TargetGone, named_shortages
 from patcher.target.borrow import Borrowing, Terms
 from patcher.target.image import find_image
 from patcher.target.maps import Mapping, read_mappings
@@ -53,6 +53,7 @@ class Target:
         self._borrowing = Borrowing(pid, self.memory, self._lingering)
 
     @classmethod
+    @named_shortages()
     def attach(cls, pid: int) -> Target:
         """Open a process without stopping or tracing it.
 

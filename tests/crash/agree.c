@@ -2,7 +2,15 @@
  *
  * Built with UNITS files of functions, each of which defines `void ask_UNIT(struct asked *)`. Transient disagreement
  * is a call before and a call after the change; one that lasts is a mixture of two generations, and aborts.
+ *
+ *     program [CALL [PROTECTION]]     the kernel answers ENOMEM to that system call (with that third argument)
  */
+#include <errno.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <stddef.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -50,7 +58,24 @@ static void *run(void *number)
     }
 }
 
-int main(void)
+static void forbid(int count, char **values)
+{
+    unsigned call = atoi(values[0]), argument = count > 1 ? atoi(values[1]) : 0;
+    struct sock_filter filter[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 3),
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[2])),
+        BPF_JUMP(BPF_JMP | (count > 1 ? BPF_JEQ : BPF_JGE) | BPF_K, argument, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOMEM),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {sizeof filter / sizeof *filter, filter};
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ||
+        syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program))
+        abort();
+}
+
+int main(int count, char **arguments)
 {
     char line[80];
     setvbuf(stdout, NULL, _IOLBF, 0);
@@ -59,6 +84,8 @@ int main(void)
         pthread_create(&thread, NULL, run, (void *)i);
     }
     puts("ready");
+    if (count > 1)
+        forbid(count - 1, arguments + 1);
     while (fgets(line, sizeof line, stdin)) {
         int first = sample(), agreed = 1;
         for (int i = 0; i < THREADS; i++) {

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import patcher.data
@@ -35,6 +37,9 @@ def work(pid: int, files: list[str], generation: int | None, options: dict[str, 
 
 def live(order: dict[str, Any]) -> int:
     for name, limit in order.get("limits", {}).items():
+        if limit < 0:  # so many MiB more than there are by now
+            used = int(re.search(r"VmSize:\s*(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+            limit = used + (-limit << 20)
         resource.setrlimit(getattr(resource, name), (limit, limit))
     os.getsid(0)
     try:

@@ -143,8 +143,8 @@ class Case:
     final: list[Path] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[Running]:
-        with self.scene.project.running() as program:
+    def running(self, *arguments: str) -> Iterator[Running]:
+        with self.scene.project.running(*arguments) as program:
             with patcher.attach(program.pid, **self.options) as session:
                 for files in self.before:
                     session.apply(*files)
