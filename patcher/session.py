@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -253,8 +253,9 @@ class Session:
                 outcome = replace(
                     self._commit(linked), line_only=changes.line_only, supplied=supplied, undefined=undefined
                 )
-                for part in changes.parts:
-                    self.texts.applied(Path(part.source))
+                with suppress(OSError):  # it is live
+                    for part in changes.parts:
+                        self.texts.applied(Path(part.source))
                 return outcome
             finally:
                 self.ledger.forget_plans()

@@ -43,7 +43,7 @@ def find_active(
             thread = known.get(tid) or _registers(target, tid)
             if thread is not None:
                 found += [Active(tid, name) for name in _old_frames(target, thread, spans, mappings)]
-    except PatcherError:  # the change is live by now, and this only tells of it
+    except (PatcherError, OSError):  # the change is live by now, and this only tells of it
         return tuple(found)
     return tuple(found)
 

@@ -282,7 +282,7 @@ class Ledger:
                 self._take_back(change, before, bool(running))
             raise
         self._fresh.clear()
-        with suppress(PatcherError):  # it is live, whatever we can see of it just now
+        with suppress(PatcherError, OSError):  # it is live, whatever we can see of it just now
             self.refresh()
         return result
 
@@ -389,7 +389,7 @@ class Ledger:
         if number == 0:
             change = self._restoring(change)
         result = flip(self.target, change)
-        with suppress(PatcherError):
+        with suppress(PatcherError, OSError):
             self.refresh()
         return result
 

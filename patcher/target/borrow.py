@@ -442,8 +442,9 @@ class _Loan:
                 collect()
             self._restore(self.own)
         except PatcherError as error:
-            # Left alone it would come back too, but who goes on would not know when.
-            if error.code == _TRACE_REFUSED:
+            # Left alone it comes back too, but where no stub tells, who goes on would not know when. In the middle of a
+            # stub it must be left alone: what one step opened a later one closes.
+            if error.code == _TRACE_REFUSED and collect is None:
                 with suppress(PatcherError):
                     self._abandon()
             raise

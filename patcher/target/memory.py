@@ -12,7 +12,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from patcher.errors import PatcherError, TargetBusy, TargetGone
 from patcher.target.maps import read_mappings
@@ -128,7 +128,8 @@ class Memory:
             yield
         finally:
             if self._descriptor >= 0:
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+                with suppress(OSError):
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def _write(self, address: int, data: bytes) -> int:
         if not self.forced_writes and not self._may_write(address, address + len(data)):
