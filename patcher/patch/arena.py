@@ -28,6 +28,7 @@ from patcher.link.place import Region, Space
 from patcher.target import Mapping, Result, SystemCall, Target, read_stat
 
 MAGIC = b"PATCHER\x01"
+_HALF_MADE = b"PATCHER\x00"
 PAGE = 4096
 ISLAND_SIZE = 16
 DOOR_SIZE = ISLAND_SIZE + 8  # an island and its slot
@@ -326,6 +327,24 @@ def remove_arena(target: Target, arena: Arena) -> None:
         target.inject([SystemCall(_MUNMAP, (arena.base, TOTAL_SIZE))])
 
 
+def half_made_arenas(target: Target) -> list[Arena]:
+    """Return the arenas that a controller which died was about to make, in a process that nobody else works on now."""
+    found = []
+    for m in target.mappings():
+        begun = not m.path and m.size == TOTAL_SIZE and m.permissions == "r-xp"
+        mapped = m.path.startswith("/memfd:patcher") and m.size == READ_ONLY_SIZE and m.permissions == "r--p"
+        arena = Arena(target, m.start, m.start)
+        if begun and (_starts_with(target, m.start, _HALF_MADE) or target.is_untouched_reserve(m)):
+            found.append(arena)
+        elif mapped and _starts_with(target, arena.header, bytes(len(MAGIC))):
+            found.append(arena)
+    return found
+
+
+def _starts_with(target: Target, address: int, mark: bytes) -> bool:
+    return target.memory.read_available(address, len(mark)) == mark
+
+
 def _map_arena(target: Target, arena: Arena) -> None:
     flags = _PRIVATE | _ANONYMOUS | _FIXED_NOREPLACE | _NORESERVE
     (result,) = target.inject([SystemCall(_MMAP, (arena.base, TOTAL_SIZE, _READ | _EXEC, flags, _NO_FD, 0))])
@@ -335,6 +354,7 @@ def _map_arena(target: Target, arena: Arena) -> None:
             "try again; if it stays so, raise the process's memory limits (`prlimit --as`)",
             code="no-arena",
         )
+    target.memory.write(arena.base, _HALF_MADE)
     _furnish(target, arena)
 
 

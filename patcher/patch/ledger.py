@@ -22,6 +22,7 @@ from patcher.patch.arena import (
     arena_near,
     create_arena,
     find_arenas,
+    half_made_arenas,
     remove_arena,
 )
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
@@ -162,6 +163,9 @@ class Ledger:
 
     def realise(self) -> None:
         """Map every arena that so far is only planned. Raises `TargetBusy` when the kernel refuses."""
+        if self._planned:
+            for leftover in half_made_arenas(self.target):
+                remove_arena(self.target, leftover)
         while self._planned:
             arena = self.arenas[min(self._planned)]
             create_arena(self.target, arena)

@@ -92,6 +92,13 @@ class Target:
             raise self._gone()
         return found
 
+    def is_untouched_reserve(self, mapping: Mapping) -> bool:
+        """Whether memory was mapped with MAP_NORESERVE and no page of it was ever used; raises TargetGone."""
+        with self._proc("smaps") as path:
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        found = text.partition(f"{mapping.start:08x}-{mapping.end:08x} ")[2].partition("VmFlags:")
+        return "\nRss:                   0 kB\n" in found[0] and "nr" in found[2].partition("\n")[0].split()
+
     def open_image(self, mapping: Mapping) -> Path:
         """Return a path of ours by which the very file behind `mapping` can be read; raises ObjectError."""
         return find_image(self.pid, mapping)

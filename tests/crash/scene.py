@@ -16,6 +16,7 @@ from typing import Any
 from project import Project, Running, assert_untouched, image_bytes
 
 import patcher
+from patcher.patch.arena import TOTAL_SIZE
 
 HERE = Path(__file__).parent
 
@@ -151,9 +152,7 @@ class Case:
             yield program
 
     def harm(self, mortals: Mortals, program: Running, **how: Any) -> Ending:
-        return mortals.patch(
-            program.pid, self.files, generation=self.generation, options=self.options, **how
-        )
+        return mortals.patch(program.pid, self.files, generation=self.generation, options=self.options, **how)
 
     def check(self, program: Running, before: dict[tuple[str, int, str], str], where: str) -> str:
         """The program gives the answers of one generation, status tells which, and patchers go on from there."""
@@ -170,6 +169,9 @@ class Case:
                 session.revert(self.generation)
                 expected = self.steps[self.generation or 0]
             assert answer(program) == expected, where
+            assert len(session.status().arenas) == _arenas_mapped(program.pid), (
+                f"{where}: something is left of an arena"
+            )
             if self.final:
                 session.apply(*self.final)
                 assert answer(program) == self.settle, where
@@ -179,6 +181,14 @@ class Case:
         assert {key: after.get(key) for key in before} == before, where
         assert_untouched(program.pid)
         return found
+
+
+def _arenas_mapped(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    spans = [[int(n, 16) for n in line.split()[0].split("-")] for line in lines if line.split()[1] == "r-xp"]
+    return sum("r--p" in line and "/memfd:patcher" in line for line in lines) + sum(
+        end - start == TOTAL_SIZE for start, end in spans
+    )
 
 
 def kill_at_every(case: Case, mortals: Mortals, *, stride: int = 1, first: int = 1, calls: str = REACHING) -> set[str]:
