@@ -334,9 +334,9 @@ def half_made_arenas(target: Target) -> list[Arena]:
         begun = not m.path and m.size == TOTAL_SIZE and m.permissions == "r-xp"
         mapped = m.path.startswith("/memfd:patcher") and m.size == READ_ONLY_SIZE and m.permissions == "r--p"
         arena = Arena(target, m.start, m.start)
-        if begun and (_starts_with(target, m.start, _HALF_MADE) or target.is_untouched_reserve(m)):
+        if mapped and _starts_with(target, arena.header, bytes(len(MAGIC))):
             found.append(arena)
-        elif mapped and _starts_with(target, arena.header, bytes(len(MAGIC))):
+        if begun and (_starts_with(target, m.start, _HALF_MADE) or target.is_untouched_reserve(m)):
             found.append(arena)
     return found
 

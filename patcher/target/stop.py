@@ -244,7 +244,7 @@ class _Gathering:
 
     def release(self) -> int:
         for tracee in self.tracees.values():
-            if tracee.standing and (tracee.detach() or tracee.standing and tracee.detach()):
+            if tracee.standing and (tracee.detach() or (tracee.standing and tracee.detach())):
                 continue
             with suppress(PatcherError):  # the request may be what failed
                 tracee.interrupt()

@@ -187,7 +187,7 @@ class Target:
         return self._borrowing.run(tuple(steps), self.mappings(), Terms(code, timeout, timeout, objection))
 
     def runs_stub(self, code: int) -> bool:
-        """Whether some thread still runs steps put at `code`, as one that could not be brought back; raises as `inject`."""
+        """Whether some thread still runs steps that were put at `code`; raises as `inject`."""
         self.check_alive()
         return self._borrowing.uses(code, self.mappings())
 

@@ -1,11 +1,12 @@
 /* Follows the system calls of one thread and meddles with the N-th that counts: kills its process there, stops it,
  * or has the call fail.
  *
- *     meddler PID ACTION N CALLS      ACTION: kill, stop, fail:ERRNO, short; CALLS: numbers with commas, or "all"
+ *     meddler PID ACTION N CALLS      ACTION: kill, cut, stop, fail:ERRNO; CALLS: numbers with commas, or "all"
  *
  * Calls count between two calls of getsid. Waiting by asking again and again (wait4, sched_yield, nanosleep) counts
  * once. Says "ready" when it follows, and at the end how many calls counted and the number of the call it met (or -1).
- * "short" has a write take only the first byte.
+ * With "cut" only writes across the border of a page count: the call gets no further than that border, and the process
+ * is killed then, as by a signal that comes while the kernel goes from one page to the next.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -27,6 +28,12 @@ static int counted(long number, long before)
     if (number == SYS_wait4 && before == SYS_wait4)
         return 0;
     return number >= 0 && number < 1024 && counts[number];
+}
+
+/* How much of a pwrite64 lies on its first page. */
+static unsigned long border(const struct user_regs_struct *registers)
+{
+    return 4096 - (registers->r10 & 4095);
 }
 
 static int next_stop(pid_t pid, int signal)
@@ -73,7 +80,8 @@ int main(int argc, char **argv)
             if (inside)
                 break;
             inside = 1;
-        } else if (inside && counted(number, before) && ++count == wanted) {
+        } else if (inside && counted(number, before) && (strcmp(action, "cut") || registers.rdx > border(&registers)) &&
+                   ++count == wanted) {
             met = number;
             if (!strcmp(action, "kill")) {
                 kill(pid, SIGKILL);
@@ -85,9 +93,13 @@ int main(int argc, char **argv)
                 ptrace(PTRACE_DETACH, pid, 0, 0);
                 break;
             }
-            if (!strcmp(action, "short")) {
-                registers.rdx = 1;
+            if (!strcmp(action, "cut")) {
+                registers.rdx = border(&registers);
                 ptrace(PTRACE_SETREGS, pid, 0, &registers);
+                if (next_stop(pid, 0))
+                    kill(pid, SIGKILL);
+                waitpid(pid, &status, __WALL);
+                break;
             } else {
                 registers.orig_rax = -1;
                 ptrace(PTRACE_SETREGS, pid, 0, &registers);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -191,7 +190,9 @@ def _arenas_mapped(pid: int) -> int:
     )
 
 
-def kill_at_every(case: Case, mortals: Mortals, *, stride: int = 1, first: int = 1, calls: str = REACHING) -> set[str]:
+def kill_at_every(
+    case: Case, mortals: Mortals, *, stride: int = 1, first: int = 1, calls: str = REACHING, action: str = "kill"
+) -> set[str]:
     """Kill a patcher at every `stride`-th call until one survives; return all answers that were found."""
     seen: set[str] = set()
     moment = first
@@ -204,7 +205,7 @@ def kill_at_every(case: Case, mortals: Mortals, *, stride: int = 1, first: int =
                     session.revert(0)
                     before = image_bytes(program.pid)
                     session.revert(live)
-            ended = case.harm(mortals, program, moment=moment, calls=calls)
+            ended = case.harm(mortals, program, action=action, moment=moment, calls=calls)
             assert ended.code in (0, -signal.SIGKILL), ended
             seen.add(case.check(program, before, f"killed at call {moment} ({ended.met})"))
         if ended.code == 0:

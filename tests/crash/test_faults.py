@@ -1,4 +1,4 @@
-"""What a patcher asks of the kernel, or has the process ask, fails: the process is as it was, and the error says why."""
+"""What a patcher asks of the kernel, or has the process ask, fails: the process is as it was, and it is said why."""
 
 from __future__ import annotations
 
