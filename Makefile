@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 METADATA := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test proof kills lint format bench fuzz real real-full clean
+.PHONY: help demo test proof kills lint format bench fuzz real real-full races clean
 
 help: ## say what can be made (this)
 	@echo 'patcher: change the code of a native program while it runs'
@@ -27,8 +27,9 @@ demo: $(VENV)/run.stamp ## start a small program and edit it while it runs (need
 test: $(VENV)/dev.stamp ## run the tests (PYTEST_ARGS="-k words" for some of them)
 	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-proof: $(VENV)/dev.stamp ## hold the linker against four others, on 300 programs that are also replaced as they run (10 minutes)
-	@PATCHER_PROGRAMS=300 $(BIN)/python -m pytest -q tests/proof tests/link/test_against_linkers.py $(PYTEST_ARGS)
+proof: $(VENV)/dev.stamp ## hold the linker against four others, on 300 programs that are also replaced as they run, and data against a model (20 minutes)
+	@PATCHER_PROGRAMS=300 PATCHER_RUNS=1000 $(BIN)/python -m pytest -q tests/proof tests/link/test_against_linkers.py \
+		tests/data/test_model.py $(PYTEST_ARGS)
 
 kills: $(VENV)/dev.stamp ## kill a patcher, stop it, or fail what it asks, at each of its system calls (gcc; an hour)
 	@PATCHER_KILLS=every $(BIN)/python -m pytest -q tests/crash $(PYTEST_ARGS)
@@ -42,12 +43,16 @@ format: $(VENV)/dev.stamp ## put the sources into the one format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix --select I .
 
-bench: $(VENV)/run.stamp ## measure from a save to the first new answer, and the linker (needs gcc and make; 4 minutes)
+bench: $(VENV)/run.stamp ## measure from a save to the first new answer, the linker and the check of layouts (needs gcc, clang and make; 5 minutes)
 	@$(BIN)/python benchmarks/latency.py
 	@$(BIN)/python benchmarks/link.py
+	@$(BIN)/python benchmarks/layouts.py
 
 fuzz: $(VENV)/dev.stamp ## apply COUNT damaged objects to running programs (needs gcc and clang; 20 minutes)
 	@cd tests && ../$(BIN)/python -m fuzz.driver $(COUNT) --save ../build/fuzz
+
+races: $(VENV)/dev.stamp ## let two patchers change one process a thousand times each, at once (3 minutes)
+	@PATCHER_RACES=1000 $(BIN)/python -m pytest -q tests/patch/test_race.py $(PYTEST_ARGS)
 
 real: $(VENV)/dev.stamp ## patch redis, lua and memcached (fetches and builds them with apt, gcc and make)
 	@$(BIN)/python -m pytest -q tests/real -m real $(PYTEST_ARGS)

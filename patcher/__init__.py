@@ -49,17 +49,26 @@ def attach(
     archives: Sequence[str | Path] = (),
     libraries: Sequence[str] = (),
     allow_undefined: bool = False,
+    tree: bool = False,
+    best_effort: bool = False,
+    allowed_layouts: Sequence[str] = (),
+    reinit: Sequence[str] = (),
+    hook_timeout: float = 5.0,
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
     `compile_commands` and `watched` say where commands for source files are to be found; the sources that they
     name are read now, as what the process was built from. `every_function` replaces functions that did not change as
     well. `archives` and `libraries` are where to find what the process lacks; with `allow_undefined`, a call of what
-    is nowhere aborts when it is reached. Raises `TargetGone` or `AttachDenied`, with what to do about it.
+    is nowhere aborts when it is reached. With `tree`, its descendants are changed with it: all or none, unless
+    `best_effort`. `allowed_layouts` are types that may change, since nothing live has their old layout or the caller
+    sees to it. `hook_timeout` is how long each function that the program has for patcher to call may take, in seconds.
+    Raises `TargetGone` or `AttachDenied`, with what to do about it.
     """
     from patcher.options import Options
     from patcher.session import Session
     from patcher.target import Target
+    from patcher.tree import Tree
 
     options = Options(
         compile_commands=Path(compile_commands) if compile_commands is not None else None,
@@ -70,8 +79,12 @@ def attach(
         archives=tuple(Path(a) for a in archives),
         libraries=tuple(libraries),
         allow_undefined=allow_undefined,
+        best_effort=best_effort,
+        allowed_layouts=tuple(allowed_layouts),
+        reinit=tuple(reinit),
+        hook_timeout=hook_timeout,
     )
-    session = Session(Target.attach(pid), options)
+    session = (Tree if tree else Session)(Target.attach(pid), options)
     session.remember_texts()
     return session
 
@@ -87,6 +100,9 @@ def spawn(
     archives: Sequence[str | Path] = (),
     libraries: Sequence[str] = (),
     allow_undefined: bool = False,
+    allowed_layouts: Sequence[str] = (),
+    reinit: Sequence[str] = (),
+    hook_timeout: float = 5.0,
 ) -> Session:
     """Start a program and open a session on it. The caller is its parent, and waits for it.
 
@@ -103,6 +119,9 @@ def spawn(
         archives=archives,
         libraries=libraries,
         allow_undefined=allow_undefined,
+        allowed_layouts=allowed_layouts,
+        reinit=tuple(reinit),
+        hook_timeout=hook_timeout,
     )
 
 

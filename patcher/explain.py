@@ -13,7 +13,7 @@ from patcher.errors import PatcherError, TargetError
 from patcher.match import Status
 from patcher.part import Part
 from patcher.relink import Linked
-from patcher.report import Explanation, FunctionOutlook, Outlook, Refusal, Variable
+from patcher.report import Explanation, FunctionOutlook, Outlook, Refusal, TypeOutlook, Variable
 from patcher.units import Changes, Source, Units
 
 _TOLD = (Status.CHANGED, Status.ADDED, Status.LINE_ONLY)
@@ -34,10 +34,19 @@ def explain(units: Units, sources: Sequence[Source], link: Callable[[Changes], L
     except TargetError:
         raise
     except PatcherError as error:
+        found = replace(found, types=_types(units, files))
         return replace(found, outlook=Outlook.REFUSED, refusal=Refusal(error.code, error.message, error.hint))
     supplied, _ = units.supplies.outcome(linked)
     variables = tuple(Variable(d.name, d.file, d.fate.value, d.note) for d in linked.data)
-    return replace(found, variables=variables, kept=linked.used, supplied=supplied)
+    return replace(found, variables=variables, kept=linked.used, types=_types(units, files), supplied=supplied)
+
+
+def _types(units: Units, files: Sequence[str]) -> tuple[TypeOutlook, ...]:
+    where = ", ".join(files)
+    return tuple(
+        TypeOutlook(v.type, where, "; ".join(v.details), f"{'accepted' if v.accepted else 'refused'}: {v.reason}")
+        for v in units.layouts
+    )
 
 
 def _functions(parts: Sequence[Part]) -> tuple[FunctionOutlook, ...]:

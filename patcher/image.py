@@ -130,6 +130,7 @@ class Image:
         self.modules: tuple[LoadedModule, ...] = ()
         self._scopes: dict[LoadedModule, tuple[LoadedModule, ...]] = {}
         self._lists: Scopes | None = None
+        self._scope_offset = 0
         self._by_dynamic: dict[int, LoadedModule] = {}
         self._imports: dict[int, Cell | None] = {}
         self._ifuncs: dict[int, int] = {}
@@ -154,7 +155,8 @@ class Image:
         required = {_dynamic(m) for m in self.modules[1:] if linker not in (m.name, m.module.soname)}
         self._lists = None
         if start in self._by_dynamic:
-            self._lists = read_scopes(self.target.memory, start, required)
+            self._lists = read_scopes(self.target.memory, start, required, self._scope_offset)
+            self._scope_offset = self._lists.offset if self._lists is not None else 0
 
     def _read_modules(self, mappings: tuple[Mapping, ...]) -> None:
         self._mappings = mappings

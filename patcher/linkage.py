@@ -12,13 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from patcher.blocks import Block, Blocks, External, Kind, Place
-from patcher.data.statics import candidates, find_static
+from patcher.data.migrate import Migration
+from patcher.data.statics import Found, Variables, is_scoped
+from patcher.data.threads import Models, NewThreadLocals, initialised_with
 from patcher.elf import ObjectFile, SymbolType
 from patcher.elf.relocations import R
 from patcher.errors import LinkError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
-from patcher.link.plan import Bound, Unit
-from patcher.live import UNDEFINED, LiveVariable, base_name, numbered
+from patcher.link.plan import FIND_THREAD_LOCAL, Bound, Unit
+from patcher.live import THREAD_LOCAL, UNDEFINED, LiveVariable, base_name, thread_place
 from patcher.match import MODULE_BASE, Status, is_private_piece
 from patcher.part import Part
 from patcher.patch.ledger import Ledger
@@ -80,6 +82,15 @@ def _check_labels(part: Part, block: Block) -> None:
     )
 
 
+_THREAD_GUARD = "__tls_guard"  # what compilers call that which says whether a thread has initialised a unit's
+
+
+def _added(number: int) -> Bound | None:
+    """Return where a thread-local of ours is, from the number that stands for its place; None for other numbers."""
+    place = thread_place(number)
+    return Bound(place[0], thread_local=True, module_id=place[1]) if place is not None else None
+
+
 def _nowhere(name: str, module: LoadedModule) -> LinkError:
     return LinkError(
         f"where each thread has the thread-local `{name}` of {module.name} cannot be told",
@@ -109,6 +120,7 @@ class Beyond:
     module: LoadedModule
     supply: Supply | None
     defined: dict[str, Bound]
+    threads: NewThreadLocals
 
 
 class Linkage:
@@ -118,12 +130,17 @@ class Linkage:
         self.image = image
         self.ledger = ledger
         self.supplied: list[Part] = []
+        self.thread_locals: dict[Block, Part] = {}  # the new ones
+        self.images: dict[Block, Block] = {}  # their initial values that have to be linked, as blocks of their own
+        self._models: dict[Blocks, Models] = {}
         self._awaited: dict[str, Bound] = {}  # in libraries that are still to be loaded
         self._beyond = beyond
         self._missing: dict[str, bool] = {}
         self._parts = {p.blocks: p for p in parts}
         self._objects = {p.blocks.object: p for p in parts}
         self._units: dict[Blocks, Unit] = {}
+        self._variables = Variables(parts)
+        self.found: dict[Block, Found] = {}  # variables of which there is something to tell
         self._brought: dict[str, tuple[Part, Block]] = {}
         for part in parts:
             for block in part.blocks.functions:
@@ -133,11 +150,17 @@ class Linkage:
                         if symbol.type != SymbolType.IFUNC or part.live(block) is None:
                             self._brought.setdefault(symbol.name, (part, block))
             for block in part.blocks.data_blocks():
-                if block.exported and block.kind in (Kind.DATA, Kind.READ_ONLY):
+                if block.exported and block.kind is not Kind.CODE:
                     for symbol in block.symbols:
                         known = self._brought.setdefault(symbol.name, (part, block))
                         if _is_tentative(known[1]):
                             self._brought[symbol.name] = part, block
+        placed = [p for p in ledger.journal.placed if p.kind == THREAD_LOCAL]
+        self._added_names = {*beyond.defined, *(name for p in placed for name in p.names)}
+        self._in_place: dict[Block, int] = {}
+        self.renewed: dict[Block, Migration] = {}  # variables that get new storage
+        self._storages = ledger.journal.storages_at(ledger.generation)
+        self._outdated = ledger.journal.outdated_at(ledger.generation)
         self._redirects = {r.original: r for r in ledger.journal.redirects}
         self._known: dict[tuple[LoadedModule, str, bool], Bound | None] = {}
         self._stubs: dict[tuple[LoadedModule, str], int] = {}  # of IFUNCs, in position-independent modules
@@ -152,6 +175,46 @@ class Linkage:
     def lives(self, part: Part, variable: Block) -> bool:
         """Tell whether the process has a variable of a unit."""
         return self._variable(part, variable) is not None
+
+    def address_of(self, part: Part, variable: Block) -> int | None:
+        """Return where the process has a variable of a unit, thread-locals left out; None where it cannot be told."""
+        if variable.kind is not Kind.DATA:
+            return None
+        try:
+            found = self._variable(part, variable)
+        except UnsafeChange:
+            return None  # refused if new code uses it
+        return found.address if found is not None else None
+
+    def constant_of(self, part: Part, block: Block) -> LiveVariable | None:
+        """Return the live constant that a block's name stands for, None where there is none or it cannot be told."""
+        interposed = self._interposed(part, block)
+        if interposed is not None and not interposed.function and not interposed.thread_local:
+            return LiveVariable(interposed.name, interposed.address, interposed.size)
+        return part.unit.constant(block, self.ledger.generation)
+
+    def keep_in_place(self, block: Block, address: int) -> None:
+        """Have a constant be what stands at an address, where it has its contents or is to get them."""
+        self._in_place[block] = address
+
+    def living(self, part: Part, variable: Block) -> LiveVariable | None:
+        """Return where the process has a variable of a unit now, whatever its size; None for one it has not."""
+        if not variable.symbols or is_scoped(variable):
+            return None
+        interposed = self._interposed(part, variable)
+        if interposed is not None and not interposed.function and not interposed.thread_local:
+            return LiveVariable(interposed.name, interposed.address, interposed.size)
+        return next((v for s in variable.symbols for v in part.unit.variables(s.name, s.local)), None)
+
+    def denoted_variable(self, part: Part, name: str) -> LiveVariable | None:
+        """Return what a name that a unit does not define denotes, if it is a variable of the process."""
+        storage = next((s for s in self._storages if not s.local and name in s.names), None)
+        if storage is not None:
+            return LiveVariable(name, storage.address, storage.size)
+        found = self.image.search(name, part.module, weak=True)
+        if found is None or found.function or found.thread_local or not found.size:
+            return None
+        return LiveVariable(name, found.address, found.size)
 
     def part_of(self, block: Block) -> Part:
         return self.part_with(block.object)
@@ -171,6 +234,11 @@ class Linkage:
         if found is None:
             return None
         part, block = found
+        if block.kind is Kind.THREAD_LOCAL:
+            bound = self._resident(part)(block)
+            assert bound is not None
+            if block in self.thread_locals or name in self._added_names:
+                self._check_users(name, bound)
         return self._units[part.blocks], block
 
     def _is_missing(self, name: str) -> bool:
@@ -205,6 +273,8 @@ class Linkage:
         def resident(block: Block) -> Bound | None:
             if block.kind is Kind.CODE:
                 return self._function(part, block)
+            if block in self._in_place:
+                return Bound(self._in_place[block])
             if block.kind is Kind.READ_ONLY:
                 matched = part.matched(block)
                 address = part.delta.bindings.get(matched) if matched is not None and matched.symbols else None
@@ -212,6 +282,8 @@ class Linkage:
             found = self._variable(part, block)
             if found is not None:
                 _check_labels(part, block)
+            elif block.kind is Kind.THREAD_LOCAL:
+                return self._new_thread_local(part, block)
             return found
 
         return resident
@@ -272,6 +344,8 @@ class Linkage:
             interposed = self._interposed(part, block)
             if interposed is not None and interposed.thread_local:
                 return self._thread_local(interposed)
+        if block in self.renewed:
+            return None
         matched = part.matched(block)
         address = part.delta.bindings.get(matched) if matched is not None else None
         if address is None and part.unit.born and block.exported and block.kind is not Kind.THREAD_LOCAL:
@@ -282,6 +356,7 @@ class Linkage:
             found = self._find_variable(part, block)
             if found is None:
                 self._check_tentative(part, block)
+                self._check_alike(part, block)
                 return None
             if found.size and block.size and found.size != block.size:
                 raise UnsafeChange(
@@ -293,7 +368,62 @@ class Linkage:
             address = found.address
         if block.kind is not Kind.THREAD_LOCAL:
             return Bound(address)
+        added = _added(address)
+        if added is not None:
+            self._check_model(part.blocks, block, added)
+            return added
         return self._in_thread_block(part.module, address, block.name)
+
+    # --- thread-locals that the process was not started with -----------------------------------------------------
+
+    def _new_thread_local(self, part: Part, block: Block) -> Bound:
+        shared = next((found for s in block.symbols if (found := self._brought.get(s.name)) and not s.local), None)
+        if shared is not None and shared[1] is not block and shared[1].kind is Kind.THREAD_LOCAL:
+            bound = self._resident(shared[0])(shared[1])  # an inline variable of C++, which several units define
+            assert bound is not None
+            self._check_model(part.blocks, block, bound)
+            return bound
+        self._check_initialised(part, block)
+        bound = self._beyond.threads.place(block)
+        if bound.module_id and self._denoted(part.module, FIND_THREAD_LOCAL.name) is None:
+            raise LinkError(
+                f"`{base_name(block.name)}` of {part.source} is new and too large for a place at a fixed distance from "
+                f"the thread pointer, and process {self.image.target.pid} has no function that finds another one"
+                + ("" if self.image.executable.module.interpreter else ": it is linked statically"),
+                "make it smaller, or a plain variable; or restart the program with the new code",
+                code="new-thread-local",
+            )
+        self._check_model(part.blocks, block, bound)
+        self.thread_locals[block] = part
+        if block not in self.images and part.blocks.references(block):
+            self.images[block] = part.blocks.contents_of(block)
+        return bound
+
+    def _check_initialised(self, part: Part, block: Block) -> None:
+        """Refuse a new thread-local that is initialised together with others, which threads have done already."""
+        guard = next((b for b in part.blocks.data_blocks() if _THREAD_GUARD in (s.name for s in b.symbols)), None)
+        if guard is None or guard is block or self._variable(part, guard) is None:
+            return
+        if block in initialised_with(part.blocks, guard):
+            raise UnsafeChange(
+                f"`{base_name(block.name)}` of {part.source} is new and initialised in each thread together with the "
+                "unit's other thread-locals, and threads that have these would not do it again",
+                "move it to a new source file, make it a function's static variable, or give it a constant initial "
+                "value",
+                code="new-thread-local",
+            )
+
+    def _check_users(self, name: str, bound: Bound) -> None:
+        """Refuse code of any unit that cannot reach a thread-local that another one brings."""
+        for blocks in self._parts:
+            self._check_model(blocks, name, bound)
+
+    def _check_model(self, blocks: Blocks, target: Block | str, bound: Bound) -> None:
+        if blocks not in self._models:
+            self._models[blocks] = Models(blocks)
+        module = self._parts[blocks].module
+        fixed = module.module.thread_storage is None or self.image.thread_block(module) is not None
+        self._models[blocks].check(target, bound, fixed_base=fixed)
 
     def _check_tentative(self, part: Part, block: Block) -> None:
         """Refuse a new common symbol that ld would merge with a definition elsewhere."""
@@ -304,6 +434,19 @@ class Linkage:
                     f"`{symbol.name}` is new and without an initial value in {part.source}, and {other} defines it",
                     "declare it `extern`, or compile with -fno-common",
                     code="tentative",
+                )
+
+    def _check_alike(self, part: Part, block: Block) -> None:
+        """Refuse a variable that each thread is to have, and that other units know as one for all; or the reverse."""
+        is_thread_local = block.kind is Kind.THREAD_LOCAL
+        for symbol in block.symbols if not part.unit.born else ():
+            known = self.image.resolve(symbol.name, part.module) if not symbol.local else None
+            if known is not None and known.module is part.module and known.thread_local != is_thread_local:
+                raise UnsafeChange(
+                    f"`{symbol.name}` of {part.source} is {'' if is_thread_local else 'no longer '}thread-local now, "
+                    f"and {'not ' if is_thread_local else ''}so for the other units of {part.module.name}",
+                    "give it another name, or restart the program with the new code",
+                    code="layout",
                 )
 
     def _defined_elsewhere(self, part: Part, block: Block, name: str) -> str:
@@ -319,9 +462,16 @@ class Linkage:
         interposed = self._interposed(part, block)
         if interposed is not None and not interposed.function and not interposed.thread_local:
             return LiveVariable(interposed.name, interposed.address, interposed.size)
-        if not numbered(block.name):
-            return next(iter(candidates(part.unit, block)), None)
-        return find_static(part, block)
+        found = self._variables.find(part, block)
+        if found is None:
+            return None
+        if found.fate is not None:
+            self.found[block] = found
+        return found.variable
+
+    def described(self, block: Block) -> tuple[str, str]:
+        """Return the type and the function of a variable, "" where no debug information says so."""
+        return self._variables.describe(self.part_of(block), block)
 
     # --- names the object does not define -----------------------------------------------------------------------
 
@@ -330,6 +480,8 @@ class Linkage:
         found = self._denoted(part.module, external.name, weak=external.weak)
         if found is None:
             return self._awaited.get(external.name)
+        if found.thread_local and external.name in self._added_names:
+            self._check_model(blocks, external.name, found)
         stub = self._stubs.get((part.module, external.name))
         if stub is not None and _takes_directly(part, external.name):
             return Bound(stub, found.call or found.address)
@@ -343,7 +495,7 @@ class Linkage:
         return self._known[key]
 
     def _look_up(self, module: LoadedModule, name: str, weak: bool) -> Bound | None:
-        earlier = self._from_earlier_generation(module, name)
+        earlier = self._from_earlier_generation(module, name) or self._newest_constant(module, name)
         if earlier is not None:
             return earlier
         if name == MODULE_BASE:
@@ -399,7 +551,7 @@ class Linkage:
 
     def _module_base(self, module: LoadedModule) -> Bound:
         # Where the block is static, offsets from this base are made offsets from the thread pointer.
-        static = self.image.thread_block(module) is not None
+        static = module.module.thread_storage is None or self.image.thread_block(module) is not None
         return Bound(0, thread_local=True, module_id=0 if static else self._module_number(module, MODULE_BASE))
 
     def _module_number(self, module: LoadedModule, name: str) -> int:
@@ -418,11 +570,24 @@ class Linkage:
                 return Bound(placed.address)
         return None
 
+    def _newest_constant(self, module: LoadedModule, name: str) -> Bound | None:
+        """Return the copy that the live generation has of an exported constant of a module."""
+        for record in reversed(self.ledger.journal.lineage(self.ledger.generation)):
+            for placed in record.placed:
+                own = placed.kind == "read-only" and not placed.local and placed.module == module.path
+                if own and name in placed.names:
+                    return Bound(placed.address)
+        return None
+
     def _from_earlier_generation(self, module: LoadedModule, name: str) -> Bound | None:
         for redirect in self._born:
             if name in redirect.names and redirect.module == module.path:
                 return Bound(redirect.original)
+        for storage in self._storages:
+            if not storage.local and name in storage.names:
+                return Bound(storage.address, size=storage.size)
         for placed in reversed(self.ledger.journal.placed):
-            if placed.kind == "data" and not placed.local and name in placed.names:
-                return Bound(placed.address)
+            current = placed.kind == THREAD_LOCAL or (placed.kind == "data" and placed.address not in self._outdated)
+            if current and not placed.local and name in placed.names:
+                return _added(placed.address) or Bound(placed.address)
         return None

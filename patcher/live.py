@@ -1,8 +1,7 @@
 """A translation unit as it stands in the process: its functions' current bodies, its variables, its names.
 
 Joins what the modules say (`image`) with what earlier generations placed (`patch.journal`). Local
-names are looked up under the unit's own STT_FILE group; a group is chosen by the names it holds, and
-when two fit equally well the unit is refused rather than guessed.
+names are looked up under the unit's own STT_FILE group; which one that is, `origin` finds out.
 
 Decides where things are; whether they are the same as an object's is `match`'s business.
 """
@@ -10,13 +9,12 @@ Decides where things are; whether they are the same as an object's is `match`'s 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 
-from patcher.blocks import Block, Blocks, unit_of
-from patcher.elf import ObjectFile, SymbolBinding, SymbolType
+from patcher.blocks import Block
+from patcher.elf import SymbolBinding, SymbolType
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import UnsafeChange
 from patcher.image import Image, LoadedModule
@@ -24,15 +22,24 @@ from patcher.patch.journal import ArenaView, Placed, Redirect
 
 UNDEFINED = "(undefined)"  # the unit of the functions that stand for undefined ones
 _NUMBERED = re.compile(r"\.\d+$")
+_DISCRIMINATED = re.compile(r"^_Z(?:GV)?Z.*E(\d+)([A-Za-z_]\w*?)(?:_\d|__\d+_)$")
 
 
 def base_name(name: str) -> str:
-    """Return a compiler-numbered name without its number: `hits.0` gives `hits`."""
-    return _NUMBERED.sub("", name)
+    """Return a compiler-numbered name without its number: `hits.0` gives `hits`, `_ZZ1fvE4hits_0` `_ZZ1fvE4hits`."""
+    plain = _NUMBERED.sub("", name)
+    found = _DISCRIMINATED.search(plain)
+    if found is not None and len(found[2]) == int(found[1]):
+        return plain[: found.end(2)]
+    return plain
+
+
+def _nowhere(address: int) -> bool:
+    return False
 
 
 def numbered(name: str) -> bool:
-    return bool(_NUMBERED.search(name))
+    return base_name(name) != name
 
 
 class Scope(Enum):
@@ -57,15 +64,49 @@ class LiveFunction:
 
 @dataclass(frozen=True, slots=True)
 class LiveVariable:
-    """A variable with storage in the process; for a thread-local one `address` is its thread offset."""
+    """A variable with storage in the process.
+
+    For a thread-local one `address` is its offset in the block of the unit's module; or, when a patch brought it, the
+    number that stands for its place (`thread_number`). `born`: a patch brought it, or gave it this name; `type` and
+    `scope` are what its record says then.
+    """
 
     name: str
     address: int
     size: int
+    local: bool = True
+    born: bool = False
+    type: str = ""
+    scope: str = ""
+    thread_local: bool = False
+
+
+THREAD_LOCAL = "thread-local"
+"""The kind of a thread-local variable that a patch brought, in the journal."""
+
+_IN_MODULE = 1 << 62
+_OFFSET_BITS = 40
+
+
+def thread_number(offset: int, module_id: int = 0) -> int:
+    """Return one number for the place of a thread-local that a patch brought; it is like no address and no offset.
+
+    The place is an offset in the block of a module of ours, or, without one, from the thread pointer (negative).
+    """
+    return _IN_MODULE | module_id << _OFFSET_BITS | offset if module_id else offset & (1 << 64) - 1
+
+
+def thread_place(number: int) -> tuple[int, int] | None:
+    """Return the offset and the module of a number that `thread_number` gave, None for any other number."""
+    if number >> 63:
+        return number - (1 << 64), 0
+    if number & _IN_MODULE:
+        return number & (1 << _OFFSET_BITS) - 1, (number ^ _IN_MODULE) >> _OFFSET_BITS
+    return None
 
 
 class LiveUnit:
-    """One unit in one module. Made by `find_unit`; `born`: the module was linked without it, a patch brings it."""
+    """One unit in one module. Made by `origin`; `born`: the module was linked without it, a patch brings it."""
 
     def __init__(
         self,
@@ -89,10 +130,16 @@ class LiveUnit:
         self.key = self._keys[file_symbol]
         self._redirects = {r.original: r for r in view.journal.redirects if r.module == module.path}
         self._slots = {(r.arena, r.index): r for r in view.journal.redirects}
+        self._recorded: dict[int, list[Placed]] = {}  # a variable that moved has several records
+        for placed in view.journal.placed:
+            self._recorded.setdefault(placed.address, []).append(placed)
         self._placed = {p.address: p for p in view.journal.placed}
+        self._storages = view.journal.storages_at(view.generation)
+        self._outdated = view.journal.outdated_at(view.generation)
         self._bodies = {body: self._slots[key] for key, body in view.bodies.items() if key in self._slots}
         self._names: dict[int, frozenset[tuple[str, Scope]]] = {}
         self._pieces = self._live_pieces()
+        self._constants: tuple[int, dict[str, list[Placed]]] | None = None
 
     # --- functions --------------------------------------------------------------------------------------------
 
@@ -221,33 +268,160 @@ class LiveUnit:
                 )
         return None
 
-    def variables(self, name: str, local: bool) -> list[LiveVariable]:
-        """Return what a variable's name may stand for: one exact match, or every one that differs in number only."""
+    def variables(
+        self, name: str, local: bool, *, trusted: Callable[[int], bool] = _nowhere, thread_local: bool = False
+    ) -> list[LiveVariable]:
+        """Return what a variable's name may stand for: one exact match, or every one that differs in number only.
+
+        Either variables that each thread has, or such that there are once; a name may have been both. `trusted`: the
+        addresses of globals that are known to be this unit's own.
+        """
+        for s in self._storages if not thread_local else ():
+            if name in s.names and s.module == self.module.path and self._ours(s.local, s.unit, local):
+                return [LiveVariable(s.name, s.address, s.size, s.local, born=True)]
         exact = self._static(name, local, functions=False) if not numbered(name) else None
-        if exact is not None:
-            if local and not exact.local:
+        if exact is not None and (exact.type == SymbolType.TLS) == thread_local:
+            if local and not exact.local and not trusted(exact.value + self.module.bias):
                 raise self._elsewhere(name, "variable")
             return [] if self._was_constant(exact, local) else [self._variable(exact)]
         wanted = base_name(name)
         placed = [
-            LiveVariable(p.name, p.address, p.size)
-            for p in self.view.journal.placed
-            if p.kind == "data"
-            and p.module == self.module.path
-            and (name in p.names or (numbered(name) and base_name(p.name) == wanted))
-            and self._ours(p.local, p.unit, local)
+            v
+            for v, names, unit in self._placed_variables()
+            if (name in names or (numbered(name) and base_name(v.name) == wanted))
+            and v.thread_local == thread_local
+            and self._ours(v.local, unit, local)
         ]
         if not numbered(name):
             return placed[-1:]
+        if not local:
+            return [v for v in self.exported_variables(wanted) if v.thread_local == thread_local] + placed
         if not self.groups:
             return placed if self.born else placed[-1:]
-        members = [s for group in self.groups for s in self.module.module.symbols.members(group)]
-        found = [s for s in members if numbered(s.name) and base_name(s.name) == wanted and not s.function]
-        return [self._variable(s) for s in found] + placed
+        linked = [v for v in self._linked_variables() if numbered(v.name) and base_name(v.name) == wanted]
+        return [v for v in linked if v.thread_local == thread_local] + placed
+
+    def exported_variables(self, wanted: str) -> list[LiveVariable]:
+        """Return the module's C++ variables of a name that others may see, those with a number behind it included."""
+        names = (wanted, *(f"{wanted}_{n}" for n in range(10)))
+        found = (s for name in names for s in self.module.module.symbols.named(name))
+        return [self._variable(s) for s in found if not s.local and not s.function]
+
+    def own_variables(self) -> list[LiveVariable]:
+        """Return every variable that is the unit's own by its name: its statics, and what patches brought to it."""
+        keys = self._keys.values()
+        placed = [v for v, _, unit in self._placed_variables() if unit in keys]
+        return ([] if self.born else self._linked_variables()) + placed
+
+    def _linked_variables(self) -> list[LiveVariable]:
+        members = (s for group in self.groups for s in self.module.module.symbols.members(group))
+        return [self._variable(s) for s in members if not s.function and s.size]
+
+    def _placed_variables(self) -> list[tuple[LiveVariable, tuple[str, ...], str]]:
+        """Return what patches brought to the module: each variable, its names, and its unit."""
+        return [
+            (_brought(p), p.names, p.unit)
+            for p in self.view.journal.placed
+            if p.kind == THREAD_LOCAL or (p.kind == "data" and p.address not in self._outdated)
+            if p.module == self.module.path
+        ]
+
+    def constant(self, block: Block, generation: int) -> LiveVariable | None:
+        """Return the constant that a block's name stands for while a generation is live, None if it cannot be told."""
+        local = not block.exported
+        for p in self._constants_at(generation).get(block.name, ()):
+            if self._ours(p.local, p.unit, local):
+                return LiveVariable(p.name, p.address, p.size)
+        found = self._constant_symbols(block.name, local)
+        return self._variable(found[0]) if len({s.value for s in found}) == 1 else None
+
+    def _constants_at(self, generation: int) -> dict[str, list[Placed]]:
+        """Return the constants that the patches which lead to a generation have brought, by name, the newest first."""
+        if self._constants is None or self._constants[0] != generation:
+            found: dict[str, list[Placed]] = {}
+            for record in reversed(self.view.journal.lineage(generation)):
+                own = [p for p in record.placed if p.kind == "read-only" and p.module == self.module.path]
+                for name, placed in ((name, p) for p in own for name in p.names):
+                    found.setdefault(name, []).append(placed)
+            self._constants = generation, found
+        return self._constants[1]
+
+    def _constant_symbols(self, name: str, local: bool) -> list[StaticSymbol]:
+        symbols = self.module.module.symbols
+        if self.born:
+            return []
+        if numbered(name):
+            members = [s for group in self.groups for s in symbols.members(group)]
+            found = [s for s in members if numbered(s.name) and base_name(s.name) == base_name(name)]
+        else:
+            named = symbols.named(name)
+            found = [s for s in named if (self._own(s) if local else not s.local)]
+            found = found or [s for s in named if not local and self.module.module.demoted(s)]
+        return [s for s in found if s.size and not s.function and self.module.module.constant(s.value, s.size)]
 
     def _variable(self, symbol: StaticSymbol) -> LiveVariable:
         bias = 0 if symbol.type == SymbolType.TLS else self.module.bias
-        return LiveVariable(symbol.name, symbol.value + bias, symbol.size)
+        local = symbol.local and not self.module.module.demoted(symbol)
+        is_thread_local = symbol.type == SymbolType.TLS
+        return LiveVariable(symbol.name, symbol.value + bias, symbol.size, local, thread_local=is_thread_local)
+
+    def has_moved(self, address: int, name: str) -> bool:
+        """Tell whether it is recorded that a variable of that name is what stood at an address before."""
+        known = (p for p in self._recorded.get(address, ()) if p.moved and p.unit in self._keys.values())
+        return any(base_name(p.name) == base_name(name) for p in known)
+
+    def moved_away(self, address: int) -> bool:
+        """Tell whether a variable has become another unit's."""
+        return any(p.moved and p.unit not in self._keys.values() for p in self._recorded.get(address, ()))
+
+    # --- bodies that refer to variables -----------------------------------------------------------------------
+
+    def pieces_of(self, live: LiveFunction) -> list[LiveFunction]:
+        """Return what was split off a function that runs as the module has it, or with the body that it has now."""
+        if live.redirect is not None and (live.redirect.born or live.body != live.redirect.original):
+            found = [p for name, p in self._pieces.items() if name.startswith(f"{live.name}.")]
+            return [self._piece(p) for p in found]
+        members = (s for group in self.groups for s in self.module.module.symbols.members(group))
+        return [self._unpatched(s) for s in members if s.function and s.name.startswith(f"{live.name}.")]
+
+    def _piece(self, placed: Placed) -> LiveFunction:
+        code = self.image.target.memory.read(placed.address, placed.size)
+        return LiveFunction(placed.name, placed.address, placed.size, placed.address, code, None)
+
+    def earlier_bodies(self, live: LiveFunction) -> list[list[LiveFunction]]:
+        """Return the bodies that a function had, with their pieces: of every generation, and the module's."""
+        redirect = live.redirect
+        if redirect is None:
+            return []
+        found = []
+        for record in reversed(self.view.journal.generations.values()):
+            bodies = {
+                body for arena, index, body in record.bodies if (arena, index) == (redirect.arena, redirect.index)
+            }
+            pieces = [p for p in record.placed if p.kind == "code" and p.name.startswith(f"{live.name}.")]
+            found += [[self._piece(p) for p in (self._placed[b], *pieces)] for b in bodies if b in self._placed]
+        if not redirect.born:
+            entry = bytes.fromhex(redirect.entry)
+            rest = self.image.target.memory.read(redirect.original + len(entry), max(0, redirect.size - len(entry)))
+            code = (entry + rest)[: redirect.size]
+            original = LiveFunction(live.name, live.address, redirect.size, redirect.original, code, None)
+            found.append([original, *self.pieces_of(original)])
+        return found
+
+    def function_at(self, address: int) -> LiveFunction | None:
+        """Return the module's function that starts at an address, as it runs now."""
+        redirect = self._redirects.get(address)
+        if redirect is None and address in self.view.islands:
+            redirect = self._slots.get(self.view.islands[address])
+        if redirect is not None:
+            return self._redirected(redirect)
+        placed = self._placed.get(address)
+        if placed is not None and placed.kind == "code":
+            return self._piece(placed)
+        if not self.module.contains(address):
+            return None
+        found = next((s for s in self.module.symbols_at(address) if s.function and s.size), None)
+        return self._unpatched(found) if found is not None else None
 
     def sizes_at(self, address: int, name: str, local: bool) -> list[int]:
         """Return the sizes recorded for a variable of that (base) name at a live address; if `local`, of the unit."""
@@ -257,10 +431,7 @@ class LiveUnit:
             for s in self.module.symbols_at(address)
             if base_name(s.name) == wanted and not s.function and (self._own(s) or not local)
         ]
-        placed = self._placed.get(address)
-        if placed is not None and base_name(placed.name) == wanted:
-            found.append(placed.size)
-        return found
+        return found + [p.size for p in self._recorded.get(address, ()) if base_name(p.name) == wanted]
 
     def _own(self, symbol: StaticSymbol) -> bool:
         return symbol.local and symbol.group in self.groups
@@ -341,9 +512,9 @@ class LiveUnit:
             if redirect.born:
                 return  # its address for life is its island, which no module knows
             address = redirect.original
-        placed = self._placed.get(address)
-        if placed is not None and (not placed.local or placed.unit in self._keys.values()):
-            yield from ((n, Scope.UNIT if placed.local else Scope.MODULE) for n in placed.names)
+        for placed in self._recorded.get(address, ()):
+            if not placed.local or placed.unit in self._keys.values():
+                yield from ((n, Scope.UNIT if placed.local else Scope.MODULE) for n in placed.names)
         yield from self._module_names(address)
 
     def _module_names(self, address: int) -> Iterable[tuple[str, Scope]]:
@@ -388,171 +559,8 @@ class LiveUnit:
         return self.image.target.memory.read_u64(cell)
 
 
-def born_unit(image: Image, view: ArenaView, blocks: Blocks, module: LoadedModule) -> LiveUnit:
-    """Return the unit of an object that no module was linked with: known, if at all, from earlier generations."""
-    known = _born_before(image, view, blocks.object)
-    return known or LiveUnit(image, view, module, born_key(blocks.object), None, born=True)
-
-
-def born_key(source: ObjectFile) -> str:
-    """Return the name that the local symbols of a born unit are kept under; members of archives have one each."""
-    archive, parenthesis, member = source.name.rpartition("(")
-    if not parenthesis or not member.endswith(")"):
-        return unit_of(source)
-    return f"{source.file_symbol or member[:-1]}#{Path(archive).name}({member}"
-
-
-def _born_before(image: Image, view: ArenaView, source: ObjectFile) -> LiveUnit | None:
-    key = born_key(source)
-    homes = {p.module for p in view.journal.placed if p.unit == key}
-    module = next((m for m in image.modules if m.path in homes), None)
-    return LiveUnit(image, view, module, key, None, born=True) if module is not None else None
-
-
-def find_unit(
-    image: Image, view: ArenaView, blocks: Blocks, modules: Sequence[LoadedModule] | None = None
-) -> LiveUnit | None:
-    """Return where a unit's object stands in the process, or None when nothing of it is there.
-
-    The module is the one of `modules` (default: all) that has most of the unit's functions. Raises `UnsafeChange`
-    when two groups of local symbols, or two modules, fit equally well.
-    """
-    if "#" in born_key(blocks.object):
-        found = _born_before(image, view, blocks.object)
-        if found is not None:
-            return found
-    file_symbol = unit_of(blocks.object)
-    candidates: list[tuple[float, LoadedModule, int | None]] = []
-    names = _Names.of(blocks)
-    for module in image.modules if modules is None else modules:
-        if len(module.module.symbols):
-            score, group = _best_group(image, view, module, blocks, file_symbol, names)
-            if score > 0:
-                candidates.append((score, module, group))
-    if not candidates:
-        known = {(p.module, p.unit) for p in view.journal.placed if p.unit.partition("#")[0] == file_symbol}
-        for module in image.modules:
-            for path, _ in known:
-                if path == module.path:
-                    born = (path, file_symbol) in known
-                    return LiveUnit(image, view, module, file_symbol, None, born=born)
-        return _now_defined(image, view, blocks, names)
-    # Any library may have a function of one of these names; the unit itself left its file's name behind.
-    named = [c for c in candidates if c[1].module.symbols.groups(file_symbol)] if file_symbol else []
-    candidates = named or candidates
-    best = max(score for score, _, _ in candidates)
-    chosen = [c for c in candidates if c[0] == best]
-    if len({m.path for _, m, _ in chosen}) < len(chosen):
-        raise UnsafeChange(
-            f"{chosen[0][1].name} is loaded {len(chosen)} times, and {blocks.object.name} is part of it",
-            "attach to a process that has one copy of it only (dlmopen made another)",
-            code="loaded-twice",
-        )
-    if len(chosen) > 1:
-        raise UnsafeChange(
-            f"{blocks.object.name} fits {' and '.join(m.name for _, m, _ in chosen)} equally well",
-            "rename its functions so that they differ, or attach to a process that has one of the two only",
-            code="ambiguous-module",
-        )
-    module, group = chosen[0][1:]
-    return LiveUnit(image, view, module, file_symbol, group, _other_files(image, view, module, blocks))
-
-
-def _other_files(image: Image, view: ArenaView, module: LoadedModule, blocks: Blocks) -> list[tuple[str, int | None]]:
-    """Return the other files of an object that was linked of several, and where their locals are."""
-    source = blocks.object
-    if len(source.files) < 2:
-        return []
-    seen: dict[str, str] = {}
-    local: dict[str, set[str]] = {name: set() for name in source.files}
-    for symbol in source.symbols:
-        if symbol.local and symbol.name and symbol.type in (SymbolType.FUNC, SymbolType.OBJECT, SymbolType.TLS):
-            name, file = base_name(symbol.name), source.file_of(symbol)
-            if seen.setdefault(name, file) != file:
-                raise UnsafeChange(
-                    f"{source.name} was linked of several objects, and both {seen[name]} and {file} have a static "
-                    f"`{name}`",
-                    "give the objects that it was linked of",
-                    code="ambiguous-symbol",
-                )
-            local.setdefault(file, set()).add(name)  # some stand under no file's name
-    return [
-        (name, _best_group(image, view, module, blocks, name, _Names(frozenset(), frozenset(local[name])))[1])
-        for name in source.files[1:]
-    ]
-
-
-def _now_defined(image: Image, view: ArenaView, blocks: Blocks, names: _Names) -> LiveUnit | None:
-    """Return the unit of an object that defines what an earlier generation had to leave undefined."""
-    for redirect in view.journal.redirects:
-        if redirect.unit == UNDEFINED and names.exported.intersection(redirect.names):
-            module = next((m for m in image.modules if m.path == redirect.module), None)
-            if module is not None:
-                return born_unit(image, view, blocks, module)
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class _Names:
-    """The names by which an object may be known: its global functions, its local functions and variables."""
-
-    exported: frozenset[str]
-    local: frozenset[str]
-
-    @classmethod
-    def of(cls, blocks: Blocks) -> _Names:
-        functions = [s for b in blocks.functions for s in b.symbols]
-        local = {s.name for s in functions if s.local}
-        local |= {base_name(s.name) for b in blocks.data_blocks() for s in b.symbols if s.local}
-        return cls(frozenset(s.name for s in functions if not s.local), frozenset(local))
-
-
-def _best_group(
-    image: Image, view: ArenaView, module: LoadedModule, blocks: Blocks, file_symbol: str, names: _Names
-) -> tuple[float, int | None]:
-    symbols = module.module.symbols
-    score = float(sum(any(s.function for s in symbols.named(n)) for n in names.exported))
-    groups = symbols.groups(file_symbol) if file_symbol else []
-    ranked = sorted(((len(names.local & _names(symbols.members(g))), g) for g in groups), reverse=True)
-    if not ranked:
-        return score, None
-    if len(ranked) > 1 and ranked[0][0] == ranked[1][0] and ranked[0][0]:
-        ranked = _by_size(module, blocks, [g for count, g in ranked if count == ranked[0][0]])
-        if ranked[0][0] == ranked[1][0]:
-            tied = [LiveUnit(image, view, module, file_symbol, g) for count, g in ranked if count == ranked[0][0]]
-            ranked = _by_match(blocks, tied)
-        if ranked[0][0] == ranked[1][0]:
-            raise UnsafeChange(
-                f"{module.name} has {len(ranked)} units called {file_symbol} with the same local names",
-                "give the files or their static functions different names and rebuild",
-                code="ambiguous-unit",
-            )
-    return score + ranked[0][0], ranked[0][1] if ranked[0][0] or len(ranked) == 1 else None
-
-
-def _names(members: Iterable[StaticSymbol]) -> set[str]:
-    return {s.name if s.function else base_name(s.name) for s in members}
-
-
-def _by_match(blocks: Blocks, units: Iterable[LiveUnit]) -> list[tuple[int, int]]:
-    """Rank units by how many of their functions run as they are in the object."""
-    from patcher.match import Status, match
-
-    counts = []
-    for unit in units:
-        try:
-            count = len(match(blocks, unit).with_status(Status.SAME))
-        except UnsafeChange:
-            count = 0  # a change that this unit could not take
-        counts.append((count, unit.groups[0] if unit.groups else 0))
-    return sorted(counts, reverse=True)
-
-
-def _by_size(module: LoadedModule, blocks: Blocks, groups: list[int]) -> list[tuple[int, int]]:
-    sizes = {(s.name, b.size) for b in blocks.functions for s in b.symbols if s.local}
-    sizes |= {(s.name, b.size) for b in blocks.data_blocks() for s in b.symbols if s.local}
-    ranked = []
-    for group in groups:
-        members = {(s.name, s.size) for s in module.module.symbols.members(group)}
-        ranked.append((len(sizes & members), group))
-    return sorted(ranked, reverse=True)
+def _brought(placed: Placed) -> LiveVariable:
+    is_thread_local = placed.kind == THREAD_LOCAL
+    return LiveVariable(
+        placed.name, placed.address, placed.size, placed.local, True, placed.type, placed.scope, is_thread_local
+    )

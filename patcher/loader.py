@@ -13,21 +13,25 @@ argv, envp) to them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from patcher.elf.tables import read_raw
+from patcher.elf.thread_module import NAMES, NUMBER_CELL, OFFSET_CELL, ThreadBlock, names_of, thread_module
 from patcher.errors import ObjectError, PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.image import Image
 from patcher.safepoint import SafePoints
-from patcher.target import FunctionCall, SystemCall, Target, read_stat
+from patcher.target import FunctionCall, Stopped, StoppedThread, SystemCall, Target, read_stat
 
 RTLD_NOW, RTLD_GLOBAL = 0x2, 0x100
 
 _RTLD_INTERNAL = 0x80000000  # __libc_dlopen_mode wants it, glibc's __RTLD_DLOPEN
-_MMAP, _MPROTECT, _MUNMAP = 9, 10, 11
+_CLOSE, _MMAP, _MPROTECT, _MUNMAP, _MEMFD_CREATE = 3, 9, 10, 11, 319
+_CLOEXEC = 1
+_OWN_NAME = b"patcher-threads\0"  # no longer than any path of a descriptor
 _PT_GNU_STACK = 0x6474E551
 _ABANDONED = ("call-timeout", "call-crashed")
 _PAGE = 4096
@@ -40,20 +44,22 @@ _NO_FD = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Memory of ours in the target for calls: executable memory for the stub, and a stack."""
+    """Memory of ours in the target for calls: a page for the stub, a stack, and room for arguments."""
 
     code: int
     stack: tuple[int, int]
+    room: int = 0
 
 
 @contextmanager
-def workspace(target: Target) -> Iterator[Workspace]:
-    """Map a workspace in the target for the length of the block.
+def workspace(target: Target, room: int = 0) -> Iterator[Workspace]:
+    """Map a workspace in the target for the length of the block, with `room` bytes for arguments.
 
     It stays when a call was abandoned: the thread's own data, such as the loader's list of who catches its errors,
     may point into the stack on which the function ran.
     """
-    (base,) = target.inject([SystemCall(_MMAP, (0, _WORKSPACE_SIZE, _NONE, _PRIVATE_ANONYMOUS, _NO_FD, 0))])
+    size = _WORKSPACE_SIZE + (room + _PAGE - 1 & -_PAGE)
+    (base,) = target.inject([SystemCall(_MMAP, (0, size, _NONE, _PRIVATE_ANONYMOUS, _NO_FD, 0))])
     if -4095 <= base < 0:
         raise PatcherError(f"process {target.pid} cannot map memory for a call: error {-base}", code="no-memory")
     stack, code = base + _PAGE, base + _PAGE + _STACK_SIZE  # behind a page that catches an overflow
@@ -61,14 +67,16 @@ def workspace(target: Target) -> Iterator[Workspace]:
     try:
         _protect(target, stack, _STACK_SIZE, _READ_WRITE)
         _protect(target, code, _PAGE, _READ_EXECUTE)
-        yield Workspace(code, (stack, code))
+        if room:
+            _protect(target, code + _PAGE, size - _WORKSPACE_SIZE, _READ_WRITE)
+        yield Workspace(code, (stack, code), code + _PAGE)
     except PatcherError as error:
         abandoned = error.code in _ABANDONED
         raise
     finally:
         if not abandoned:
             with suppress(TargetBusy, TargetGone):
-                target.inject([SystemCall(_MUNMAP, (base, _WORKSPACE_SIZE))])
+                target.inject([SystemCall(_MUNMAP, (base, size))])
 
 
 def _protect(target: Target, start: int, size: int, protection: int) -> None:
@@ -108,6 +116,26 @@ class Caller:
             timeout=self.timeout,
         )
 
+    def objection(self, thread: StoppedThread) -> str:
+        """Say why a stopped thread is at no safe point; "" when it is at one."""
+        return self._safe_points.objection(thread)
+
+    def holding(self, thread: StoppedThread) -> str:
+        """Say what a stopped thread is in that may hold a lock; "" for nothing."""
+        return self._safe_points.holding(thread)
+
+    def call_standing(self, stopped: Stopped, tid: int, calls: Sequence[FunctionCall], memory: Workspace) -> None:
+        """Call functions on one of the threads that all stand still; raises as `Target.call_standing` does."""
+        self.target.call_standing(
+            stopped,
+            tid,
+            calls,
+            code=memory.code,
+            stack=memory.stack,
+            errno_location=self._address("__errno_location") or 0,
+            timeout=self.timeout,
+        )
+
     def load_library(self, path: str, flags: int = RTLD_NOW | RTLD_GLOBAL, memory: Workspace | None = None) -> int:
         """Load a shared library, as the target's own `dlopen` does, and return its handle; refreshes the image.
 
@@ -117,8 +145,49 @@ class Caller:
         """
         if not path.startswith("/"):
             raise ValueError(f"{path} is not an absolute path")
-        name = _as_text(path)
         self._refuse_executable_stack(path)
+        return self._load(path, flags, memory)
+
+    def load_thread_block(self, block: ThreadBlock) -> int:
+        """Give every thread a block, by a module that is nothing else and stays; return where it is.
+
+        That is the block's distance from the thread pointer, or, for one that is not static, the number of the module.
+        Raises `UnsafeChange` "dlopen" when there is no room at a fixed distance, and as `load_library` does.
+        """
+        soname = f"patcher-threads-{os.urandom(8).hex()}"
+        with workspace(self.target) as memory, self._file(thread_module(soname, block), memory) as descriptor:
+            path = f"/proc/self/fd/{descriptor}"
+            while True:
+                handle = self._load(path, RTLD_NOW, memory)
+                base = self.target.memory.read_u64(handle)  # l_addr of struct link_map
+                if self.target.memory.read_available(base + NAMES, len(names_of(soname))) == names_of(soname):
+                    break
+                path = path.replace("/fd/", "/fd/./", 1)  # the loader knows this spelling from another descriptor
+            # The descriptor will be another file's: nobody who asks for the module's name may open that.
+            self.target.memory.write(self.target.memory.read_u64(handle + 8), _OWN_NAME)
+        cell = OFFSET_CELL if block.static else NUMBER_CELL
+        return int.from_bytes(self.target.memory.read(base + cell, 8), "little", signed=True)
+
+    @contextmanager
+    def _file(self, contents: bytes, memory: Workspace) -> Iterator[int]:
+        """Have a file without a name in the target, open for the length of the block."""
+        created = SystemCall(_MEMFD_CREATE, (b"patcher-threads\0", _CLOEXEC))
+        (descriptor,) = self.target.inject([created], code=memory.code)
+        if descriptor < 0:
+            raise UnsafeChange(
+                f"process {self.target.pid} cannot make a file in memory: error {-descriptor}",
+                "restart the program with the new code",
+                code="dlopen",
+            )
+        try:
+            Path(f"/proc/{self.target.pid}/fd/{descriptor}").write_bytes(contents)
+            yield descriptor
+        finally:
+            with suppress(TargetBusy, TargetGone):
+                self.target.inject([SystemCall(_CLOSE, (descriptor,))])
+
+    def _load(self, path: str, flags: int, memory: Workspace | None) -> int:
+        name = _as_text(path)
         opening, told = self._opening(flags)
         calls = [FunctionCall(opening[0], (name, opening[1]))]
         if told is not None:

@@ -92,7 +92,7 @@ class Loop:
         except PatcherError as error:
             return error
         self._built.update(files)
-        self.session.emit(outcome.as_event(files))
+        self.session.report(outcome, files)
         return None
 
     def _report(self, error: PatcherError, files: Sequence[Path]) -> None:

@@ -16,8 +16,11 @@ class Options:
     force: bool = False
     every_function: bool = False  # replace functions that did not change as well
     dry_run: bool = False
+    best_effort: bool = False  # of several processes, change those that can be
     colour: bool = False
     allowed_layouts: tuple[str, ...] = ()  # types whose layout may change, on the user's responsibility
     archives: tuple[Path, ...] = ()  # where to look for what is missing
     libraries: tuple[str, ...] = ()  # likewise; loaded into the process when they have it
+    reinit: tuple[str, ...] = ()  # variables that get their new initial value, if that changed
     allow_undefined: bool = False  # calls of functions that are nowhere abort when they are reached
+    hook_timeout: float = 5.0  # seconds that each function which the program has for us to call may take

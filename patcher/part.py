@@ -6,13 +6,27 @@ process is `linkage`'s business.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from patcher.blocks import Block, Blocks, Kind
 from patcher.constructors import Starter, starters
 from patcher.image import LoadedModule
 from patcher.live import LiveFunction
 from patcher.match import Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
+
+if TYPE_CHECKING:
+    from patcher.data.migrate import Comparison
+
+_MIGRATION = re.compile(r"(?:_ZL?\d+)?patcher_migrate_")
+HOOKS = ("patcher_before", "patcher_after")  # functions that patcher calls by name: nothing else has to
+
+
+def is_migration(name: str) -> bool:
+    """Tell whether a function is there to fill new storage, once: it is none of the program's own."""
+    return "patcher_migrate_" in name and _MIGRATION.match(name) is not None
 
 
 class Part:
@@ -34,7 +48,9 @@ class Part:
         self.blocks = blocks or delta.blocks
         self.every = every
         self.kept: list[str] = []
+        self.layouts: Mapping[str, Comparison] = {}  # of variables, where some are migrated
         self._left: set[Block] = set()
+        self._required: set[Block] = set()
         self.unit = delta.unit
         self._verdicts = {f.block: f for f in delta.functions}
         self._named: dict[tuple[Kind, str], Block] = {}
@@ -44,11 +60,15 @@ class Part:
 
     def compiled_otherwise(self, blocks: Blocks) -> Part:
         """Return the same part with the blocks of another object, made from the same source."""
-        return Part(self.delta, self.source, blocks, supplied=self.supplied, every=self.every)
+        return self._with_layouts(Part(self.delta, self.source, blocks, supplied=self.supplied, every=self.every))
 
     def judged(self, delta: Delta) -> Part:
         """Return the same part with other verdicts."""
-        return Part(delta, self.source, self.blocks, supplied=self.supplied, every=self.every)
+        return self._with_layouts(Part(delta, self.source, self.blocks, supplied=self.supplied, every=self.every))
+
+    def _with_layouts(self, part: Part) -> Part:
+        part.layouts = self.layouts
+        return part
 
     @property
     def module(self) -> LoadedModule:
@@ -83,6 +103,17 @@ class Part:
         self.leave(block)
         self.kept.append(block.name)
 
+    def require(self, block: Block) -> None:
+        """Have a function new though it is the same, or differs by line numbers only."""
+        self._required.add(block)
+
+    def is_required(self, block: Block) -> bool:
+        return block in self._required
+
+    def required_doors(self) -> tuple[Block, ...]:
+        """Return the functions that are to be new only because others need that."""
+        return tuple(b for b in self.blocks.functions if b in self._required and self.is_door(b))
+
     def leave(self, block: Block) -> None:
         """Leave a function that is the same, with what was split off it, to another unit, which replaces it."""
         self._left.add(block)
@@ -90,13 +121,15 @@ class Part:
 
     def is_new(self, block: Block) -> bool:
         """Tell whether new code takes the place of a function's code, or there is none yet."""
+        if is_migration(block.name) or (block in self._required and block not in self._left):
+            return True
         status = self.status(block)
         if status is Status.SAME:
-            return self.every and block not in self._left
+            return (self.every and block not in self._left) or self._is_absent_hook(block)
         return status is not Status.LINE_ONLY
 
     def is_door(self, block: Block) -> bool:
-        return self.is_new(block) and not is_private_piece(block.name)
+        return self.is_new(block) and not is_private_piece(block.name) and not is_migration(block.name)
 
     def wanted(self) -> tuple[Block, ...]:
         """Return the functions that have to be new. Private pieces follow from who uses them."""
@@ -104,8 +137,18 @@ class Part:
             return ()
         started = {s.function for s in self.starters}
         return tuple(
-            b for b in self.blocks.functions if self.is_door(b) and (self.status(b) is not Status.ADDED or b in started)
+            b
+            for b in self.blocks.functions
+            if self.is_door(b) and (self.status(b) is not Status.ADDED or b in started or b.name in HOOKS)
         )
+
+    def _is_absent_hook(self, block: Block) -> bool:
+        """Tell whether a block is a hook that an earlier patch brought, and that the live generation is without."""
+        live = self.live(block) if block.name in HOOKS else None
+        if live is None or live.redirect is None or not live.redirect.born:
+            return False
+        view = self.unit.view
+        return (live.redirect.arena, live.redirect.index) not in view.journal.bodies_at(view.generation)
 
     @cached_property
     def starters(self) -> tuple[Starter, ...]:

@@ -16,19 +16,27 @@ from patcher.blocks import Block, Kind, Place
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
 from patcher.constructors import Starter, belonging, touched
 from patcher.convention import Registers
+from patcher.data.constants import unbound_constants
+from patcher.data.initial import Changed, Initials, first_value
+from patcher.data.migrate import Migration, migrations, require_users, users
+from patcher.data.names import spelling
 from patcher.data.outcome import Datum, Fate
+from patcher.data.statics import Found
+from patcher.data.still_used import Extent, Holders
+from patcher.data.threads import NewThreadLocals
+from patcher.data.writing import DataDelta, Writing, data_delta
 from patcher.elf import SymbolBinding
 from patcher.errors import LinkError, TargetBusy, UnsafeChange
 from patcher.image import Image, LoadedModule
 from patcher.link.place import ArenaFull, Placement, Region, Space, place
 from patcher.link.plan import Bound, Plan, plan
 from patcher.linkage import Beyond, Kept, Linkage, Supply, is_chosen
-from patcher.live import UNDEFINED, LiveFunction, base_name
+from patcher.live import THREAD_LOCAL, UNDEFINED, LiveFunction, base_name, thread_number
 from patcher.match import Status
 from patcher.part import Part
 from patcher.patch.arena import DOOR_SIZE, SLOT_COUNT, Arena, Usage
-from patcher.patch.journal import Allocation, Body, GenerationRecord, Placed, Redirect
-from patcher.patch.ledger import Choice, Commit, Constructor, Ledger
+from patcher.patch.journal import Allocation, Body, GenerationRecord, Initial, Placed, Redirect, Rewrite, Storage
+from patcher.patch.ledger import Choice, Commit, Constructor, Fill, Ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,34 +57,61 @@ class Linked:
     used: tuple[tuple[str, str], ...] = ()  # variables that new code goes on using: name, file
     supplied: tuple[Part, ...] = ()  # the parts that came in because something was missing
     kept: tuple[str, ...] = ()  # functions that could not be entered anew, and are as they were
+    told: tuple[Changed, ...] = ()  # the variables whose initialiser changed, and that keep their value
 
 
 def link_generation(
-    image: Image, ledger: Ledger, parts: Sequence[Part], waiting: Sequence[Part] = (), supply: Supply | None = None
+    image: Image,
+    ledger: Ledger,
+    parts: Sequence[Part],
+    threads: NewThreadLocals,
+    waiting: Sequence[Part] = (),
+    supply: Supply | None = None,
+    initials: Initials | None = None,
 ) -> Linked:
     """Link every part's changed functions as one generation.
 
+    `threads` gets the new thread-locals, whose storage is to be loaded before the generation is linked for good.
     `waiting`: units whose new functions nobody called so far; they are placed when something now does. `supply` is
-    asked for what is still missing then.
+    asked for what is still missing then; `initials` says which variables are to be initialised again.
     Raises `LinkError` and its kin, `UnsafeChange`, and `NeedsArena`.
     """
-    linker = _Generation(image, ledger, supply)
+    linker = _Generation(image, ledger, supply, threads, initials or Initials())
     modules = dict.fromkeys(p.module for p in parts)
     for module in modules:
         linker.link(module, [p for p in parts if p.module is module], [p for p in waiting if p.module is module])
     return linker.finish(parts)
 
 
+def data_of_idle(image: Image, ledger: Ledger, parts: Sequence[Part], initials: Initials) -> DataDelta:
+    """Return what units without new code change of the data that the process has."""
+    found = DataDelta()
+    for module in dict.fromkeys(p.module for p in parts):
+        own = [p for p in parts if p.module is module]
+        linkage = Linkage(image, ledger, own, Beyond(module, None, {}, NewThreadLocals(ledger.journal.placed)))
+        constants = unbound_constants(image, ledger.view(), own, linkage.constant_of).changed
+        found = found.plus(replace(data_delta(own, linkage.address_of, ledger.journal, initials), constants=constants))
+    return found
+
+
 class _Generation:
-    def __init__(self, image: Image, ledger: Ledger, supply: Supply | None) -> None:
+    def __init__(
+        self, image: Image, ledger: Ledger, supply: Supply | None, threads: NewThreadLocals, initials: Initials
+    ) -> None:
         self.image = image
         self.ledger = ledger
         self.supply = supply
+        self.threads = threads
+        self.asked = initials
+        self.initials: list[Initial] = []
+        self.data_writes: list[tuple[int, bytes]] = []
+        self.rewrites: list[Rewrite] = []
+        self.told: list[Changed] = []
         self.defined: dict[str, Bound] = {}  # by the modules that were linked before
         self.choices: list[Choice] = []
         self.constructors: list[tuple[int, Constructor]] = []
         self.supplied: list[Part] = []
-        self.number = ledger.journal.next_number
+        self.number = max(ledger.journal.next_number, ledger.least_number)
         self.writes: list[tuple[int, bytes]] = []
         self.usages: dict[int, Usage] = {}  # of the arenas that something was put into
         self.bodies: list[tuple[int, int, int]] = []
@@ -89,9 +124,13 @@ class _Generation:
         self.data: list[Datum] = []
         self.used: dict[tuple[str, str], None] = {}
         self.allocations: dict[str, Allocation] = {}
+        self.storages: list[Storage] = []
+        self.fills: list[Fill] = []
+        self.out_of_use: list[Extent] = []  # old code that nothing enters once the generation is live
 
     def finish(self, parts: Sequence[Part]) -> Linked:
         known = self.ledger.journal.chosen
+        self._give_up_old_storage()
         record = GenerationRecord(
             number=self.number,
             parent=self.ledger.generation,
@@ -105,11 +144,30 @@ class _Generation:
             quiet_back=tuple(self.quiet_back),
             allocations=tuple(self.allocations.values()),
             chosen=tuple((m, at, to) for (m, at), to in self.image.asked.items() if (m, at) not in known),
+            initials=tuple(self.initials),
+            rewrites=tuple(self.rewrites),
+            storages=tuple(self.storages),
         )
         constructors = tuple(c for _, c in sorted(self.constructors, key=lambda found: found[0]))
-        commit = Commit(record, tuple(self.writes), tuple(self.usages.items()), tuple(self.choices), constructors)
+        commit = Commit(
+            record,
+            tuple(self.writes),
+            tuple(self.usages.items()),
+            tuple(self.choices),
+            constructors,
+            tuple(self.data_writes),
+            tuple(self.fills),
+        )
         kept = tuple(name for part in parts for name in part.kept)
-        return Linked(commit, tuple(self.replaced), tuple(self.data), tuple(self.used), tuple(self.supplied), kept)
+        return Linked(
+            commit,
+            tuple(self.replaced),
+            tuple(self.data),
+            tuple(self.used),
+            tuple(self.supplied),
+            kept,
+            told=tuple(self.told),
+        )
 
     def link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
         _keep_twins(parts)
@@ -122,10 +180,16 @@ class _Generation:
     def _link(self, module: LoadedModule, parts: list[Part], waiting: list[Part]) -> None:
         homes = self._homes(module)
         first = next(homes)  # chosen now: to resolve a symbol, a function of the target may have to be called
-        linkage = Linkage(self.image, self.ledger, (*parts, *waiting), Beyond(module, self.supply, self.defined))
+        beyond = Beyond(module, self.supply, self.defined, self.threads)
+        linkage = Linkage(self.image, self.ledger, (*parts, *waiting), beyond)
+        renewed = self._renewed(linkage, parts, waiting)
         starts = {part: _start(part, linkage) for part in parts}
         wanted = {part: tuple(b for b in part.wanted() if b not in starts[part].left) for part in parts}
-        wanted |= dict.fromkeys(waiting, ())
+        wanted |= {part: part.required_doors() for part in waiting}
+        for migration in renewed:
+            wanted[migration.how.part] = (*wanted[migration.how.part], migration.how.function)
+        writing = self._writing(linkage, (*parts, *waiting))
+        wanted = {part: (*blocks, *writing.copies(part)) for part, blocks in wanted.items()}
         found = _planned(linkage, wanted, starts)
         for block in found.code:
             if linkage.part_of(block).supplied:
@@ -135,11 +199,70 @@ class _Generation:
         full: ArenaFull | None = None
         for home in chain((first,), homes):  # a further arena is planned only when it is wanted
             try:
-                return self._settle(home, found, linkage)
+                return self._settle(home, found, linkage, writing)
             except ArenaFull as error:
                 full = error
         assert full is not None
         raise full
+
+    def _writing(self, linkage: Linkage, parts: Sequence[Part]) -> Writing:
+        """Return what becomes of initialisers and constants that changed; unchanged constants stay where they are."""
+        data = data_delta(parts, linkage.address_of, self.ledger.journal, self.asked)
+        constants = unbound_constants(self.image, self.ledger.view(), parts, linkage.constant_of)
+        for _, block, address in constants.same:
+            linkage.keep_in_place(block, address)
+        for constant in constants.changed:
+            if constant.in_place:
+                linkage.keep_in_place(constant.block, constant.address)
+        return Writing(replace(data, constants=constants.changed))
+
+    def _renewed(self, linkage: Linkage, parts: list[Part], waiting: list[Part]) -> tuple[Migration, ...]:
+        """Return the variables that get new storage, and have all that refers to them new."""
+        if not any(part.layouts for part in parts):
+            return ()
+        found = migrations(parts, linkage.living, linkage.denoted_variable)
+        linkage.renewed = {m.variable: m for m in found}
+        if found:
+            require_users([*parts, *waiting], found)
+            _keep_twins(parts)
+        return found
+
+    def _record_migrations(self, placement: Placement, linkage: Linkage) -> None:
+        renewed = [m for m in linkage.renewed.values() if m.variable in placement.addresses]
+        for m in renewed:
+            placed = _placed(m.variable, m.part, _KINDS[Kind.DATA], placement.addresses[m.variable])
+            start = placed.address
+            layout, types = (m.layout.as_text(), m.layout.types) if m.layout is not None else ("", ())
+            where = (placed.module, placed.unit, placed.local, start, placed.size, m.old.address, m.old.size)
+            self.storages.append(Storage(m.name, placed.names, *where, types, layout, m.how.name))
+            filled = (start, placed.size, m.old.address, m.old.size)
+            steps = (m.how.count, m.how.new_step, m.how.old_step)
+            self.fills.append(
+                Fill(m.name, m.part.source, *filled, m.how.name, placement.addresses[m.how.function], *steps)
+            )
+            self.data.append(Datum(m.name, m.part.source, Fate.MIGRATED, m.note))
+        for part in dict.fromkeys(linkage.part_of(b) for b in placement.addresses) if renewed else ():
+            self._record_out_of_use(part)
+            for block in users(part, renewed):
+                if block in placement.addresses:
+                    start = placement.addresses[block]
+                    self.quiet_back.append(Body(block.name, start, start + block.size))
+
+    def _record_out_of_use(self, part: Part) -> None:
+        for block in part.blocks.functions:
+            live = part.live(block)
+            if live is not None and part.is_new(block):
+                self.out_of_use.append(Extent(live.name, live.body, live.body + live.size))
+
+    def _give_up_old_storage(self) -> None:
+        """Have no thread in the old code that refers to old storage; refuse it if other code does as well."""
+        if not self.fills:
+            return
+        replaced = [Extent(r.name, *extent) for r in self.replaced for extent in r.extents]
+        holders = Holders(self.image, self.ledger.view(), [*replaced, *self.out_of_use])
+        for fill in self.fills:
+            using = holders.give_up(fill.name, fill.old, fill.old + fill.old_size)
+            self.quiet += [Body(e.name, e.start, e.end) for e in using]
 
     def _homes(self, module: LoadedModule) -> Iterator[_Home]:
         """Yield where a module's new code may go, the best first; raises `TargetBusy` when there is no arena for it.
@@ -164,7 +287,7 @@ class _Generation:
         anywhere = self.ledger.plan_anywhere()
         yield from (_Home(entries, anywhere) for entries in near)
 
-    def _settle(self, home: _Home, found: Plan, linkage: Linkage) -> None:
+    def _settle(self, home: _Home, found: Plan, linkage: Linkage, writing: Writing) -> None:
         """Place a plan somewhere and keep what is to be written. Raises `ArenaFull`, leaving everything as it was."""
         doors = self._doors(home.entries, found, linkage)
         near = home.entries.entry_space(self._usage(home.entries))
@@ -182,6 +305,8 @@ class _Generation:
         self.quiet += [_body(e.live) for e in entries if e.displaced.reentries]
         self._record(found, placement, doors, {copy.block: copy for copy in copies}, linkage)
         self._record_constructors(doors, placement)
+        self._record_data(writing, placement)
+        self._record_migrations(placement, linkage)
         self._use(home, placement.space, end, sum(1 for d in doors if d.fresh))
         placed = {block.object for block in found.placed}
         self.supplied += [p for p in linkage.supplied if p.blocks.object in placed or p.unit.key == UNDEFINED]
@@ -230,7 +355,7 @@ class _Generation:
                 displaced_copy(entry.displaced, entry.ahead, door.live.address, near)
                 entries.append(entry)
             except NotDetourable:
-                if door.part.status(door.block) is not Status.SAME:
+                if door.part.status(door.block) is not Status.SAME or door.part.is_required(door.block):
                     raise
                 door.part.keep(door.block)
                 kept = True
@@ -262,17 +387,70 @@ class _Generation:
         for block in found.placed:
             if block.symbols:
                 part = linkage.part_of(block)
-                self.placed.append(_placed(block, part, placement))
+                address = placement.addresses[block]
+                type_, scope = linkage.described(block) if block.kind is Kind.DATA else ("", "")
+                self.placed.append(_placed(block, part, _KINDS[block.kind], address, type=type_, scope=scope))
                 if block.kind is not Kind.CODE:
-                    self._define(block, Bound(placement.addresses[block]))
-                if block.kind is Kind.DATA and not part.supplied:
-                    self.data.append(Datum(base_name(block.name), part.source, Fate.ADDED))
+                    self._define(block, Bound(address))
+                if block.kind is Kind.DATA:
+                    self.initials.append(first_value(part, block, address))
+                if block.kind is Kind.DATA and not part.supplied and block not in linkage.renewed:
+                    self._tell(block, part, Fate.ADDED)
+        self._record_thread_locals(found, placement, linkage)
+        for block, known in linkage.found.items():
+            if block in found.bound:
+                self._record_found(block, known, linkage)
         for block in found.bound:
-            if block.symbols and block.kind in (Kind.DATA, Kind.THREAD_LOCAL):
-                self.used[base_name(block.name), linkage.part_of(block).source] = None
+            if block.symbols and block.kind in (Kind.DATA, Kind.THREAD_LOCAL) and block not in linkage.thread_locals:
+                self.used[spelling(block.name).source, linkage.part_of(block).source] = None
         for source, account in placement.accounts.items():
             sizes = asdict(account)
             self._allocate(linkage.part_with(source), islands=sizes.pop("jumps"), **sizes)
+
+    def _record_found(self, block: Block, known: Found, linkage: Linkage) -> None:
+        """Keep where a variable is that is declared otherwise than before: its own records have another name."""
+        part = linkage.part_of(block)
+        if known.fate is Fate.MOVED:
+            address = known.variable.address
+            if part.unit.has_moved(address, block.name):
+                return
+            type_, scope = linkage.described(block)
+            self.placed.append(_placed(block, part, _KINDS[Kind.DATA], address, type=type_, scope=scope, moved=True))
+        self._tell(block, part, known.fate, known.note)
+
+    def _tell(self, block: Block, part: Part, fate: Fate | None, note: str = "") -> None:
+        said = spelling(block.name)
+        if fate is not None and not said.guard:
+            self.data.append(Datum(said.source, part.source, fate, note))
+
+    def _record_thread_locals(self, found: Plan, placement: Placement, linkage: Linkage) -> None:
+        for block, part in linkage.thread_locals.items():
+            if block not in found.bound:
+                continue
+            bound, image = found.bound[block], linkage.images.get(block)
+            self.threads.fill(block, block.data if image is None else _contents(placement, image))
+            place = thread_number(bound.address, bound.module_id)
+            self.placed.append(_placed(block, part, THREAD_LOCAL, place))
+            self._define(block, bound)
+            if not part.supplied:
+                self._tell(block, part, Fate.ADDED, "each thread has its own")
+
+    def _record_data(self, writing: Writing, placement: Placement) -> None:
+        """Note what is written into live data with the flip, and what is told of data that keeps its value."""
+        written = writing.writes(placement.addresses, placement.writes)
+        self.data_writes += written
+        constants = {c.address for c in writing.data.rewritten}
+        for address, new in written:
+            if address in constants:
+                old = self.image.target.memory.read(address, len(new))
+                self.rewrites.append(Rewrite(address, old.hex(), new.hex()))
+        self.data += [c.datum() for c in writing.data.constants if c.holders]
+        self.initials += [c.as_record(written=True) for c in writing.data.renewed]
+        self.data += [c.datum(Fate.REINITIALISED) for c in writing.data.renewed]
+        news = self.asked.news(writing.data.kept, self.ledger.journal)
+        self.initials += self.asked.to_record(writing.data.kept, self.ledger.journal)
+        self.data += [c.datum(Fate.KEPT) for c in news]
+        self.told += writing.data.kept
 
     def _record_constructors(self, doors: list[_Door], placement: Placement) -> None:
         for part in dict.fromkeys(door.part for door in doors):
@@ -423,6 +601,10 @@ def _planned(linkage: Linkage, wanted: dict[Part, tuple[Block, ...]], starts: di
             for part, start in starts.items()
             if not placed.issuperset(start.run)
         }
+        for block, image in linkage.images.items():
+            if image not in placed:
+                part = linkage.thread_locals[block]
+                missing[part] = (*missing.get(part, ()), image)
         if not missing:
             return found
         wanted |= {part: (*wanted.get(part, ()), *blocks) for part, blocks in missing.items()}
@@ -447,7 +629,12 @@ def _check_end(block: Block) -> None:
         )
 
 
-_STATUSES = {Status.CHANGED: "changed", Status.ADDED: "added", Status.SAME: "relinked"}
+_STATUSES = {
+    Status.CHANGED: "changed",
+    Status.ADDED: "added",
+    Status.SAME: "relinked",
+    Status.LINE_ONLY: "changed",
+}
 
 
 def _keep_twins(parts: Sequence[Part]) -> None:
@@ -474,6 +661,12 @@ def _check_resolver(part: Part, resolver: Block) -> None:
                 "let it use what the resolver chooses, or restart the program",
                 code="ifunc",
             )
+
+
+def _contents(placement: Placement, block: Block) -> bytes:
+    """Return the bytes of a block as they are linked."""
+    start = placement.addresses[block]
+    return next(data[start - at :][: block.size] for at, data in placement.writes if at <= start < at + len(data))
 
 
 def _filled(following: bytes, end: int) -> bytes:
@@ -545,8 +738,12 @@ def _body(live: LiveFunction) -> Body:
     return Body(live.name, live.body, live.body + live.size)
 
 
-def _placed(block: Block, part: Part, placement: Placement) -> Placed:
-    kind = {Kind.CODE: "code", Kind.READ_ONLY: "read-only"}.get(block.kind, "data")
+_KINDS = {Kind.CODE: "code", Kind.READ_ONLY: "read-only", Kind.DATA: "data"}
+
+
+def _placed(
+    block: Block, part: Part, kind: str, address: int, *, type: str = "", scope: str = "", moved: bool = False
+) -> Placed:
     return Placed(
         name=block.name,
         names=tuple(dict.fromkeys(s.name for s in block.symbols)),
@@ -554,6 +751,9 @@ def _placed(block: Block, part: Part, placement: Placement) -> Placed:
         module=part.module.path,
         unit=part.unit.key_of(block),
         local=not block.exported,
-        address=placement.addresses[block],
+        address=address,
         size=block.size,
+        type=type,
+        scope=scope,
+        moved=moved,
     )

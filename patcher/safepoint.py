@@ -179,6 +179,17 @@ class SafePoints:
             return f"runs {code.describe(address)}" if code is not None else ""
         return self._objection_to_calls(frames)
 
+    def holding(self, thread: StoppedThread) -> str:
+        """Say what a stopped thread is in that may hold a lock of the C library or the like; "" for nothing."""
+        trace = self._unwinder.backtrace(thread)
+        if not trace.complete:
+            return self._objection_to_words(thread)
+        for address in trace.addresses:
+            code = self._code_at(address)
+            if code is not None and code.is_unsafe(address):
+                return f"is in {code.describe(address)}"
+        return ""
+
     def _code_at(self, address: int) -> _Code | None:
         module = self._image.module_at(address)
         if module is None:

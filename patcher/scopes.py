@@ -32,18 +32,20 @@ class Scopes:
 
     order: Mapping[int, tuple[int, ...]]
     namespace: Mapping[int, int]
+    offset: int  # of the scope in a link map, which stays the same for the life of the process
 
 
-def read_scopes(memory: Memory, dynamic: int, required: Container[int]) -> Scopes | None:
+def read_scopes(memory: Memory, dynamic: int, required: Container[int], offset: int = 0) -> Scopes | None:
     """Read the scopes of all modules; `dynamic` is the address of the executable's dynamic section.
 
-    `required`: the dynamic sections of modules that must have one (the dynamic linker itself need not).
+    `required`: the dynamic sections of modules that must have one (the dynamic linker itself need not). `offset` is
+    what an earlier answer had, which saves the search for it; 0 for none.
     Raises `TargetBusy` when the program does nothing but load and unload libraries.
     """
     debug = _debug(memory, dynamic)
     for _ in range(_TRIES if debug else 0):
         if _consistent(memory, debug):
-            found = _read_if_sound(memory, debug, required)
+            found = _read_if_sound(memory, debug, required, offset)
             if _consistent(memory, debug):
                 return found
         time.sleep(0.002)
@@ -67,16 +69,16 @@ def _consistent(memory: Memory, debug: int) -> bool:
     return memory.read(debug + 24, 4) == b"\0\0\0\0"  # r_state == RT_CONSISTENT
 
 
-def _read_if_sound(memory: Memory, debug: int, required: Container[int]) -> Scopes | None:
+def _read_if_sound(memory: Memory, debug: int, required: Container[int], known: int) -> Scopes | None:
     try:
-        return _read(memory, debug, required)
+        return _read(memory, debug, required, known)
     except TargetGone:
         raise
     except PatcherError:
         return None
 
 
-def _read(memory: Memory, debug: int, required: Container[int]) -> Scopes | None:
+def _read(memory: Memory, debug: int, required: Container[int], known: int) -> Scopes | None:
     sections: dict[int, int] = {}  # link map -> dynamic section
     namespace: dict[int, int] = {}
     for number, entries in enumerate(namespaces(memory, debug)):
@@ -84,7 +86,7 @@ def _read(memory: Memory, debug: int, required: Container[int]) -> Scopes | None
             sections[entry] = section_of(memory, entry)
             namespace.setdefault(sections[entry], number)  # the dynamic linker itself is in all of them
     lists = _Lists(memory, sections, required)
-    offset = lists.offset()
+    offset = known if known and lists.is_scope(known) else lists.offset()
     if offset is None:
         return None
     order: dict[int, tuple[int, ...]] = {}
@@ -92,7 +94,7 @@ def _read(memory: Memory, debug: int, required: Container[int]) -> Scopes | None
         scope = lists.scope(at, offset)
         if scope is not None:
             order.setdefault(section, scope)
-    return Scopes(order, namespace)
+    return Scopes(order, namespace, offset)
 
 
 class _Lists:
@@ -109,15 +111,16 @@ class _Lists:
 
     def offset(self) -> int | None:
         """Return where in a link map the scope is, or None when that cannot be told."""
-        executable, *others = self._sections
-        found = []
-        for at in range(_PUBLIC_SIZE, _SIZE, 8):
-            scope = self.scope(executable, at)
-            if scope is None or scope[0] != self._sections[executable]:
-                continue
-            if all(self.scope(m, at) for m in others if self._sections[m] in self._required):
-                found.append(at)
+        found = [at for at in range(_PUBLIC_SIZE, _SIZE, 8) if self.is_scope(at)]
         return found[0] if len(found) == 1 else None
+
+    def is_scope(self, at: int) -> bool:
+        """Tell whether every module has a scope at an offset of its link map, the executable its own first."""
+        executable, *others = self._sections
+        scope = self.scope(executable, at)
+        if scope is None or scope[0] != self._sections[executable]:
+            return False
+        return all(self.scope(m, at) for m in others if self._sections[m] in self._required)
 
     def scope(self, link_map: int, offset: int) -> tuple[int, ...] | None:
         """Return the modules in the order of the scope that stands at an offset of a link map."""

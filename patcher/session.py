@@ -16,20 +16,34 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from patcher.errors import AttachDenied, PatcherError, TargetGone, UnresolvedSymbol, UnsafeChange, named_shortages
+from patcher.data.outcome import Datum, Fate
+from patcher.errors import (
+    AttachDenied,
+    ObjectError,
+    PatcherError,
+    TargetGone,
+    UnresolvedSymbol,
+    UnsafeChange,
+    named_shortages,
+)
 from patcher.options import Options
-from patcher.report import Applied, Event, Explanation, Function, Note, Reporter, Timings, Unchanged, Variable
+from patcher.report import Applied, Event, Explanation, Function, Member, Note, Reporter, Timings, Unchanged, Variable
 from patcher.target import Target
 from patcher.texts import Texts
 
 # What follows takes a third of a second to import (drgn, numpy, capstone), and `status` and `revert` need none of it.
 if TYPE_CHECKING:
+    from patcher.data.initial import Changed, Initials, Told
+    from patcher.data.threads import NewBlock, NewThreadLocals, StaticModel
+    from patcher.elf.thread_module import ThreadBlock
+    from patcher.hooks import Happening
     from patcher.image import Image
     from patcher.link.place import FarData
     from patcher.part import Part
-    from patcher.patch.ledger import Constructor, Ledger
+    from patcher.patch.ledger import Commit, Constructor, Ledger
+    from patcher.patch.transaction import FlipResult
     from patcher.relink import Linked
     from patcher.units import Changes, Source, Units
 
@@ -52,11 +66,13 @@ class Generation:
     dry_run: bool = False
     supplied: tuple[str, ...] = ()  # objects and libraries that were brought in, being missing
     undefined: tuple[str, ...] = ()  # functions that are nowhere: a call aborts
+    members: tuple[Member, ...] = ()  # the processes, where several were changed together
+    data_only: bool = False  # it changed no function
 
     def as_event(self, files: Sequence[Path]) -> Event:
         """Return the event that tells of it."""
         names = tuple(str(f) for f in files)
-        if not self.functions:
+        if not self.functions and not self.data_only:
             return Unchanged(names, self.line_only, self.waiting, self.kept, self.variables)
         return Applied(
             self.number,
@@ -70,6 +86,7 @@ class Generation:
             self.supplied,
             self.undefined,
             self.kept,
+            self.members,
         )
 
 
@@ -117,19 +134,42 @@ class Status:
     objects: tuple[ObjectUse, ...]
 
 
+class _Offered(Exception):
+    """Initialisers changed, and the user has not been asked yet whether the new values are wanted."""
+
+    def __init__(self, variables: tuple[Variable, ...]) -> None:
+        super().__init__()
+        self.variables = variables
+
+
+Offer = Callable[[Sequence[Variable]], bool]
+
+
 class Session:
     """Patches one process. Use as a context manager; leaving it leaves the process running."""
 
-    def __init__(self, target: Target, options: Options | None = None, reporter: Reporter | None = None) -> None:
+    def __init__(
+        self,
+        target: Target,
+        options: Options | None = None,
+        reporter: Reporter | None = None,
+        offer: Offer | None = None,
+    ) -> None:
+        """`offer` is asked, before anything is written, whether variables get their new initial values."""
         self.target = target
+        self._offer = offer
+        self._told: Told = {}
+        self._initials: Initials | None = None
+        self._offering = False
         self.options = options or Options()
         self._reporter = reporter
         self._image: Image | None = None
         self._ledger: Ledger | None = None
         self._units: Units | None = None
+        self._spare: dict[ThreadBlock, int] = {}  # storage that was loaded for a change which then failed
         self.texts = Texts()
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -151,6 +191,15 @@ class Session:
 
             self._image = Image(self.target)
         return self._image
+
+    @property
+    def initials(self) -> Initials:
+        """What the user wants of changed initialisers in the change at hand."""
+        if self._initials is None:
+            from patcher.data.initial import Initials
+
+            self._initials = Initials(self.options.reinit, self._told)
+        return self._initials
 
     @property
     def ledger(self) -> Ledger:
@@ -182,6 +231,18 @@ class Session:
         if self._reporter is not None:
             self._reporter.emit(event)
 
+    def report(self, outcome: Generation, files: Sequence[Path]) -> Event:
+        """Tell of an outcome, and of what a user may want to do about it; return the event."""
+        event = outcome.as_event(files)
+        self.emit(event)
+        kept = [v for v in outcome.variables if v.outcome == Fate.KEPT.value]
+        if kept:
+            sources = " ".join(dict.fromkeys(v.file for v in kept))
+            names = " ".join(f"--reinit {v.name}" for v in kept)
+            what = "the new value" if len(kept) == 1 else "new values"
+            self.emit(Note(f"  to write {what}: patcher apply {self.target.pid} {sources} {names}"))
+        return event
+
     # --- apply ------------------------------------------------------------------------------------------------
 
     def apply(self, *files: str | Path) -> Generation:
@@ -190,7 +251,7 @@ class Session:
         Raises `BuildError` with the compiler's words, `PatcherError` and its kin with what was refused and why;
         the process is then as it was.
         """
-        return self.change([Path(f) for f in files])
+        return self.change([Path(f) for f in files], strict=True)
 
     @named_shortages()
     def change(
@@ -200,16 +261,30 @@ class Session:
         began: float | None = None,
         detect: float = 0.0,
         cancelled: Callable[[], bool] = lambda: False,
+        strict: bool = False,
     ) -> Generation:
         """Do what `apply` does, for a save that was noticed at `began` (perf_counter), `detect` ms after it.
 
-        `cancelled` is asked while compilers run; raises `BuildCancelled` when it says so.
+        `cancelled` is asked while compilers run; raises `BuildCancelled` when it says so. `strict`: it is an error
+        when a variable that is to be initialised again has no new initial value.
         """
+        from patcher.data.initial import Initials
+
         self.target.check_alive()
         started = time.perf_counter()
         units = self.units
         units.build_seconds = 0.0
-        outcome = self._relink(units, units.sources(files, cancelled))
+        compiled = units.sources(files, cancelled)
+        self._initials = Initials(self.options.reinit, self._told, strict=strict)
+        self._offering = self._offer is not None and not self.options.reinit and not self.options.dry_run
+        try:
+            outcome = self.relink(compiled)
+        except _Offered as offered:
+            # Outside of the transaction: nobody has to wait for the answer.
+            accepted = self._offer is not None and self._offer(offered.variables)
+            self._initials = Initials((), self._told, every=accepted)
+            self._offering = False
+            outcome = self.relink(compiled)
         now = time.perf_counter()
         build, stop = units.build_seconds * 1e3, outcome.timings.stop
         total = detect + (now - (began if began is not None else started)) * 1e3
@@ -242,49 +317,91 @@ class Session:
             self.image.stub_area = None if self.ledger.primary is None else self.ledger.primary.stub
             yield
 
-    def _relink(self, units: Units, sources: Sequence[Source]) -> Generation:
+    def rehearse(self, sources: Sequence[Source]) -> set[str]:
+        """Match and link objects as far as that goes without any effect; returns the modules that they are part of.
+
+        Raises what `relink` would raise.
+        """
+        self.target.check_alive()
+        units = self.units
+        with self._transaction():
+            changes = units.changes(sources)
+            try:
+                if changes.parts:
+                    self._link(units, changes, dry_run=True)
+            except UnsafeChange as error:
+                if error.code != "dry-run":
+                    raise
+            finally:
+                self.ledger.forget_plans()
+            return {part.module.path for part in (*changes.parts, *changes.idle)}
+
+    def relink(self, sources: Sequence[Source]) -> Generation:
+        """Match objects against the process, and link and commit what is new, as one generation."""
+        units = self.units
         with self._transaction():
             changes = units.changes(sources)
             if not changes.parts:
-                return Generation(self.ledger.generation, line_only=changes.line_only, waiting=changes.uncalled)
+                from patcher.relink import data_of_idle
+
+                idle = data_of_idle(self.image, self.ledger, changes.idle, self.initials)
+                if idle.writes:
+                    changes = replace(changes, parts=changes.idle, idle=())
+                else:
+                    return self._untouched(changes, idle.kept)
             try:
                 linked = self._link(units, changes, dry_run=self.options.dry_run)
+                self._ask(linked.told)
                 supplied, undefined = units.supplies.outcome(linked)
                 outcome = replace(
                     self._commit(linked), line_only=changes.line_only, supplied=supplied, undefined=undefined
                 )
                 with suppress(OSError):  # it is live
-                    for part in changes.parts:
-                        self.texts.applied(Path(part.source))
+                    self._note(units, changes, linked, outcome)
                 return outcome
             finally:
                 self.ledger.forget_plans()
 
+    def _untouched(self, changes: Changes, kept: Sequence[Changed]) -> Generation:
+        self._ask(kept)
+        news = self.initials.news(kept, self.ledger.journal)
+        if not self.options.dry_run:
+            self.initials.remember(kept)
+        told = _variables([c.datum(Fate.KEPT) for c in news])
+        return Generation(self.ledger.generation, line_only=changes.line_only, waiting=changes.uncalled, variables=told)
+
+    def _ask(self, kept: Sequence[Changed]) -> None:
+        news = self.initials.news(kept, self.ledger.journal) if self._offering else []
+        if news:
+            raise _Offered(_variables([c.datum(Fate.KEPT) for c in news]))
+
     def _link(self, units: Units, changes: Changes, *, dry_run: bool) -> Linked:
+        from patcher.data.threads import NewThreadLocals, StaticModel
         from patcher.link.place import FarData
         from patcher.linkage import NeedsArena
         from patcher.relink import link_generation
 
         parts = list(changes.parts)
         waiting = [*changes.idle, *units.waiting(changes)]
-        supplies = units.supplies
+        supplies, threads = units.supplies, NewThreadLocals(self.ledger.journal.placed)
         supplies.begin()
         for _ in range(2 * len(parts) + _ROUNDS):
             supplies.to_load.clear()
             try:
-                linked = link_generation(self.image, self.ledger, parts, waiting, supplies)
+                linked = link_generation(self.image, self.ledger, parts, threads, waiting, supplies, self.initials)
             except NeedsArena:
                 self._map_stub_area(dry_run)
             except FarData as error:
-                own = any(part.blocks.object is error.object for part in (*parts, *waiting))
-                if not own and not units.supply_farther(error.object):
-                    raise
-                parts = [self._reaching(units, part, error) for part in parts]
-                waiting = [self._reaching(units, part, error) for part in waiting]
+                parts, waiting = _made_again(units.with_farther_reach, units, parts, waiting, error)
+                threads.restart()
+            except StaticModel as error:
+                parts, waiting = _made_again(units.asking_for_thread_locals, units, parts, waiting, error)
+                threads.restart()
             except UnresolvedSymbol as error:
                 raise UnresolvedSymbol(error.message, supplies.advice()) from None
             else:
-                if dry_run or not self._load(tuple(supplies.to_load)):
+                threads.check()
+                if dry_run or not (self._load(tuple(supplies.to_load)) or self._load_storage(threads)):
                     units.check_supplied(linked.supplied)
                     return linked
         raise UnsafeChange("the change cannot be linked", "restart the program with the new code")
@@ -298,19 +415,40 @@ class Session:
             self.units.supplies.loaded.append(path)
         return bool(libraries)
 
-    def _reaching(self, units: Units, part: Part, error: FarData) -> Part:
-        if part.blocks.object is not error.object:
-            return part
-        found = units.with_farther_reach(part)
-        if found is None:
-            raise error
-        return found
+    def _load_storage(self, threads: NewThreadLocals) -> bool:
+        """Have storage for new thread-locals in the process, and return whether there were any to load."""
+        blocks = tuple(threads.to_load())
+        for block in blocks:
+            try:
+                self._load_block(block)
+            except UnsafeChange as error:
+                if error.code == "dlopen" and block.static:
+                    threads.without_static()
+                    return True
+                if error.code not in ("dlopen", "no-loader"):
+                    raise
+                raise UnsafeChange(
+                    f"threads that run have no storage for the new thread-local {block.names}, and the dynamic loader "
+                    f"can make none: {error.message}",
+                    "make it a plain variable, or restart the program with the new code",
+                    code="new-thread-local",
+                ) from None
+        return bool(blocks)
+
+    def _load_block(self, block: NewBlock) -> None:
+        from patcher.loader import Caller
+
+        wanted = block.as_linked()
+        if wanted not in self._spare:
+            self._spare[wanted] = Caller(self.image).load_thread_block(wanted)
+        block.loaded(wanted, self._spare[wanted])
 
     def _map_stub_area(self, dry_run: bool) -> None:
         if dry_run:
             raise UnsafeChange(
                 "a library function's implementation has to be asked from the process, which --dry-run forbids",
                 "run it without --dry-run",
+                code="dry-run",
             )
         self.ledger.realise()
         self.image.stub_area = next(iter(self.ledger.arenas.values())).stub
@@ -320,14 +458,23 @@ class Session:
 
         record = linked.commit.record
         functions = tuple(Function(*status) for status in record.statuses)
-        if not functions:
-            return Generation(self.ledger.generation, kept=linked.kept)
-        variables = tuple(Variable(d.name, d.file, d.fate.value, d.note) for d in linked.data)
-        outcome = Generation(record.number, functions, variables=variables, kept=linked.kept)
+        variables = _variables(linked.data)
+        if not functions and not linked.commit.data and not record.placed:
+            return Generation(self.ledger.generation, kept=linked.kept, variables=variables)
+        outcome = Generation(record.number, functions, variables=variables, kept=linked.kept, data_only=not functions)
         if self.options.dry_run:
             return outcome
+        from patcher.directory import published
+        from patcher.hooks import Named, applying
+
+        commit = published(self.image, self.ledger, linked.commit)
+        named = tuple(Named(d.name, Path(d.file).name, d.fate.value) for d in linked.data)
         self.ledger.realise()
-        result = self.ledger.commit(linked.commit, self._construct)
+        if linked.commit.constructors:
+            self._spare.clear()  # they may write to it
+        with self._with_hooks(applying(record, named)):
+            result = self._made_live(commit)
+        self._spare.clear()
         bodies = [(r.name, r.extents) for r in linked.replaced]
         active = find_active(self.target, bodies, result.threads)
         return replace(
@@ -335,6 +482,36 @@ class Session:
             active=tuple((a.thread, a.function) for a in active),
             timings=Timings(stop=result.stop_ns / 1e6),
         )
+
+    def _note(self, units: Units, changes: Changes, linked: Linked, outcome: Generation) -> None:
+        """Remember what a change that is live means for the next ones."""
+        if not self.options.dry_run:
+            units.admission.applied(outcome.number, (*changes.parts, *linked.supplied))
+        for part in changes.parts:
+            self.texts.applied(Path(part.source))
+        if not self.options.dry_run:
+            self.initials.remember(linked.told)
+
+    def _made_live(self, commit: Commit) -> FlipResult:
+        if not commit.fills:
+            return self.ledger.commit(commit, self._construct)
+        from patcher.filling import Filling
+        from patcher.loader import workspace
+
+        with workspace(self.target) as memory:
+            filling = Filling(self.image, self.ledger.view(), commit.fills, memory, self.options.hook_timeout)
+            return self.ledger.commit(commit, self._construct, filling)
+
+    @contextmanager
+    def _with_hooks(self, happening: Happening) -> Iterator[None]:
+        """Have the program's hooks called before and after the block."""
+        from patcher.hooks import Hooks
+
+        warnings: list[str] = []
+        with Hooks(self.image, self.ledger, self.options.hook_timeout).around(happening, warnings):
+            yield
+        for text in warnings:
+            self.emit(Note(text))
 
     def _construct(self, constructors: Iterable[Constructor]) -> None:
         """Run constructors on a thread of the target that is at a safe point, one after another."""
@@ -373,10 +550,28 @@ class Session:
                     code="nothing-to-revert",
                 )
             if generation is None:
-                generation = self.ledger.journal.lineage(live)[-1].parent
+                generation = self.previous()
             if generation != live:
-                self.ledger.revert(generation)
+                self._revert(live, generation)
         return generation
+
+    def previous(self) -> int:
+        """Return the generation before the live one; 0 when that is the first, or the program as it was started."""
+        lineage = self.ledger.journal.lineage(self.ledger.generation)
+        return lineage[-1].parent if lineage else 0
+
+    def _revert(self, live: int, generation: int) -> None:
+        from patcher.hooks import reverting
+
+        try:
+            self.image.refresh()
+        except ObjectError as error:
+            # Going back needs no file of the program; its hooks cannot be found without.
+            self.emit(Note(f"hooks are not called: {error.message}"))
+            self.ledger.revert(generation)
+            return
+        with self._with_hooks(reverting(self.ledger.journal, live, generation)):
+            self.ledger.revert(generation)
 
     @named_shortages()
     def status(self) -> Status:
@@ -424,7 +619,7 @@ class Session:
         """Load what the first save needs, so that it is as quick as the later ones."""
         self._await_loaded()
         self.image.executable.module.symbols.named("main")
-        self.units.layouts_of(self.image.executable)
+        self.units.know_layouts(self.image.executable)
         self.ledger.refresh()
 
     def _await_loaded(self) -> None:
@@ -436,6 +631,31 @@ class Session:
             if len(self.image.scope()) > len(needed) or not needed:
                 return
             time.sleep(0.005)
+
+
+def _made_again(
+    make: Callable[[Part], Part | None],
+    units: Units,
+    parts: Sequence[Part],
+    waiting: Sequence[Part],
+    error: FarData | StaticModel,
+) -> tuple[list[Part], list[Part]]:
+    """Have the unit of the object that `error` is about compiled otherwise; raise it where that is not possible."""
+
+    def made(part: Part) -> Part:
+        found = make(part) if part.blocks.object is error.object else part
+        if found is None:
+            raise error
+        return found
+
+    own = any(part.blocks.object is error.object for part in (*parts, *waiting))
+    if not own and not units.supply_again(error.object, make):
+        raise error
+    return [made(p) for p in parts], [made(p) for p in waiting]
+
+
+def _variables(data: Sequence[Datum]) -> tuple[Variable, ...]:
+    return tuple(Variable(d.name, d.file, d.fate.value, d.note) for d in data)
 
 
 __all__ = ["ArenaUse", "Generation", "ObjectUse", "Options", "PatchedFunction", "Session", "Status"]

@@ -41,9 +41,10 @@ from patcher.elf.module import Module, read_module
 from patcher.errors import ObjectError, UnsafeChange
 from patcher.image import Image, LoadedModule
 from patcher.link.plan import Bound
-from patcher.live import UNDEFINED, LiveUnit, born_unit, find_unit
+from patcher.live import UNDEFINED, LiveUnit
 from patcher.match import Cause, FunctionMatch, Status, match
 from patcher.options import Options
+from patcher.origin import born_unit, find_unit
 from patcher.part import Part
 from patcher.patch.ledger import Ledger
 from patcher.relink import Linked

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 
 from patcher.blocks import Blocks
 from patcher.build import (
+    ASKING,
     INDIRECT,
     LARGE,
     LINE_SHIFT,
@@ -29,14 +30,19 @@ from patcher.build import (
     Variant,
     is_unit,
 )
-from patcher.data import dwarf
+from patcher.data import migrate
+from patcher.data.admission import Admission
+from patcher.data.admission import check as check_layouts
+from patcher.data.layouts import LayoutVerdict
+from patcher.data.prepare import has_types
 from patcher.elf import ObjectFile, read_object, read_objects
 from patcher.errors import ObjectError, PatcherError, UnsafeChange
 from patcher.image import Image, LoadedModule
 from patcher.lines import LineNumbers, line_fields, moves_of_lines
-from patcher.live import UNDEFINED, LiveUnit, born_unit, find_unit
+from patcher.live import UNDEFINED, LiveUnit
 from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, match, past_lines
 from patcher.options import Options
+from patcher.origin import born_unit, find_unit
 from patcher.part import Part
 from patcher.patch.ledger import Ledger
 from patcher.stamps import NONE as NO_STAMPS
@@ -111,7 +117,8 @@ class Units:
         self._line_only: dict[tuple[Path, str], object] = {}
         self._waiting: dict[str, Source] = {}
         self._command_of: dict[ObjectFile, CompileCommand] = {}
-        self._layouts: dict[str, dwarf.Layouts | None] = {}
+        self.admission = Admission(options.allowed_layouts)
+        self.layouts: list[LayoutVerdict] = []  # of the change that is being judged
         self._unchecked: set[str] = set()
 
     def close(self) -> None:
@@ -163,12 +170,24 @@ class Units:
         First it goes to external data through cells; where that is not enough, it goes everywhere by full addresses.
         Returns None when that was done already, or nothing says how it is compiled.
         """
+        known = self._reach.get(part.blocks, PLAIN)
+        reach = _FARTHER.get(known & ~ASKING)
+        return self._remade(part, reach | known & ASKING) if reach is not None else None
+
+    def asking_for_thread_locals(self, part: Part) -> Part | None:
+        """Compile a unit again so that its code asks where its thread-locals are, and remember that it must.
+
+        Returns None when that was done already, or nothing says how it is compiled.
+        """
+        known = self._reach.get(part.blocks, PLAIN)
+        return self._remade(part, known | ASKING) if not known & ASKING else None
+
+    def _remade(self, part: Part, reach: Variant) -> Part | None:
         command = self._command_of.get(part.delta.blocks.object)
-        reach = _FARTHER.get(self._reach.get(part.blocks, PLAIN))
-        if command is None or reach is None:
+        if command is None:
             return None
         self._needed_reach[command.file, command.arguments] = reach
-        return self._compiled_to_reach(part, command, reach)
+        return self._judged_anew(part, command, reach)
 
     def _with_needed_reach(self, part: Part) -> Part:
         """Compile a unit once more that is known to need it, before it is linked in vain.
@@ -179,6 +198,9 @@ class Units:
         reach = self._needed_reach.get((command.file, command.arguments)) if command is not None else None
         if command is None or reach is None or not part.wanted():
             return part
+        return self._judged_anew(part, command, reach)
+
+    def _judged_anew(self, part: Part, command: CompileCommand, reach: Variant) -> Part:
         made = self._compiled_to_reach(part, command, reach)
         there = {f.name for f in match(made.blocks, part.unit).with_status(Status.SAME)}
         same = [f for f in part.delta.with_status(Status.CHANGED) if f.name in there]
@@ -189,14 +211,14 @@ class Units:
         self._reach[blocks] = reach
         return part.compiled_otherwise(blocks)
 
-    def supply_farther(self, source: ObjectFile | None) -> bool:
-        """Compile a unit that was brought in and cannot reach something again; tell whether that was possible."""
+    def supply_again(self, source: ObjectFile | None, make: Callable[[Part], Part | None]) -> bool:
+        """Have a unit that was brought in, and cannot reach something, made again; tell whether that was possible."""
         part = self.supplies.part_of(source) if source is not None else None
         command = self.supplies.build.command_of.get(part.delta.blocks.object) if part is not None else None
         if part is None or command is None:
             return False
         self._command_of[part.delta.blocks.object] = command
-        made = self.with_farther_reach(part)
+        made = make(part)
         if made is not None:
             self.supplies.replace(part, made)
         return made is not None
@@ -213,6 +235,7 @@ class Units:
         """Do what `changes` does, save that types are not compared."""
         self._command_of = {s.object: s.command for s in sources if s.command is not None}
         _check_code(sources)
+        self.layouts = []
         view = self.ledger.view()
         parts: list[Part] = []
         absent: list[str] = []
@@ -350,35 +373,45 @@ class Units:
         """Refuse objects that were brought in and see existing data in another layout."""
         self.check_layouts([p for p in parts if p.unit.key != UNDEFINED and _has_types(p)])
 
+    def _compare_variables(self, parts: Sequence[Part]) -> None:
+        """Note how the variables of units are laid out, where some have, or get, storage of a new layout."""
+        view = self.ledger.view()
+        if not migrate.concerned(parts, view):
+            return
+        from patcher.data.dwarf import Layouts
+        from patcher.data.layout import comparisons
+
+        for part in parts:
+            data = bytes(part.delta.blocks.object.contents)
+            new = Layouts.of_object(data, part.source) if _has_types(part) else None
+            old = self.admission.by_name(part.module.path) if self.know_layouts(part.module) else None
+            part.layouts = comparisons(part, old, new)
+
     def check_layouts(self, parts: Sequence[Part]) -> None:
         """Refuse new code that sees existing data in another layout."""
+        self._compare_variables(parts)
+        journal = self.ledger.journal
+        lineage = {g.number for g in journal.lineage(self.ledger.generation)}
+        migrated = migrate.taken_care_of(parts, journal.storages_at(self.ledger.generation))
+        judged = []
         for part in parts:
             if not part.supplied and all(part.status(b) is Status.SAME for b in part.wanted()):
                 continue  # what runs now sees it in the same way
-            layouts = self.layouts_of(part.module)
-            data = bytes(part.delta.blocks.object.contents)
-            if layouts is None or not _has_types(part):
-                self._say_unchecked(part, layouts is None)
+            known = self.know_layouts(part.module)
+            found = self.admission.verdicts(part, lineage, migrated) if known else None
+            if found is None:
+                self._say_unchecked(part, not known)
                 continue
-            found = dwarf.changed_types(layouts, data, part.source)
-            changes = [c for c in found if not _allowed(c.name, self.options.allowed_layouts)]
-            if changes:
-                names = ", ".join(f"`{c.name}`" for c in changes[:3])
-                raise UnsafeChange(
-                    f"{part.source} changes the layout of data that the process has: "
-                    + "; ".join(c.describe() for c in changes[:3]),
-                    f"restart the program; or, if nothing live is {names} any more, "
-                    f"--allow-layout-change '{changes[0].name}'",
-                    code="layout",
-                )
+            self.layouts += found
+            judged.append((part.source, found))
+        for source, found in judged:
+            check_layouts(source, found)
 
-    def layouts_of(self, module: LoadedModule) -> dwarf.Layouts | None:
-        """Return the types of a module, None without debug information."""
-        if module.path not in self._layouts:
-            file = Path(module.module.symbols_from)
-            file = module.file if str(file) == module.path or not file.is_file() else file
-            self._layouts[module.path] = dwarf.Layouts.of_program(file)
-        return self._layouts[module.path]
+    def know_layouts(self, module: LoadedModule) -> bool:
+        """Read a module's debug information for the checks to come; tell whether it has any."""
+        file = Path(module.module.symbols_from)
+        file = module.file if str(file) == module.path or not file.is_file() else file
+        return self.admission.open(module.path, file)
 
     def _say_unchecked(self, part: Part, program: bool) -> None:
         what = part.module.path if program else part.source
@@ -390,11 +423,7 @@ class Units:
 
 
 def _has_types(part: Part) -> bool:
-    return dwarf.has_types(bytes(part.delta.blocks.object.contents), part.source)
-
-
-def _allowed(name: str, allowed: Sequence[str]) -> bool:
-    return name in allowed or name.partition(" ")[2] in allowed
+    return has_types(bytes(part.delta.blocks.object.contents), part.source)
 
 
 def _check_code(sources: Sequence[Source]) -> None:

@@ -11,9 +11,10 @@ from patcher.blocks import Blocks
 from patcher.elf import read_object
 from patcher.image import Image
 from patcher.lines import NONE, LineNumbers
-from patcher.live import ArenaView, LiveUnit, find_unit
+from patcher.live import LiveUnit
 from patcher.match import Delta, match
-from patcher.patch.journal import Journal
+from patcher.origin import find_unit
+from patcher.patch.journal import ArenaView, Journal
 from patcher.target import Target
 
 SOURCES = Path(__file__).parent / "sources"

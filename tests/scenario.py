@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +91,7 @@ class Step:
     flags: tuple[str, ...] = ()
     force: bool = False
     attach_again: bool = False
+    allow: tuple[str, ...] = ()
     revert: int | None = None
     refused: str = ""
     names: tuple[str, ...] = ()
@@ -101,6 +102,8 @@ class Step:
     same: tuple[str, ...] = ()
     line_only: tuple[str, ...] = ()
     active: tuple[str, ...] = ()
+    data: tuple[str, ...] | None = None  # what must become of variables: "kept limit 5 -> 7"; nothing else may
+    reinit: tuple[str, ...] = ()
     asks: tuple[Ask, ...] = ()
 
 
@@ -449,6 +452,8 @@ class Outcome:
     functions: Mapping[str, str] = dataclasses.field(default_factory=dict)  # name without compiler suffixes -> status
     active: tuple[str, ...] = ()
     line_only: tuple[str, ...] | None = None
+    data: frozenset[str] = frozenset()
+    generation: bool = True
     refused: str = ""
     message: str = ""
 
@@ -467,21 +472,28 @@ class Api:
     def __init__(self, built: Built, pid: int) -> None:
         self.built = built
         self.pid = pid
-        self.session = self._attach(force=False)
+        self.session = self._attach(Step())
 
-    def _attach(self, *, force: bool) -> patcher.session.Session:
-        return patcher.attach(self.pid, compile_commands=self.built.database, force=force, **self.built.options)
+    def _attach(self, step: Step) -> patcher.session.Session:
+        own = {"force": step.force, "allowed_layouts": step.allow, "reinit": step.reinit}
+        return patcher.attach(self.pid, compile_commands=self.built.database, **{**self.built.options, **own})
 
     def apply(self, step: Step, files: Sequence[str]) -> Outcome:
-        if step.attach_again or step.force:
+        if step.attach_again or step.force or step.allow or step.reinit or self.session.options.reinit:
             self.session.close()
-            self.session = self._attach(force=step.force)
+            self.session = self._attach(step)
         try:
             done = self.session.apply(*given_files(self.built, step, files))
         except patcher.PatcherError as error:
             return Outcome(refused=error.code, message=f"{error.message} | {error.hint}")
         functions = {plain(f.name): f.status for f in done.functions}
-        return Outcome(functions, tuple(name for _, name in done.active), tuple(plain(f) for f in done.line_only))
+        return Outcome(
+            functions,
+            tuple(name for _, name in done.active),
+            tuple(plain(f) for f in done.line_only),
+            frozenset(f"{v.outcome} {v.name} {v.note}".rstrip() for v in done.variables),
+            bool(done.functions) or done.data_only,
+        )
 
     def revert(self, generation: int) -> None:
         self.session.revert(generation)
@@ -515,7 +527,9 @@ class Watch:
                 continue  # the first of several files; the round with the others follows
             functions = {plain(f["name"]): f["status"] for f in event.get("functions", ())}
             if wanted <= set(functions):
-                return Outcome(functions, tuple(event.get("active", ())))
+                data = frozenset(f"{v['outcome']} {v['name']} {v['note']}".rstrip() for v in event["data"])
+                applied = event["event"] == "applied"
+                return Outcome(functions, tuple(event.get("active", ())), data=data, generation=applied)
 
     def _next(self, *names: str) -> dict[str, Any]:
         deadline = time.monotonic() + SECONDS
@@ -582,6 +596,14 @@ def play(scenario: Scenario, variant: Variant, directory: Path, shared: Path, *,
             check_restored(before, after)
 
 
+def _fits(expected: Sequence[str], data: Iterable[str]) -> bool:
+    """Tell whether there is what is expected, and nothing else; an expected text may leave out the end."""
+    found = list(data)
+    return all(any(d.startswith(e) for d in found) for e in expected) and all(
+        d.startswith(tuple(expected)) for d in found
+    )
+
+
 class _Player:
     def __init__(self, scenario: Scenario, built: Built, program: Program) -> None:
         self.scenario = scenario
@@ -630,7 +652,8 @@ class _Player:
             return
         assert not outcome.refused, said
         assert bool(outcome.functions) != step.unchanged, said
-        if outcome.functions:
+        assert step.data is None or _fits(step.data, outcome.data), said
+        if outcome.generation:
             self._latest += 1
             self.generation = self._latest
         assert set(step.changed) <= {n for n, status in outcome.functions.items() if status == "changed"}, said

@@ -54,3 +54,21 @@ def test_a_small_object_is_measured(objects: ModuleType, sections: bool, tmp_pat
     first, second = json.loads(answer)
     assert first.keys() == {"read", "blocks", "plan", "place"}
     assert second.keys() == first.keys() | {"peak"}
+
+
+SMALL = """\
+struct item0 { int first; long list[3]; };
+item0 items[3];
+int next(int n) { return n + 1; }
+int main() { return next(items[0].first); }
+"""
+
+
+def test_a_small_unit_is_checked(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import layouts; from pathlib import Path; "
+        f"layouts.text = lambda _: {SMALL!r}; print(*layouts.rows('g++', Path({str(tmp_path)!r}), 1, 1), sep='\\n')"
+    )
+    lines = run(sys.executable, "-c", code).splitlines()
+    rows = ["first", "a constant", "a function", "a new type", "a struct that is had"]
+    assert [line.split(",")[1].strip(" '") for line in lines] == rows

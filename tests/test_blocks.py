@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from living import UNIT, compile_text, run
 
@@ -241,6 +242,95 @@ def test_references_without_relocations_are_found_far_from_the_start_of_a_sectio
         assert blocks.references(block) == (Reference(1, R.PLT32, Place(target, 0), -4),)
         assert blocks.fields([block]).reference(blocks, 0) == blocks.references(block)[0]
     assert blocks.fields([third, first]).owner.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_homes_are_where_targets_are(blocks: Blocks, asked: bool) -> None:
+    # Asked for all at once, before and after somebody asked for each.
+    fresh = Blocks(blocks.object)
+    numbers = np.unique(fresh.fields(fresh.functions).target)
+    if asked:
+        for number in numbers.tolist():
+            fresh.target(number)
+    homes, offsets = fresh.homes(numbers)
+    plain = 0
+    for number, home, offset in zip(numbers.tolist(), homes.tolist(), offsets.tolist(), strict=True):
+        target = fresh.target(number)
+        if home >= 0:
+            assert (fresh.block(home), offset) == target
+        if isinstance(target, Place) and target.block.kind in (Kind.CODE, Kind.DATA):
+            assert home >= 0
+            plain += 1
+        elif not isinstance(target, Place) or target.block.kind is Kind.THREAD_LOCAL:
+            assert home == -1
+    assert plain > 2
+    assert (homes == -1).any()
+
+
+FUNCTIONS = r"""
+.section .text.many, "ax"
+nop
+.globl first, again, second
+.type first, @function
+.type again, @function
+.type second, @function
+first: again: ret
+.size first, 1
+.skip 7
+.size again, 4
+second: ret
+.skip 3
+.type end, @function
+end:
+.section .text.label, "ax"
+ret
+label: ret
+.section .text.two, "ax"
+.type early, @function
+.type late, @function
+early: ret
+ret
+.size early, 1
+late:
+"""
+
+
+def test_functions_end_where_their_longest_symbol_says(tmp_path: Path) -> None:
+    blocks = assembled(tmp_path, FUNCTIONS)
+    extents = {
+        (b.object.sections[b.section].name, b.start, b.size): tuple(s.name for s in b.symbols) for b in blocks.functions
+    }
+    assert extents == {
+        (".text.many", 1, 4): ("first", "again"),
+        (".text.many", 9, 4): ("second",),  # has no size
+        (".text.label", 0, 2): ("label",),  # no function at all
+        (".text.two", 0, 2): ("early", "late"),  # nothing else starts in it
+    }
+
+
+OVERLAPPING = r"""
+.data
+.globl whole, inner, half
+.type whole, @object
+.type inner, @object
+.type half, @object
+.size whole, 8
+whole: .long 1
+inner: .long 2
+.size inner, 4
+half: .long 3
+.size half, 2
+note:
+.long 4
+"""
+
+
+def test_what_a_variable_covers_is_not_cut(tmp_path: Path) -> None:
+    blocks = assembled(tmp_path, OVERLAPPING)
+    found = {(b.start, b.size): tuple(s.name for s in b.symbols) for b in blocks.data_blocks()}
+    assert found == {(0, 8): ("whole",), (8, 2): ("half",), (12, 4): ("note",)}
+    index = next(iter(blocks.data_blocks())).section
+    assert (blocks.at(index, 4).offset, blocks.at(index, 10).block.size) == (4, 2)
 
 
 # --- what shares a section ---

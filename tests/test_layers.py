@@ -38,22 +38,23 @@ ALLOWED: dict[str, set[str]] = {
     # Functions of the target are called where its frames show that nothing is locked.
     "unwind": {"errors", "elf.tables", "image", "target"},
     "safepoint": {"elf", "image", "target", "unwind"},
-    "loader": {"errors", "elf.tables", "image", "safepoint", "target"},
-    # What earlier generations placed has names too: the journal's records say so. Units of one name are told
-    # apart by matching each (the one edge that goes against the direction).
-    "live": READING | {"blocks", "image", "code", "patch.journal", "match"},
+    "loader": {"errors", "elf.tables", "elf.thread_module", "image", "safepoint", "target"},
+    # What earlier generations placed has names too: the journal's records say so.
+    "live": READING | {"blocks", "image", "code", "patch.journal"},
     "lines": READING,
     "stamps": set(),
     # The relocation table says how wide a field is, and which are relative.
     "match": READING | {"blocks", "live", "lines", "stamps", "link.relocations", "code"},
+    # Units of one name are told apart by matching each.
+    "origin": READING | {"blocks", "image", "live", "match", "patch.journal"},
     # The arena's free memory is what the linker lays out.
     "patch": {"errors", "target", "code", "link.place"},
     "report": {"errors"},
     "convention": MATCHING | {"match"},
     # One unit's share of a generation: its verdicts, and the object that new code is taken from.
-    "part": MATCHING | {"match", "constructors"},
+    "part": MATCHING | {"match", "constructors", "data.migrate"},
     # What becomes of variables; the types are read from a copy of the object, in which relocations are mended.
-    "data": MATCHING | {"match", "part"},
+    "data": MATCHING | {"match", "part", "patch.journal"},
     # What the names and blocks of parts mean in the process.
     "linkage": MATCHING | {"match", "part", "patch", "data", "undefined"},
     # Joins verdicts, linker and arena to a generation that is ready to be written.
@@ -63,11 +64,17 @@ ALLOWED: dict[str, set[str]] = {
     # An object that nobody compiled: it has the tables of one, and its unit has a name of its own.
     "undefined": READING | {"blocks", "live"},
     # Where a definition comes from that the process has never had: brought in as units that are matched like others.
-    "supply": MATCHING | {"match", "part", "linkage", "patch", "relink", "undefined", "options", "build"},
+    "supply": MATCHING | {"match", "part", "linkage", "patch", "relink", "undefined", "options", "origin", "build"},
+    # What the program itself can read of its generations, and which of its functions are told of them.
+    "directory": {"image", "link.place", "patch"},
+    # What fills new storage runs while all stand still, when nobody refers to the old any more.
+    "filling": {"data.still_used", "errors", "image", "loader", "patch", "target"},
+    "hooks": {"errors", "image", "live", "loader", "part", "patch", "target"},
     "options": {"errors"},
     "texts": {"errors", "build"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
-    "units": MATCHING | {"match", "part", "patch", "relink", "supply", "options", "texts", "stamps", "build", "data"},
+    "units": MATCHING
+    | {"match", "origin", "part", "patch", "relink", "supply", "options", "texts", "stamps", "build", "data"},
     "explain": {"errors", "match", "part", "relink", "units", "report"},
     "session": MATCHING
     | {
@@ -77,7 +84,12 @@ ALLOWED: dict[str, set[str]] = {
         "linkage",
         "patch",
         "relink",
+        "data",
+        "directory",
+        "filling",
+        "hooks",
         "loader",
+        "data.threads",
         "options",
         "texts",
         "units",
@@ -86,10 +98,12 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "loop",
     },
+    # Several sessions as one.
+    "tree": {"errors", "options", "report", "session", "target", "units"},
     # The watch loop drives a session, which starts it.
     "loop": {"errors", "session", "build", "watch", "report"},
-    "cli": {"errors", "options", "report", "session", "target", "build", ""},
-    "": {"errors", "options", "session", "target", "report"},  # the package itself: the public API
+    "cli": {"errors", "options", "report", "session", "target", "tree", "build", ""},
+    "": {"errors", "options", "session", "target", "tree", "report"},  # the package itself: the public API
     "__main__": {"cli"},
 }
 ONE_IMPORTER = {

@@ -99,6 +99,8 @@ def test_how_a_library_was_opened_is_seen(tmp_path: Path) -> None:
         assert found.order[apart][0] == apart
         assert not set(start[:2]) & set(found.order[apart])
         assert [found.namespace[m] for m in (own, local, everywhere, apart)] == [0, 0, 0, 1]
+        for hint in (found.offset, found.offset + 8, 1 << 40):  # what is remembered is checked, not trusted
+            assert read_scopes(target.memory, own, (local, deep, everywhere, apart), hint) == found
 
 
 def test_a_static_program_has_itself(tmp_path: Path) -> None:

@@ -351,7 +351,6 @@ def test_a_member_that_a_program_would_have_started_with_is_started_once(project
             "constructor",
             ".fini_array",
         ),
-        ("__thread int own;\nint extra(int n) { return n + own++; }\n", "new-thread-local", "`own`"),
         (
             '__asm__(".globl extra\\n.type extra,@function\\nextra: mov %edi,%eax\\n.size extra,.-extra\\n'
             '.globl rest\\n.type rest,@function\\nrest: ret\\n.size rest,.-rest");\n',
@@ -359,7 +358,7 @@ def test_a_member_that_a_program_would_have_started_with_is_started_once(project
             "`extra`",
         ),
     ],
-    ids=["duplicate", "destructor", "thread-local", "falls-through"],
+    ids=["duplicate", "destructor", "falls-through"],
 )
 def test_members_that_cannot_join_are_refused_by_name(
     project: Project, tmp_path: Path, text: str, code: str, message: str
@@ -370,9 +369,20 @@ def test_members_that_cannot_join_are_refused_by_name(
             session.apply(calling(project, "extra(n)", "int extra(int);"))
         assert refused.value.code == code, refused.value.message
         assert message in refused.value.message
-        assert "extra.o" in refused.value.message or code == "new-thread-local"
+        assert "extra.o" in refused.value.message
         assert session.status().arenas == ()
         assert program.ask(1) == "1001"
+
+
+def test_a_member_has_its_thread_locals(project: Project, tmp_path: Path) -> None:
+    found = archive(tmp_path / "libx.a", extra="__thread int own = 5;\nint extra(int n) { return n + own++; }\n")
+    with project.running() as program, patcher.attach(program.pid, archives=[found]) as session:
+        session.apply(calling(project, "extra(n)", "int extra(int);"))
+        assert program.ask(1) == "6"
+        session.apply(calling(project, "extra(n) + 100", "int extra(int);"))
+        assert program.ask(1) == "107"
+        session.revert(1)
+        assert program.ask(1) == "8"
 
 
 def test_a_share_in_what_the_linker_gathers_is_refused(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ PLAIN = Variant.PLAIN
 SHIFTED = Variant.SHIFTED
 INDIRECT = Variant.INDIRECT
 LARGE = Variant.LARGE
+ASKING = Variant.ASKING
 
 __all__ = [
+    "ASKING",
     "INDIRECT",
     "LARGE",
     "LINE_SHIFT",

@@ -74,6 +74,7 @@ class Variant(enum.Flag):
     SHIFTED = enum.auto()  # every __LINE__ is 100,000 higher
     INDIRECT = enum.auto()  # the address of external data comes from the GOT
     LARGE = enum.auto()  # the large code model: everything is reached, wherever it is
+    ASKING = enum.auto()  # where each thread has a thread-local variable is asked for, variable by variable
 
 
 def is_unit(path: Path) -> bool:
@@ -108,6 +109,8 @@ def object_arguments(
         added.append(_indirect(toolchain))
     if variant & Variant.LARGE:
         added.append("-mcmodel=large")
+    if variant & Variant.ASKING and toolchain is not None:
+        added += _asking(command, toolchain)
     if colour:
         added.append("-fdiagnostics-color=always")
     added += [*options, "-c", "-o", str(output)]
@@ -220,6 +223,25 @@ def _quoted_includes(named: str, text: Path, toolchain: Toolchain) -> tuple[str,
         return ("-iquote", ".", *elsewhere)
     spelled = "./././."  # a spelling of "." that nobody else uses, to be taken away again
     return ("-iquote", spelled, *elsewhere, f"-fmacro-prefix-map={spelled}/=")
+
+
+def _asking(command: CompileCommand, toolchain: Toolchain) -> tuple[str, ...]:
+    """Return the switches for the general-dynamic model.
+
+    Other than by an attribute, gcc cannot be kept from asking once for all static ones, nor, in an executable, from
+    not asking at all; clang never can be for static ones.
+    """
+    if toolchain.family is Family.CLANG:
+        return ("-fPIC", "-ftls-model=global-dynamic")
+    if toolchain.family is Family.GCC:
+        plus = command.file.suffix not in (".c", ".i") or "++" in os.path.basename(toolchain.program)
+        words = ("__thread", "thread_local" if plus else "_Thread_local")
+        attribute = '__attribute__((__tls_model__("global-dynamic")))'
+        return ("-w", *(f"-D{word}={word} {attribute}" for word in words))
+    raise BuildError(
+        f"{toolchain.program}: neither gcc nor clang, so it cannot be told to ask for each thread-local variable",
+        "compile the program with gcc or clang",
+    )
 
 
 def _indirect(toolchain: Toolchain) -> str:

@@ -21,6 +21,7 @@ from patcher.build.command import CompileCommand, Variant, input_argument, objec
 from patcher.build.database import GET_A_DATABASE
 from patcher.build.running import Job, Outcome, never, run_all
 from patcher.build.toolchain import identify
+from patcher.build.trust import is_private_directory
 from patcher.errors import BuildError
 
 # gcc writes dependencies where these say, whatever the switches are
@@ -141,11 +142,24 @@ class Compiler:
 
 def _private_directory(parent: Path | None) -> Path:
     if parent is None:
-        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-        usable = os.path.isabs(runtime) and os.access(runtime, os.W_OK | os.X_OK)
-        parent = Path(runtime, "patcher") if usable else Path(tempfile.gettempdir())
+        parent = _runtime_directory() or Path(tempfile.gettempdir())
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="patcher-build-", dir=parent))
+    return Path(tempfile.mkdtemp(prefix="patcher-build-", dir=parent))  # for nobody but us
+
+
+def _runtime_directory() -> Path | None:
+    """Return our directory below the user's runtime directory, None where somebody else may interfere in it."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if not os.path.isabs(runtime):
+        return None
+    own = Path(runtime, "patcher")
+    try:
+        if not is_private_directory(os.lstat(runtime)):
+            return None
+        own.mkdir(mode=0o700, exist_ok=True)
+        return own if is_private_directory(os.lstat(own)) else None
+    except OSError:
+        return None
 
 
 def _write_text(place: Path, command: CompileCommand, text: bytes | None, variant: Variant) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from patcher.build.command import CompileCommand
+from patcher.build.trust import check_trusted
 from patcher.errors import NoCompileCommand
 
 NAME = "compile_commands.json"
@@ -70,11 +71,14 @@ class Database:
 
     def _refresh(self) -> None:
         try:
-            status = self.path.stat()
-            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-            if stamp != self._stamp:
-                self._entries = tuple(_entries(self.path))
-                self._stamp = stamp
+            # Only a regular file: a pipe in its place must not block.
+            with open(self.path, "rb", opener=_opener) as file:
+                status = os.fstat(file.fileno())
+                check_trusted(status, self.path)
+                stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+                if stamp != self._stamp:
+                    self._entries = tuple(_entries(self.path, file.read()))
+                    self._stamp = stamp
         except OSError as error:
             raise NoCompileCommand(
                 f"{self.path}: {error.strerror}", "give --compile-commands a file that is there"
@@ -94,9 +98,12 @@ def find_databases(start: Path) -> Iterator[Path]:
             yield from sorted(path for path in directory.glob(f"{pattern}/{NAME}") if path.is_file())
 
 
-def _entries(path: Path) -> Iterator[_Entry]:
-    with path.open("rb") as file:
-        listed = json.load(file)
+def _opener(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _entries(path: Path, text: bytes) -> Iterator[_Entry]:
+    listed = json.loads(text)
     if not isinstance(listed, list):
         raise TypeError("the file is not a list")
     for number, entry in enumerate(listed):

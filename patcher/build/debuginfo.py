@@ -21,6 +21,7 @@ from typing import Any
 from patcher.build.command import CompileCommand, is_unit
 from patcher.build.database import GET_A_DATABASE
 from patcher.build.toolchain import Family, identify, include_directories
+from patcher.build.trust import check_trusted
 from patcher.errors import NoCompileCommand
 
 _GNU = re.compile(r"GNU (C\+\+|C)(?:\d\w*)? (\d+)\S*")
@@ -54,6 +55,7 @@ class DebugInformation:
         self.program = program
         self.name = name or program  # for messages
         self._by_basename: dict[str, list[Recorded]] | None = None
+        self._status: os.stat_result | None = None  # of the file that was read
         self._tables: dict[int, tuple[str, ...]] | None = None
 
     def units(self, source: Path) -> tuple[Recorded, ...]:
@@ -67,6 +69,8 @@ class DebugInformation:
 
     def command(self, unit: Recorded, source: Path) -> CompileCommand:
         """Put a unit's compile command together. Raises NoCompileCommand when too little is recorded, saying what."""
+        if self._status is not None:
+            check_trusted(self._status, self.name)
         if not os.path.isdir(unit.directory):
             raise NoCompileCommand(
                 f"{source}: {self.name} was compiled in {unit.directory}, which is not there",
@@ -89,7 +93,8 @@ class DebugInformation:
     def _named(self) -> dict[str, list[Recorded]]:
         if self._by_basename is None:
             self._by_basename = {}
-            for unit in _read_units(self.program):
+            self._status, units = _read_units(self.program)
+            for unit in units:
                 self._by_basename.setdefault(os.path.basename(unit.name), []).append(unit)
         return self._by_basename
 
@@ -193,18 +198,17 @@ def _seen_from(directory: str, path: str) -> str:
     return os.path.relpath(path, directory) if len(Path(shared).parts) > 2 else path
 
 
-def _read_units(program: Path) -> tuple[Recorded, ...]:
+def _read_units(program: Path) -> tuple[os.stat_result | None, tuple[Recorded, ...]]:
     from elftools.common.exceptions import DWARFError, ELFError  # 30 ms, and rarely needed
     from elftools.elf.elffile import ELFFile
 
     try:
         with program.open("rb") as file:
             elf = ELFFile(file)
-            if not elf.has_dwarf_info():
-                return ()
-            return tuple(_units_of(elf.get_dwarf_info(), program))
+            units = _units_of(elf.get_dwarf_info(), program) if elf.has_dwarf_info() else ()
+            return os.fstat(file.fileno()), tuple(units)
     except (OSError, ELFError, DWARFError, KeyError, ValueError):
-        return ()  # a missing or strange file says nothing; the search goes on elsewhere
+        return None, ()  # a missing or strange file says nothing; the search goes on elsewhere
 
 
 def _units_of(dwarf: Any, program: Path) -> Iterator[Recorded]:

@@ -10,8 +10,6 @@ import click
 from patcher.cli.options import common, gather
 from patcher.errors import TargetGone
 from patcher.report import Exited, Note
-from patcher.session import Session
-from patcher.target import Target
 
 
 @click.command()
@@ -24,7 +22,7 @@ def attach(pid: int, **rest: Any) -> int:
     Without --watch, only check that the process can be patched.
     """
     asked = gather(rest)
-    with asked.reporter() as reporter, Session(Target.attach(pid), asked.options(), reporter) as session:
+    with asked.reporter() as reporter, asked.session(pid, reporter) as session:
         if not asked.watch:
             session.prepare()
             known = sum(1 for m in session.image.modules if m.module.symbols_from)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from patcher.cli.options import common, gather
-from patcher.report import Applied, Reverted
-from patcher.session import Session
-from patcher.target import Target
+from patcher.report import Applied, Reverted, Variable
 
 
 @click.command()
@@ -28,16 +28,22 @@ def apply(pid: int, files: tuple[Path, ...], as_json: bool, **rest: Any) -> int:
     patcher apply 4711 physics.c          a source: compiled as the program was
     """
     asked = gather(rest)
-    with asked.reporter() as reporter, Session(Target.attach(pid), asked.options(), reporter) as session:
+    offer = _offer if sys.stdin.isatty() and sys.stderr.isatty() else None
+    with asked.reporter() as reporter, asked.session(pid, reporter, offer) as session:
         outcome = session.apply(*files)
-        event = outcome.as_event(files)
-        reporter.emit(event)
+        event = session.report(outcome, files)
         if as_json:
             click.echo(json.dumps(event.as_json()))
         if asked.dry_run and isinstance(event, Applied):
             for function in event.functions:
                 click.echo(f"{function.status} {function.name}", err=True)
     return 0
+
+
+def _offer(variables: Sequence[Variable]) -> bool:
+    """Ask whether variables get their new initial values."""
+    names = ", ".join(f"`{v.name}` ({v.note})" if v.note else f"`{v.name}`" for v in variables)
+    return click.confirm(f"write the new value{'s' if len(variables) > 1 else ''} of {names}?", err=True)
 
 
 @click.command()
@@ -48,7 +54,7 @@ def apply(pid: int, files: tuple[Path, ...], as_json: bool, **rest: Any) -> int:
 def revert(pid: int, generation: int | None, as_json: bool, **rest: Any) -> int:
     """Take process PID back to GENERATION (default: the one before; 0: as it was started)."""
     asked = gather(rest)
-    with asked.reporter() as reporter, Session(Target.attach(pid), asked.options(), reporter) as session:
+    with asked.reporter() as reporter, asked.session(pid, reporter) as session:
         number = session.revert(generation)
         event = Reverted(number)
         reporter.emit(event)

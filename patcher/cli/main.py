@@ -13,6 +13,7 @@ from patcher import __version__
 from patcher.cli.attach import attach
 from patcher.cli.change import apply, revert
 from patcher.cli.explain import explain
+from patcher.cli.header import header
 from patcher.cli.spawn import spawn
 from patcher.cli.status import status
 from patcher.errors import BuildError, PatcherError
@@ -32,7 +33,7 @@ def cli() -> None:
     """
 
 
-for command in (spawn, attach, apply, revert, status, explain):
+for command in (spawn, attach, apply, revert, status, explain, header):
     cli.add_command(command)
 
 

@@ -15,6 +15,9 @@ from patcher.errors import PatcherError
 from patcher.options import Options
 from patcher.report.console import ConsoleReport
 from patcher.report.events import EventStream, Reporter, Reporters
+from patcher.session import Offer, Session
+from patcher.target import Target
+from patcher.tree import Tree
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -38,6 +41,10 @@ class Common:
     archive: tuple[Path, ...]
     library: tuple[str, ...]
     allow_undefined: bool
+    tree: bool
+    best_effort: bool
+    reinit: tuple[str, ...]
+    hook_timeout: float
 
     def options(self) -> Options:
         return Options(
@@ -52,7 +59,16 @@ class Common:
             archives=self.archive,
             libraries=self.library,
             allow_undefined=self.allow_undefined,
+            best_effort=self.best_effort,
+            reinit=self.reinit,
+            hook_timeout=self.hook_timeout,
         )
+
+    def session(self, pid: int, reporter: Reporter, offer: Offer | None = None) -> Session:
+        """Open a session on a process, or on it and its descendants, where nobody is asked."""
+        if self.tree:
+            return Tree(Target.attach(pid), self.options(), reporter)
+        return Session(Target.attach(pid), self.options(), reporter, offer)
 
     @contextlib.contextmanager
     def reporter(self) -> Iterator[Reporter]:
@@ -85,6 +101,12 @@ def common(watch: bool) -> Callable[[F], F]:
                 help="Take it that nothing live has TYPE's old layout. Repeatable.",
             ),
             click.option(
+                "--reinit",
+                multiple=True,
+                metavar="NAME",
+                help="Write this variable's new initial value, if that changed. Repeatable.",
+            ),
+            click.option(
                 "--allow-undefined", is_flag=True, help="Let calls of functions that are nowhere abort when reached."
             ),
             click.option(
@@ -100,7 +122,16 @@ def common(watch: bool) -> Callable[[F], F]:
                 metavar="FILE",
                 help="Take what is missing from this archive. Repeatable.",
             ),
+            click.option(
+                "--hook-timeout",
+                type=click.FloatRange(min=0, min_open=True),
+                default=Options().hook_timeout,
+                metavar="SECONDS",
+                help="How long each hook and migration of the program may take (default: 5).",
+            ),
             click.option("--every-function", is_flag=True, help="Replace functions that did not change as well."),
+            click.option("--best-effort", is_flag=True, help="With --tree: change those processes that can be."),
+            click.option("--tree", is_flag=True, help="Take the process and its descendants as one."),
             click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
             click.option("-v", "--verbose", is_flag=True, help="Say more."),
             click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
@@ -148,4 +179,8 @@ def gather(arguments: dict[str, Any]) -> Common:
         archive=tuple(arguments["archive"]),
         library=tuple(arguments["library"]),
         allow_undefined=arguments["allow_undefined"],
+        tree=arguments["tree"],
+        best_effort=arguments["best_effort"],
+        reinit=tuple(arguments["reinit"]),
+        hook_timeout=arguments["hook_timeout"],
     )

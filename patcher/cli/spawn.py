@@ -11,8 +11,7 @@ import click
 from patcher.cli.options import Common, common, gather
 from patcher.errors import PatcherError, TargetGone
 from patcher.report import Exited, Note, Ready, Reporter
-from patcher.session import Session
-from patcher.target import JobControl, Target, exit_code, wait_exit
+from patcher.target import JobControl, exit_code, wait_exit
 from patcher.target import spawn as start
 
 
@@ -45,7 +44,7 @@ def spawn(program: str, arguments: tuple[str, ...], aslr: bool, **rest: Any) -> 
 
 def _accompany(pid: int, program: str, asked: Common, reporter: Reporter, jobs: JobControl) -> None:
     try:
-        with Session(Target.attach(pid), asked.options(), reporter) as session:
+        with asked.session(pid, reporter) as session:
             if asked.watch:
                 session.watch(asked.watch, stop=jobs.ended)
             else:

@@ -8,21 +8,24 @@ from dataclasses import asdict, astuple
 
 import click
 
-from patcher.session import ObjectUse, Session, Status
+from patcher.session import ObjectUse, Status
 from patcher.target import Target
+from patcher.tree import Tree
 
 
 @click.command()
 @click.argument("pid", type=click.IntRange(min=1))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("-v", "--verbose", is_flag=True, help="Say how much memory each object takes.")
-def status(pid: int, as_json: bool, verbose: bool) -> int:
+@click.option("--tree", is_flag=True, help="Of the process and its descendants; with --json, one object a line.")
+def status(pid: int, as_json: bool, verbose: bool, tree: bool) -> int:
     """Tell which generation process PID runs, and where each patched function goes."""
-    with Session(Target.attach(pid)) as session:
-        found = session.status()
-    if as_json:
-        click.echo(json.dumps(_as_json(found)))
-    else:
+    with Tree(Target.attach(pid)) as session:
+        statuses = session.statuses() if tree else [session.status()]
+    for found in statuses:
+        if as_json:
+            click.echo(json.dumps(_as_json(found)))
+            continue
         _print(found)
         if verbose and found.objects:
             _print_objects(found.objects)

@@ -124,6 +124,15 @@ def decode(code: bytes, address: int) -> list[Instruction]:
     return found
 
 
+def detailed(code: bytes, address: int) -> list[Any]:
+    """Decode all of `code` to the decoder's own instructions, with their operands. Raises UndecodableCode."""
+    found = list(_decoder(True).disasm(code, address))
+    decoded = sum(i.size for i in found)
+    if decoded != len(code):
+        raise UndecodableCode(code, address, decoded)
+    return found
+
+
 def decode_start(code: bytes, address: int, length: int) -> list[Instruction]:
     """Decode the first whole instructions of `code` that cover at least `length` bytes, or all of `code` if shorter.
 

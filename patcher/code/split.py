@@ -132,8 +132,16 @@ def suspects(section: bytes, functions: Sequence[tuple[int, int]], relocated: Co
     # An immediate of up to four bytes may stand between the displacement and the end of the instruction.
     slack = np.where(classes == _OPERAND, 4, 0)
     leaves = ((target < start) | (target + slack >= end)) & (target + slack >= 0) & (target <= len(section))
-    leaves &= (fields + width <= end) & ~np.isin(fields, relocated)
+    leaves &= fields + width <= end
+    leaves[leaves] = ~_among(fields[leaves], relocated)
     return dict(zip(start[leaves].tolist(), fields[leaves].tolist(), strict=True))  # of several, the last
+
+
+def _among(offsets: Column, known: Column) -> npt.NDArray[np.bool_]:
+    """Tell which offsets are among some known ones, which are rising."""
+    place = np.searchsorted(known, offsets)
+    found: npt.NDArray[np.bool_] = np.append(known, -1)[place] == offsets
+    return found
 
 
 def _possible_fields(code: npt.NDArray[np.uint8]) -> tuple[Column, npt.NDArray[np.uint8]]:

@@ -1,27 +1,25 @@
-"""TYPES: how a program and an object lay out the types that both know, and where they differ.
+"""TYPES BY NAME: how all of a program and an object lay out the types that both know, and where they differ.
 
-Code is new, data stays: a type whose layout changed makes old data and new code disagree. Layouts are compared,
-not names: a renamed member is no change, a member that moved, grew or hid in padding is one.
+For what `layouts` cannot compare unit by unit: types that a unit starts to use and another unit has, and debug
+information of other forms. Layouts are compared, not names: a renamed member is no change, a member that moved, grew
+or hid in padding is one.
 
-drgn reads the debug information; it lists no types of a unit, so the candidates are the identifiers in the
-object's `.debug_str`. Specification: DWARF 5, section 5.7.
+drgn reads the debug information; it lists no types of a unit, so where the names are not known, the candidates are
+the identifiers in the object's `.debug_str`. Specification: DWARF 5, section 5.7.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import struct
-import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from patcher.data.prepare import debug_strings, readable, reading
 from patcher.elf import tables as t
-from patcher.errors import PatcherError
 
 
 @contextmanager
@@ -43,9 +41,7 @@ with _environment("OMP_WAIT_POLICY", "passive"):
 
 _IDENTIFIER = re.compile(rb"[A-Za-z_]\w*")
 _TAGS = ("struct ", "union ", "enum ", "")
-_DTPOFF64, _DTPOFF32, _NONE = 17, 21, 0
 _NAMED = 4  # differences that a message lists
-_DENSEST = 100  # debug information that is smaller than this part of itself when compressed is made to fill memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +77,7 @@ class Layouts:
         descriptor = os.memfd_create("object", os.MFD_CLOEXEC)
         try:
             with os.fdopen(descriptor, "wb", closefd=False) as file:
-                file.write(_readable(data, name))
+                file.write(readable(data, name))
             program = _load(f"/proc/self/fd/{descriptor}", name)
         finally:
             os.close(descriptor)
@@ -94,7 +90,7 @@ class Layouts:
         """
         key = name, file
         if key not in self._found:
-            with _reading(self._name):
+            with reading(self._name):
                 self._found[key] = self._look_up(name, file)
         return self._found[key]
 
@@ -105,24 +101,29 @@ class Layouts:
             return None
 
 
-def changed_types(old: Layouts, data: bytes, name: str = "the object") -> tuple[TypeChange, ...]:
+def changed_types(
+    old: Layouts, data: bytes, name: str = "the object", names: Collection[str] | None = None
+) -> tuple[TypeChange, ...]:
     """Return the types that an object uses in another layout than the program does.
 
-    `data` is the object's contents, `name` for messages. Types that only one of the two knows are no change. Where the
-    program has several types of one name, a change is one only if none of them, in any file the object was made from,
-    fits. Raises `PatcherError` when the debug information of either is damaged.
+    `data` is the object's contents, `name` for messages; `names` are the types to look at, None for all. Types that
+    only one of the two knows are no change. Where the program has several types of one name, a change is one only if
+    none of them, in any file the object was made from, fits. Raises `PatcherError` when the debug information of
+    either is damaged.
     """
+    if names is not None and not any((found := old.find(n)) is not None and _laid_out(found) for n in names):
+        return ()
     new = Layouts.of_object(data, name)
     if new is None:
         return ()
-    strings = _debug_strings(t.read_raw(name, data))
-    with _reading(name):  # members are read when they are looked at
-        return tuple(_causes(_changes(old, new, strings)))
+    strings = debug_strings(t.read_raw(name, data))
+    with reading(name):  # members are read when they are looked at
+        return tuple(_causes(_changes(old, new, strings, names)))
 
 
-def _changes(old: Layouts, new: Layouts, strings: bytes) -> list[TypeChange]:
+def _changes(old: Layouts, new: Layouts, strings: bytes, names: Collection[str] | None) -> list[TypeChange]:
     changes = []
-    for name in _candidates(strings):
+    for name in _candidates(strings) if names is None else names:
         ours = old.find(name)  # remembered from save to save, so asked first
         if ours is None or not _laid_out(ours):
             continue
@@ -134,121 +135,14 @@ def _changes(old: Layouts, new: Layouts, strings: bytes) -> list[TypeChange]:
     return changes
 
 
-def has_types(data: bytes, name: str = "the object") -> bool:
-    """Tell whether an object has debug information, and in a form that can be read here.
-
-    Raises `PatcherError` when it is damaged; `name` is for its message.
-    """
-    raw = t.read_raw(name, data)
-    debug = [i for i in range(len(raw.section_headers)) if raw.section_name(i).startswith(".debug_")]
-    if not any(raw.section_name(i) == ".debug_info" for i in debug):
-        return False
-    packed = [i for i in debug if int(raw.section_headers[i]["flags"]) & t.SHF_COMPRESSED]
-    return all(_inflate(raw, i) is not None for i in packed)
-
-
-@contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """Refuse a file whose debug information turns out to be damaged, or of a form that drgn does not know."""
-    try:
-        yield
-    except (PatcherError, MemoryError):
-        raise
-    except Exception as error:  # drgn has no class of its own for what libelf refuses
-        raise _unreadable(name, str(error)) from None
-
-
-def _unreadable(name: str, why: str) -> PatcherError:
-    return PatcherError(
-        f"the debug information of {name} cannot be read: {why}",
-        "compile it again with plain -g; or without -g, then the layouts of its types are not checked",
-        code="debug-info",
-    )
-
-
 def _load(path: str, name: str) -> Any:
     program = drgn.Program()
     module = program.extra_module("patcher", create=True)
     module = module[0] if isinstance(module, tuple) else module
     module.address_range = (0, (1 << 47) - 1)
-    with _reading(name):
+    with reading(name):
         module.try_file(path, force=True)
     return program if module.debug_file_status == drgn.ModuleFileStatus.HAVE else None
-
-
-def _readable(data: bytes, name: str) -> bytes:
-    """Return an object as drgn can read it: without the debug relocations that it does not know (offsets of
-    thread-locals, which are no types), and with compressed debug sections inflated, behind the end of the file."""
-    raw = t.read_raw(name, data)
-    _check_apart(raw)
-    patched = bytearray(data)
-    for index in range(len(raw.section_headers)):
-        header = raw.section_headers[index]
-        if ".debug" not in raw.section_name(index):
-            continue
-        if int(header["type"]) == t.SHT_RELA:
-            _drop_tls(raw, index, patched)
-        elif int(header["flags"]) & t.SHF_COMPRESSED:
-            _append_inflated(raw, index, patched)
-    return bytes(patched)
-
-
-def _check_apart(raw: t.RawFile) -> None:
-    """Refuse sections that share bytes with something: drgn relocates debug sections in place, libelf goes on
-    reading what it wrote over, and the two end this process."""
-    headers = raw.section_headers
-    taken = headers[(headers["type"] != t.SHT_NOBITS) & (headers["type"] != t.SHT_NULL) & (headers["size"] > 0)]
-    table = int.from_bytes(raw.data[40:48], "little")  # e_shoff
-    extents = [(0, t.EHDR.itemsize), (table, table + headers.nbytes)]
-    extents += [(start, start + size) for start, size in taken[["offset", "size"]].tolist()]
-    extents.sort()
-    if any(end > start for (_, end), (start, _) in pairwise(extents)) or extents[-1][1] > len(raw.data):
-        raise _unreadable(raw.name, "its sections overlap, or reach beyond its end")
-
-
-def _drop_tls(raw: t.RawFile, index: int, patched: bytearray) -> None:
-    rows = raw.table(index, t.RELA)
-    start = int(raw.section_headers[index]["offset"])
-    for row in ((rows["type"] == _DTPOFF64) | (rows["type"] == _DTPOFF32)).nonzero()[0].tolist():
-        struct.pack_into("<I", patched, start + row * t.RELA.itemsize + 8, _NONE)
-
-
-def _append_inflated(raw: t.RawFile, index: int, patched: bytearray) -> None:
-    contents = _inflate(raw, index) or b""
-    headers = int.from_bytes(raw.data[40:48], "little")  # e_shoff
-    place = headers + index * t.SHDR.itemsize
-    flags = int(raw.section_headers[index]["flags"]) & ~t.SHF_COMPRESSED
-    struct.pack_into("<Q", patched, place + 8, flags)
-    struct.pack_into("<QQ", patched, place + 24, len(patched), len(contents))
-    struct.pack_into("<Q", patched, place + 48, 1)
-    patched += contents
-
-
-def _debug_strings(raw: t.RawFile) -> bytes:
-    found = b""
-    for index in range(len(raw.section_headers)):
-        if raw.section_name(index) in (".debug_str", ".debug_line_str"):
-            compressed = int(raw.section_headers[index]["flags"]) & t.SHF_COMPRESSED
-            found += b"\0" + ((_inflate(raw, index) or b"") if compressed else bytes(raw.contents(index)))
-    return found
-
-
-def _inflate(raw: t.RawFile, index: int) -> bytes | None:
-    """Return what a compressed section holds, or None when it is not in zlib's format (but in zstd's).
-
-    Raises `PatcherError` when it is damaged.
-    """
-    contents, name = bytes(raw.contents(index)), raw.section_name(index)
-    # Elf64_Chdr: type, reserved, size, alignment (System V ABI, "Section compression"); 1 is zlib
-    kind, size = int.from_bytes(contents[:4], "little"), int.from_bytes(contents[8:16], "little")
-    if kind != 1:
-        return None
-    if size > _DENSEST * len(contents):
-        raise _unreadable(raw.name, f"{name} claims {size} bytes, compressed to {len(contents)}")
-    try:
-        return zlib.decompressobj().decompress(contents[24:], size) if size else b""
-    except zlib.error as error:
-        raise _unreadable(raw.name, f"{name}: {error}") from None
 
 
 def _candidates(strings: bytes) -> Iterator[str]:

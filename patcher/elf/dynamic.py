@@ -191,6 +191,19 @@ class Cells(Mapping[int, Cell]):
             found += addresses[low:high].tolist()
         return sorted(found)
 
+    def between(self, low: int, high: int) -> list[int]:
+        """Return the addresses of the cells that start in `low` <= address < `high`, ascending."""
+        addresses = self._ordered[0]
+        first, last = (int(np.searchsorted(addresses, np.uint64(a))) for a in (low, high))
+        found: list[int] = addresses[first:last].tolist()
+        return found
+
+    def any_between(self, low: t.Table, high: t.Table) -> t.Table:
+        """Tell for each of many extents whether a cell starts in it."""
+        addresses = self._ordered[0]
+        found: t.Table = np.searchsorted(addresses, low) != np.searchsorted(addresses, high)
+        return found
+
     def of_type(self, kind: int) -> list[int]:
         """Return the addresses of the cells of one relocation type, ascending."""
         addresses, places = self._ordered

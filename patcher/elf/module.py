@@ -75,6 +75,7 @@ class Module:
     interpreter: str
     cells: Cells
     offset_tables: tuple[tuple[int, int], ...]  # extents of the GOT's sections; empty without section headers
+    code_sections: tuple[tuple[int, int], ...]  # extents of what is executable; whole segments without section headers
     stub_tables: tuple[tuple[int, int], ...]  # extents of the PLT's sections, likewise
     read_only_after_start: tuple[int, int]  # what the dynamic linker protects once it has relocated (PT_GNU_RELRO)
     exports: Exports
@@ -184,6 +185,7 @@ def _read(raw: t.RawFile, debug_files: Callable[[str, str], list[Path]] | None) 
         interpreter=_interpreter(raw),
         cells=dynamic.cells,
         offset_tables=_extents(raw, ".got", ".got.plt"),
+        code_sections=_code_sections(raw, segments),
         stub_tables=_extents(raw, ".plt", ".plt.sec", ".plt.got", ".iplt"),
         read_only_after_start=_relro(raw),
         exports=dynamic.exports,
@@ -225,6 +227,13 @@ def _extents(raw: t.RawFile, *names: str) -> tuple[tuple[int, int], ...]:
         for name, _, _, address, _, size, *_ in raw.section_headers.tolist()
         if t.string_at(raw.section_names, name) in names
     )
+
+
+def _code_sections(raw: t.RawFile, segments: tuple[Segment, ...]) -> tuple[tuple[int, int], ...]:
+    headers = raw.section_headers
+    wanted = headers[(headers["flags"] & t.SHF_EXECINSTR) != 0] if len(headers) else ()
+    found = tuple((int(s["address"]), int(s["address"]) + int(s["size"])) for s in wanted)
+    return found or tuple((s.address, s.end) for s in segments if s.executable)
 
 
 def _build_id(raw: t.RawFile) -> str:

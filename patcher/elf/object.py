@@ -9,6 +9,7 @@ Specification: System V ABI, chapter 4; AMD64 supplement, chapter 4.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
@@ -115,9 +116,30 @@ class RelocationRows:
         return np.searchsorted(self.key, first), np.searchsorted(self.key, last)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SymbolRows:
+    """The numbers of `ObjectFile.symbols` as columns; what looks at all symbols would take ten times as long."""
+
+    section: Column
+    value: npt.NDArray[np.uint64]
+    size: npt.NDArray[np.uint64]
+    type: Column
+    binding: Column
+
+    @classmethod
+    def of(cls, symbols: Sequence[Symbol]) -> SymbolRows:
+        """Return the columns of some symbols."""
+        value, size = (np.array([s[i] for s in symbols], np.uint64) for i in (3, 4))
+        section, kind, binding = (np.array([s[i] for s in symbols], np.int64) for i in (2, 5, 6))
+        return cls(section, value, size, kind, binding)
+
+
+KEY_BITS = 33  # no section is larger than 1 << 32
+
+
 def row_key(section: Column | np.int64, offset: Column) -> Column:
-    """Return the place of a relocation as a number by which rows are sorted."""
-    return section << 33 | offset  # no section is larger than 1 << 32
+    """Return a place in a section as a number by which rows are sorted; its lower `KEY_BITS` are the offset."""
+    return section << KEY_BITS | offset
 
 
 # Not frozen: a large unit has hundreds of thousands, and a frozen dataclass takes three times as long to make.
@@ -169,6 +191,7 @@ class ObjectFile:
     sections: dict[int, Section]
     symbols: tuple[Symbol, ...]
     _raw: t.RawFile = field(repr=False)
+    _symbol_rows: SymbolRows | None = field(default=None, repr=False)
 
     @property
     def contents(self) -> memoryview:
@@ -195,9 +218,9 @@ class ObjectFile:
         return self._file_symbols[before - 1].name if before else ""
 
     @cached_property
-    def symbol_types(self) -> Column:
-        """The type of each symbol."""
-        return np.array([s[5] for s in self.symbols], np.int64)
+    def symbol_rows(self) -> SymbolRows:
+        """The symbols as columns."""
+        return self._symbol_rows or SymbolRows.of(self.symbols)
 
     def relocations(self, section: int) -> list[Relocation]:
         """Return the relocations of a section, by rising offset. Raises `ObjectError` for impossible ones."""
@@ -322,13 +345,13 @@ def parse_object(name: str, data: bytes) -> ObjectFile:
         raise ObjectError(f"{name}: {kind}, not a relocatable object", "give what the compiler makes with -c")
     with collector_paused():
         sections = _read_sections(raw)
-        symbols = _read_symbols(raw)
+        symbols, rows = _read_symbols(raw)
     slim_lto = b".gnu.lto_" in raw.section_names and not any(
         s.size for s in sections.values() if not s.name.startswith(".note")
     )
     if slim_lto or any(s.name == "__gnu_lto_slim" for s in symbols):
         raise ObjectError(f"{name}: LTO bytecode without machine code", "compile it with -fno-lto or -ffat-lto-objects")
-    return ObjectFile(name, sections, symbols, raw)
+    return ObjectFile(name, sections, symbols, raw, rows)
 
 
 def defined_names(path: Path) -> dict[str, bool]:
@@ -408,13 +431,13 @@ def _contents(raw: t.RawFile, indexes: Column) -> list[bytes]:
     return [bytes(data[a:b]) for a, b in zip(start.tolist(), (start + size).tolist(), strict=True)]
 
 
-def _read_symbols(raw: t.RawFile) -> tuple[Symbol, ...]:
-    kinds = raw.section_headers["type"]
-    tables = np.flatnonzero(kinds == t.SHT_SYMTAB).tolist()
+def _read_symbols(raw: t.RawFile) -> tuple[tuple[Symbol, ...], SymbolRows]:
+    headers = raw.section_headers
+    tables = np.flatnonzero(headers["type"] == t.SHT_SYMTAB).tolist()
     if not tables:
-        return ()
-    link = int(raw.section_headers[tables[0]]["link"])
-    if link >= len(kinds):
+        return (), SymbolRows.of(())
+    link = int(headers[tables[0]]["link"])
+    if link >= len(headers):
         raise ObjectError(
             f"{raw.name}: the symbol table has no string table", "the object is damaged; compile it again"
         )
@@ -422,10 +445,12 @@ def _read_symbols(raw: t.RawFile) -> tuple[Symbol, ...]:
     names = t.strings_at(bytes(raw.contents(link)), rows["name"])
     info, visibility = rows["info"], rows["other"] & 3
     sections = _symbol_sections(raw, rows["section"].astype(np.int64))
-    columns = (sections, rows["value"], rows["size"], info & 15, info >> 4, visibility)
-    found = zip(range(len(rows)), names, *(c.tolist() for c in columns), strict=True)
+    kinds, bindings = (info & 15).astype(np.int64), (info >> 4).astype(np.int64)
+    found = SymbolRows(sections, rows["value"].astype(np.uint64), rows["size"].astype(np.uint64), kinds, bindings)
+    columns = (found.section, found.value, found.size, found.type, found.binding, visibility)
+    numbers = zip(range(len(rows)), names, *(c.tolist() for c in columns), strict=True)
     # What `Symbol._make` does, without a call of Python for each of hundreds of thousands.
-    return tuple(map(tuple.__new__, repeat(Symbol), found))
+    return tuple(map(tuple.__new__, repeat(Symbol), numbers)), found
 
 
 def _symbol_sections(raw: t.RawFile, sections: Column) -> Column:

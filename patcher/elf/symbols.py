@@ -132,6 +132,12 @@ class SymbolIndex:
                 return symbol
         return None
 
+    def function_before(self, address: int) -> StaticSymbol | None:
+        """Return the function that starts nearest below or at a link-time address, wherever it ends."""
+        position = self._orders.position(address, "right")
+        nearest = (self._symbol(i) for i in self._orders.addresses[max(0, position - 16) : position][::-1].tolist())
+        return next((s for s in nearest if s.function), None)
+
     def next_address(self, address: int) -> int | None:
         """Return the lowest symbol value above this link-time address."""
         position = self._orders.position(address, "right")

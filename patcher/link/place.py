@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
+from itertools import groupby, pairwise
+from operator import attrgetter
 
 import numpy as np
 
-from patcher.blocks import Absolute, Block, External, Kind, Place, Reference
+from patcher.blocks import Absolute, Block, Blocks, External, Kind, Linkable, Place, Reference
 from patcher.bulk import collector_paused
 from patcher.code.descriptor import FIND_THROUGH_DESCRIPTOR
 from patcher.elf import ObjectFile
@@ -26,6 +27,7 @@ from patcher.link.relocations import RULES, Need, Operands, R, Rule, type_name
 
 _CODE_ALIGNMENT = 16
 _MASK = (1 << 64) - 1
+_BEYOND_VARIABLE = 1  # so that a pointer to a variable's end never points to the next one
 _TRAP = 0xCC  # int3, between functions
 
 
@@ -149,58 +151,72 @@ def lay_out(plan: Plan, space: Space) -> Layout:
     accounts: dict[ObjectFile, Account] = {}
     # What is only zeros comes last: it need not be written.
     data = sorted(plan.data, key=lambda block: block.zero)
-    for name, cursor, blocks in (
-        ("text", cursors.code, plan.code),
-        ("read_only", cursors.read_only, plan.read_only),
-        ("data", cursors.data, data),
+    for name, cursor, blocks, least, beyond in (
+        ("text", cursors.code, plan.code, _CODE_ALIGNMENT, 0),
+        ("read_only", cursors.read_only, plan.read_only, 1, 0),
+        ("data", cursors.data, data, 1, _BEYOND_VARIABLE),
     ):
-        used = _give_addresses(plan, blocks, cursor, addresses)
+        used = _Addresses(plan, cursor, addresses, least, beyond).give(blocks)
         for source, size in used.items():
             accounts[source] = accounts.get(source, Account()).plus(**{name: size})
     table = (cursors.read_only.at + 7) & -8
     return Layout(addresses, table, cursors.rest, accounts)
 
 
-def _give_addresses(
-    plan: Plan, blocks: Sequence[Block], cursor: _Cursor, addresses: dict[Block, int]
-) -> dict[ObjectFile, int]:
-    """Place blocks one after another; return how many bytes each object took."""
-    strings: dict[bytes, int] = {}
-    used: dict[ObjectFile, int] = {}
-    linkables = plan.linkables
-    for block in blocks:
-        if block in plan.runs:
-            if block not in addresses:
-                used[block.object] = used.get(block.object, 0) + _place_run(plan.runs[block], cursor, addresses)
-            continue
-        lead, size, alignment = 0, block.size, block.alignment
-        if block in linkables:
-            lead, size = linkables[block].lead, max(len(linkables[block].data), size)
-        if block.kind is Kind.CODE:
-            alignment = max(alignment, 1 if lead else _CODE_ALIGNMENT)
-        elif block.kind is Kind.DATA:
-            size += 1  # so that a pointer to a variable's end never points to the next one
-        elif block.string and alignment == 1 and block.data in strings:
-            addresses[block] = strings[block.data]
-            continue
-        before = cursor.at
-        start = cursor.take(size, alignment)
-        used[block.object] = used.get(block.object, 0) + cursor.at - before
-        addresses[block] = start + lead
-        if block.string:
-            strings.setdefault(block.data, start)
-    return used
+class _Addresses:
+    """Places the blocks of one kind one after another."""
 
+    def __init__(
+        self, plan: Plan, cursor: _Cursor, addresses: dict[Block, int], least_alignment: int, beyond: int
+    ) -> None:
+        self._plan = plan
+        self._cursor = cursor
+        self._addresses = addresses
+        self._least_alignment = least_alignment
+        self._beyond = beyond
+        self._strings: dict[bytes, int] = {}
 
-def _place_run(run: Sequence[Block], cursor: _Cursor, addresses: dict[Block, int]) -> int:
-    """Place some blocks of one section as they lie there; return how many bytes that took."""
-    first, last = run[0], run[-1]
-    alignment = first.object.sections[first.section].alignment
-    size = last.start + last.size - first.start + (last.kind is Kind.DATA)
-    before = cursor.at
-    start = cursor.take(size, alignment, first.start % alignment)
-    addresses.update({block: start + block.start - first.start for block in run})
-    return cursor.at - before
+    def give(self, blocks: Sequence[Block]) -> dict[ObjectFile, int]:
+        """Place some blocks; return how many bytes each object took."""
+        used: dict[ObjectFile, int] = {}
+        runs, linkables, addresses = self._plan.runs, self._plan.linkables, self._addresses
+        take, least, beyond = self._cursor.take, self._least_alignment, self._beyond
+        for source, group in groupby(blocks, key=attrgetter("object")):
+            before = self._cursor.at
+            for block in group:
+                if block in runs:
+                    self._give_run(runs[block])
+                elif block in linkables:
+                    self._give_stretched(block, linkables[block])
+                elif block.string:
+                    self._give_string(block)
+                else:
+                    addresses[block] = take(block.size + beyond, max(block.alignment, least))
+            used[source] = used.get(source, 0) + self._cursor.at - before
+        return used
+
+    def _give_run(self, run: Sequence[Block]) -> None:
+        """Place some blocks of one section as they lie there."""
+        first, last = run[0], run[-1]
+        if first in self._addresses:
+            return
+        alignment = first.object.sections[first.section].alignment
+        size = last.start + last.size - first.start + self._beyond
+        start = self._cursor.take(size, alignment, first.start % alignment)
+        self._addresses.update({block: start + block.start - first.start for block in run})
+
+    def _give_stretched(self, block: Block, linkable: Linkable) -> None:
+        alignment = max(block.alignment, 1 if linkable.lead else self._least_alignment)
+        start = self._cursor.take(max(len(linkable.data), block.size) + self._beyond, alignment)
+        self._addresses[block] = start + linkable.lead
+
+    def _give_string(self, block: Block) -> None:
+        if block.alignment > 1 or block.data not in self._strings:
+            start = self._cursor.take(block.size, block.alignment)
+            self._strings.setdefault(block.data, start)
+        else:
+            start = self._strings[block.data]
+        self._addresses[block] = start
 
 
 # --- contents -------------------------------------------------------------------------------------------------
@@ -220,47 +236,46 @@ class _Image:
     """The bytes of the blocks that have contents, those next to each other in one array."""
 
     def __init__(self, plan: Plan, addresses: Mapping[Block, int]) -> None:
-        self._starts: list[int] = []
-        self._arrays: list[tuple[int, int]] = []  # first and last index in `bytes`
-        self.shift: dict[Block, int] = {}  # index of the block's first byte, minus its address
-        pieces = [(addresses[block], block.data, block) for block in plan.placed if block not in plan.linkables]
+        blocks = [b for b in plan.placed if b.data and b not in plan.linkables]
+        contents = [b.data for b in blocks]
+        starts = [addresses[b] for b in blocks]
         for block, linkable in plan.linkables.items():
-            pieces.append((addresses[block] - linkable.lead, linkable.data, block))
-        self._fill(pieces)
+            blocks.append(block)
+            contents.append(linkable.data)
+            starts.append(addresses[block] - linkable.lead)
+        self._arrange(blocks, contents, np.array(starts, np.int64))
 
-    def _fill(self, pieces: list[tuple[int, bytes, Block]]) -> None:
-        pieces.sort(key=itemgetter(0))
-        contents: list[bytes] = []
-        size, end = 0, -1
-        for start, data, block in pieces:
-            if not data:
-                self.shift[block] = 0
-                continue
-            gap = start - end
-            if self._starts and 0 <= gap < _CLOSE:
-                contents.append(bytes((_TRAP if block.kind is Kind.CODE else 0,)) * gap)
-                size += gap
-            elif not self._starts or gap >= 0:
-                self._open(size, start)
-            else:  # an equal string at the same address
-                self.shift[block] = self._arrays[-1][0] - self._starts[-1]
-                continue
-            self.shift[block] = size - start
-            contents.append(data)
-            size += len(data)
-            end = start + len(data)
-            self._arrays[-1] = self._arrays[-1][0], size
-        self.bytes = np.frombuffer(bytearray(b"".join(contents)), np.uint8)
-
-    def _open(self, size: int, start: int) -> None:
-        self._starts.append(start)
-        self._arrays.append((size, size))
+    def _arrange(self, blocks: list[Block], contents: list[bytes], starts: Column) -> None:
+        order = np.argsort(starts, kind="stable")
+        ordered = order.tolist()
+        starts, sizes = starts[order], np.array([len(contents[i]) for i in ordered], np.int64)
+        gaps = starts - np.concatenate(([-_CLOSE], np.maximum.accumulate(starts + sizes)[:-1]))[: len(starts)]
+        kept = gaps >= 0  # others are equal strings at the same address
+        opens = gaps[kept] >= _CLOSE
+        fillers = np.where(opens, 0, gaps[kept])
+        ends = np.cumsum(fillers + sizes[kept])
+        positions = ends - sizes[kept]
+        # index of the block's first byte, minus its address: the same for all of a stretch
+        shifts = (positions - starts[kept])[np.cumsum(kept) - 1]
+        self.shift = dict(zip(map(blocks.__getitem__, ordered), shifts.tolist(), strict=True))
+        self._starts = starts[kept][opens].tolist()
+        self._bounds = [*positions[opens].tolist(), int(ends[-1]) if len(ends) else 0]
+        chosen = order[kept].tolist()
+        parts: list[bytes] = []
+        for i, filler in zip(chosen, fillers.tolist(), strict=True):
+            if filler:
+                parts.append((_TRAPS if blocks[i].kind is Kind.CODE else _ZEROS)[:filler])
+            parts.append(contents[i])
+        self.bytes = np.frombuffer(bytearray().join(parts), np.uint8)
 
     def writes(self) -> list[tuple[int, bytes]]:
-        return [(start, self.bytes[a:b].tobytes()) for start, (a, b) in zip(self._starts, self._arrays, strict=True)]
+        """Return each stretch with its address."""
+        extents = zip(self._starts, pairwise(self._bounds), strict=True)
+        return [(start, self.bytes[a:b].tobytes()) for start, (a, b) in extents]
 
 
 _CLOSE = 4096  # blocks with a smaller gap between them are written together
+_TRAPS, _ZEROS = bytes((_TRAP,)) * _CLOSE, bytes(_CLOSE)
 
 
 class _Values(dict[int, int]):
@@ -290,16 +305,27 @@ class _Linker:
         self.cursors = _Cursors(layout.space)
         self.accounts = dict(layout.accounts)
         self.image = _Image(plan, layout.addresses)
+        self.starts: dict[Blocks, Column] = {}  # by block number, where a block without an island is; 0 if not placed
         self.cells: dict[tuple[int, ...], int] = {}
         self.jumps: dict[int, int] = {}
         self.writes: list[tuple[int, bytes]] = []
 
     def run(self) -> Placement:
-        for group in self.plan.groups:
-            _GroupLinker(self, group).run()
+        linkers = [_GroupLinker(self, group) for group in self.plan.groups]
+        for linker in linkers:
+            self._note_starts(linker)
+        for linker in linkers:
+            linker.run()
         cells = [(address, b"".join(map(_word, values))) for values, address in self.cells.items()]
         writes = [*self.image.writes(), *_joined(cells), *self.writes]
         return Placement(self.addresses, tuple(writes), self.cursors.rest, self.accounts)
+
+    def _note_starts(self, linker: _GroupLinker) -> None:
+        source, members = linker.group.source, linker.group.members
+        starts = self.starts.setdefault(source, np.zeros(source.block_count, np.int64))
+        starts[[b.number for b in members]] = linker.bases
+        if self.islands:
+            starts[[b.number for b in members if b in self.islands]] = 0
 
     # --- cells and jumps --------------------------------------------------------------------------------------
 
@@ -352,6 +378,7 @@ class _GroupLinker:
         self.fields = group.fields
         self.object = group.source.object
         self.table = linker.layout.table
+        self.bases = np.array([linker.addresses[b] for b in group.members], np.int64)
         self._addresses = _Values(lambda t: self._address(t, call=False))
         self._calls = _Values(lambda t: self._address(t, call=True))
         self._address_cells = _Values(lambda t: linker.cell(self.object, self._addresses[t]))
@@ -369,13 +396,11 @@ class _GroupLinker:
         members, fields = self.group.members, self.fields
         if not len(fields.owner):
             return
-        image, addresses = self.linker.image, self.linker.addresses
-        base = np.array([addresses[b] for b in members], np.int64)[fields.owner]
-        shift = np.array([image.shift[b] for b in members], np.int64)[fields.owner]
-        self.places = base + fields.offset
-        self.positions = self.places + shift
+        shift = self.linker.image.shift
+        self.places = self.bases[fields.owner] + fields.offset
+        self.positions = self.places + np.array([shift.get(b, 0) for b in members], np.int64)[fields.owner]
         self._check_extents()
-        for kind in np.unique(fields.type).tolist():
+        for kind in np.flatnonzero(np.bincount(fields.type)).tolist():
             rule = RULES[kind]
             if rule.width:
                 self._fill(np.flatnonzero(fields.type == kind), rule)
@@ -383,10 +408,10 @@ class _GroupLinker:
     def _check_extents(self) -> None:
         fields, members, linkables = self.fields, self.group.members, self.plan.linkables
         low, high = np.zeros(len(members), np.int64), np.array([len(b.data) for b in members], np.int64)
-        for i in np.flatnonzero([b in linkables for b in members]).tolist():
+        for i in [i for i, b in enumerate(members) if b in linkables] if linkables else ():
             linkable = linkables[members[i]]
             low[i], high[i] = -linkable.lead, len(linkable.data) - linkable.lead
-        width = _WIDTHS[np.searchsorted(_KINDS, fields.type)]
+        width = _WIDTHS[fields.type]
         bad = (fields.offset < low[fields.owner]) | (fields.offset + width > high[fields.owner])
         if bad.any():
             block, r = self._reference(int(np.argmax(bad)))
@@ -421,8 +446,8 @@ class _GroupLinker:
         if need in self._thread_cells:
             return Operands(A=a, P=p, G=self._thread_cells[need].of(targets) - got, GOT=got)
         if need is Need.ISLAND:
-            return Operands(A=a, P=p, GOT=got, L=self._calls.of(targets))
-        return Operands(self._addresses.of(targets), a, p, GOT=got)
+            return Operands(A=a, P=p, GOT=got, L=self._addresses_of(targets, call=True))
+        return Operands(self._addresses_of(targets, call=False), a, p, GOT=got)
 
     def _cells(self, rows: Column, targets: Column) -> Column:
         """Return the cells of some references: a call through one may go elsewhere than a pointer."""
@@ -432,6 +457,16 @@ class _GroupLinker:
         return np.array([made[c][t] for c, t in zip(calls.tolist(), targets.tolist(), strict=True)], np.int64)
 
     # --- what targets are -------------------------------------------------------------------------------------
+
+    def _addresses_of(self, targets: Column, call: bool) -> Column:
+        """Return the addresses of some targets; nearly all are in blocks that are placed."""
+        home, offset = self.group.source.homes(targets)
+        starts = self.linker.starts[self.group.source][home]
+        addresses = starts + offset
+        values = self._calls if call else self._addresses
+        others = np.flatnonzero((home < 0) | (starts == 0))
+        addresses[others] = values.of(targets[others])
+        return addresses
 
     def _address(self, number: int, call: bool) -> int:
         target = self.group.source.target(number)
@@ -535,8 +570,7 @@ class _GroupLinker:
         return FarData(message, "compile the unit with -mcmodel=large, which reaches everything", object=block.object)
 
 
-_KINDS = np.array(sorted(RULES), np.int64)
-_WIDTHS = np.array([RULES[kind].width for kind in sorted(RULES)], np.int64)
+_WIDTHS = np.array([RULES[kind].width if kind in RULES else 0 for kind in range(max(RULES) + 1)], np.int64)
 
 
 def _joined(writes: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:

@@ -10,13 +10,15 @@ things that they refer to. Decides what is placed and what names mean; where it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from patcher.blocks import Block, Blocks, Doubt, External, Fields, Kind, Linkable, Place, Reference, Target
-from patcher.bulk import collector_paused
+from patcher.bulk import collector_paused, first_rows
+from patcher.elf.object import Column
 from patcher.elf.relocations import OFFSET_TABLE
 from patcher.errors import LinkError, UnresolvedSymbol, UnsupportedRelocation
 from patcher.link.relocations import DYNAMIC_THREAD_LOCAL, RULES, Need, type_name
@@ -117,11 +119,14 @@ class _Planner:
         self._runs: dict[Block, list[Block]] = {}
         self._asked: dict[Block, Bound | None] = {}
         self._wave: dict[Blocks, list[Block]] = {}
+        self._reached: dict[Blocks, npt.NDArray[np.bool_]] = {}  # by block number, whether it is placed or bound
 
     def run(self) -> Plan:
         for unit in self._units:
-            for block in unit.wanted:
-                self._place(block, unit)
+            wanted = [b for b in dict.fromkeys(unit.wanted) if b not in self._placed]
+            self._placed.update(dict.fromkeys(wanted, unit))
+            if wanted:
+                self._wave.setdefault(unit.blocks, []).extend(wanted)
         while self._wave:
             wave, self._wave = self._wave, {}
             for blocks in wave.values():
@@ -129,18 +134,19 @@ class _Planner:
         return self._plan()
 
     def _plan(self) -> Plan:
-        kinds: dict[Kind, list[Block]] = {kind: [] for kind in Kind}
-        for block in self._placed:
-            kinds[block.kind].append(block)
+        placed = self._placed
+        code, read_only, data = (
+            tuple([b for b in placed if b.kind is kind]) for kind in (Kind.CODE, Kind.READ_ONLY, Kind.DATA)
+        )
         return Plan(
-            code=tuple(kinds[Kind.CODE]),
-            read_only=tuple(kinds[Kind.READ_ONLY]),
-            data=tuple(kinds[Kind.DATA]),
+            code=code,
+            read_only=read_only,
+            data=data,
             groups=tuple(self._groups),
             linkables=self._linkables,
             bound=self._bound,
             externals=self._externals,
-            doors=frozenset(b for b in kinds[Kind.CODE] if self._placed[b].doors(b)),
+            doors=frozenset([b for b in code if placed[b].doors(b)]),
             runs={block: tuple(sorted(run, key=lambda b: b.start)) for block, run in self._runs.items()},
         )
 
@@ -170,33 +176,53 @@ class _Planner:
         stretched = unit.blocks.stretched(blocks)
         plain = _without(blocks, stretched)
         fields = unit.blocks.fields(plain)
-        asking = np.unique(fields.owner[np.isin(fields.type, DYNAMIC_THREAD_LOCAL)]).tolist()
-        if asking:
-            stretched += [plain[i] for i in asking]
+        asking = _is_among(fields.type, _DYNAMIC)
+        if asking.any():
+            stretched += [plain[i] for i in np.unique(fields.owner[asking]).tolist()]
             plain = _without(plain, stretched)
             fields = unit.blocks.fields(plain)
         members = (*plain, *stretched)
+        self._marks(unit.blocks)[[b.number for b in members]] = True
         if stretched:
             fields = Fields.joined([fields, self._rewritten(unit, stretched, len(plain))])
-        for block in blocks:
+        for block in unit.blocks.doubtful(blocks):
             for doubt in unit.blocks.doubts(block):
                 self._settle(unit, block, doubt)
         self._follow_all(unit, members, fields)
         self._groups.append(Group(unit.blocks, members, fields))
 
     def _follow_all(self, unit: Unit, members: Sequence[Block], fields: Fields) -> None:
-        """Follow each target of some blocks' references once for each way to refer to it."""
-        _, first = np.unique(fields.target << 32 | fields.type & 0xFFFFFFFF, return_index=True)
-        rows = np.sort(first)
-        columns = (rows, fields.owner[rows], fields.type[rows], fields.target[rows])
-        target_of = unit.blocks.target
-        for row, owner, kind, number in zip(*(c.tolist() for c in columns), strict=True):
-            target = target_of(number)
-            # Nearly all references: nothing to check, and so no need of an object for each.
-            if kind in _PLAIN and isinstance(target, Place) and target.block.kind is not Kind.THREAD_LOCAL:
-                self._reach(unit, members[owner], target)
+        """Follow some blocks' references: nearly all lead to blocks, and need nothing to be checked of themselves.
+
+        Such a block is reached once, whatever else is referred to once for each way to do so.
+        """
+        source = unit.blocks
+        home, _ = source.homes(fields.target)
+        plain = (home >= 0) & _is_among(fields.type, _PLAIN)
+        reached = self._marks(source)
+        rows = np.flatnonzero(plain & ~reached[home])
+        rows = rows[first_rows(home[rows], source.block_count)]
+        if not plain.all():
+            others = np.flatnonzero(~plain)
+            _, first = np.unique(fields.target[others] << 32 | fields.type[others], return_index=True)
+            rows = np.sort(np.concatenate((rows, others[first])))
+        numbers = np.where(plain[rows], home[rows], -1)
+        for row, number, owner in zip(rows.tolist(), numbers.tolist(), fields.owner[rows].tolist(), strict=True):
+            if number < 0:
+                self._follow(unit, members[owner], fields.reference(source, row))
             else:
-                self._follow(unit, members[owner], fields.reference(unit.blocks, row))
+                self._reach(unit, members[owner], source.block(number))
+        reached[numbers[numbers >= 0]] = True
+
+    def _marks(self, source: Blocks) -> npt.NDArray[np.bool_]:
+        """Return for each block number of an object whether it need not be looked at again."""
+        marks = self._reached.get(source)
+        if marks is None or len(marks) < source.block_count:
+            grown = np.zeros(2 * source.block_count, bool)
+            if marks is not None:
+                grown[: len(marks)] = marks
+            marks = self._reached[source] = grown
+        return marks
 
     def _rewritten(self, unit: Unit, blocks: list[Block], start: int) -> Fields:
         """Return the references of blocks that are not placed as they are; owners count from `start`."""
@@ -243,7 +269,7 @@ class _Planner:
                     f"{target.block.kind.value}",
                     "the object is damaged; compile it again",
                 )
-            self._reach(unit, block, target)
+            self._reach(unit, block, target.block)
         elif isinstance(target, External):
             self._resolve_external(unit, block, reference, target)
         elif rule.need.thread_local:
@@ -269,8 +295,7 @@ class _Planner:
         if bound.module_id and need is Need.DESCRIPTOR:
             self._resolve_external(unit, block, reference, FIND_THREAD_LOCAL)
 
-    def _reach(self, unit: Unit, user: Block, target: Place) -> None:
-        block = target.block
+    def _reach(self, unit: Unit, user: Block, block: Block) -> None:
         if block in self._placed or block in self._bound:
             return
         resident = unit.resident(block)
@@ -321,7 +346,7 @@ class _Planner:
         provided = self._provide(target.name)
         if provided is not None:
             owner, definition = provided
-            self._reach(owner, block, Place(definition, 0))
+            self._reach(owner, block, definition)
             self._externals[key] = definition
             return
         found = self._resolve(unit.blocks, target)
@@ -334,7 +359,20 @@ class _Planner:
         self._externals[key] = found if found is not None else Bound(0)
 
 
-_PLAIN = frozenset(kind for kind, rule in RULES.items() if not rule.need.thread_local and rule.need is not Need.TABLE)
+def _marked(kinds: Iterable[int]) -> npt.NDArray[np.bool_]:
+    """Return which relocation types are among some, by number; the last stands for all that are greater."""
+    marks = np.zeros(256, bool)
+    marks[list(kinds)] = True
+    return marks
+
+
+def _is_among(types: Column, marks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    found: npt.NDArray[np.bool_] = marks[np.minimum(types, len(marks) - 1)]
+    return found
+
+
+_DYNAMIC = _marked(DYNAMIC_THREAD_LOCAL)
+_PLAIN = _marked(kind for kind, rule in RULES.items() if not rule.need.thread_local and rule.need is not Need.TABLE)
 
 
 def _without(blocks: list[Block], others: list[Block]) -> list[Block]:

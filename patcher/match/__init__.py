@@ -15,7 +15,7 @@ binds its block to a live address (`Delta.bindings`).
 Decides same or changed, and why. What to do about it is `link`'s and `session`'s business.
 """
 
-from patcher.match.matcher import match, past_lines
+from patcher.match.matcher import Matcher, match, past_lines
 from patcher.match.threads import MODULE_BASE
 from patcher.match.verdict import (
     Cause,
@@ -33,6 +33,7 @@ __all__ = [
     "Cause",
     "Delta",
     "FunctionMatch",
+    "Matcher",
     "Status",
     "fingerprint",
     "is_cold_piece",

@@ -78,7 +78,7 @@ def past_lines(delta: Delta, line_numbers: LineNumbers, stamps: Stamps = NO_STAM
         else strict
         for strict, loose in zip(delta.functions, tolerant.functions, strict=True)
     )
-    return Delta(delta.blocks, delta.unit, functions, tolerant.bindings)
+    return Delta(delta.blocks, delta.unit, functions, tolerant.bindings, stamps)
 
 
 def _refuse_folded(unit: LiveUnit, functions: Iterable[FunctionMatch]) -> None:
@@ -135,7 +135,7 @@ class Matcher:
         unproven = self._settle_pending(results)
         self._spread(results)
         ordered = tuple(results[b] for b in self.blocks.functions)
-        return Delta(self.blocks, self.unit, ordered, self._without(unproven))
+        return Delta(self.blocks, self.unit, ordered, self._without(unproven), self._stamps)
 
     # --- verdicts ---------------------------------------------------------------------------------------------
 
@@ -541,6 +541,23 @@ class Matcher:
             for r in references:
                 low = r.offset - start
                 self.check(r, theirs[low : low + width_of(r)], base + r.offset)
+        except Mismatch:
+            return False
+        return True
+
+    def holds(self, block: Block, address: int, contents: bytes) -> bool:
+        """Tell whether what stands, or stood at first, at an address means the same as a block of data."""
+        self._current, self._trial = block, {}
+        references = list(self.blocks.references(block))
+        if len(contents) != block.size:
+            return False
+        if not block.data:
+            return not any(contents)
+        if not self._equal_but_for(block, 0, contents, references):
+            return False
+        try:
+            for r in references:
+                self.check(r, contents[r.offset : r.offset + width_of(r)], address + r.offset)
         except Mismatch:
             return False
         return True

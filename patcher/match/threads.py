@@ -16,6 +16,7 @@ from patcher.blocks import External, Place, Reference, Target
 from patcher.elf import SymbolType
 from patcher.elf.dynamic import TLSDESC, Cell
 from patcher.elf.relocations import R
+from patcher.live import THREAD_LOCAL, thread_number
 from patcher.match.rewritten import (
     MASK,
     descriptor_immediate,
@@ -107,6 +108,8 @@ class ThreadReferences:
             definition = self.image.search(target.name, self.module)
             if definition is not None and definition.thread_local and self.image.thread_offset(definition) == offset:
                 return
+        if self._is_added(target, thread_number(offset)):
+            return
         block_start = self.image.thread_block(self.module)
         if block_start is None:
             raise self._other(target)
@@ -160,7 +163,28 @@ class ThreadReferences:
     def _named(self, known: Cell, target: Target) -> bool:
         return bool(known.name) and not known.addend and self.matcher.cell_names(target, known.name)
 
+    def _is_added(self, target: Target, place: int) -> bool:
+        """Tell whether a target is the thread-local that a patch put at a place."""
+        if isinstance(target, Place):
+            return self._is_variable(target, place)
+        if not isinstance(target, External):
+            return False
+        found = (p for p in self.unit.view.journal.placed if p.kind == THREAD_LOCAL and p.address == place)
+        return any(not p.local and target.name in p.names for p in found)
+
+    def _is_variable(self, target: Place, place: int) -> bool:
+        """Tell whether a block of the unit is the variable at a place, and bind it then."""
+        block = target.block
+        for symbol in block.symbols:
+            for variable in self.unit.variables(symbol.name, symbol.local, thread_local=True):
+                if variable.address == place - target.offset and variable.size in (0, block.size):
+                    self.matcher.record(block, variable.address)
+                    return True
+        return False
+
     def _check_other(self, target: Target, number: int, offset: int) -> None:
+        if self._is_added(target, thread_number(offset, number)):
+            return
         definition = self.image.search(target.name, self.module) if isinstance(target, External) else None
         if (
             definition is None
@@ -195,12 +219,8 @@ class ThreadReferences:
     def _check_own(self, target: Target, offset: int) -> None:
         """Check an offset in the block of the unit's module."""
         if isinstance(target, Place):
-            block = target.block
-            for symbol in block.symbols:
-                for variable in self.unit.variables(symbol.name, symbol.local):
-                    if variable.address == offset - target.offset and variable.size in (0, block.size):
-                        self.matcher.record(block, variable.address)
-                        return
+            if self._is_variable(target, offset):
+                return
         elif isinstance(target, External) and self._is_own_name(target.name, offset):
             return
         raise self._other(target)

@@ -9,6 +9,8 @@ from enum import Enum
 
 from patcher.blocks import Block, Blocks, Place, Target
 from patcher.live import LiveFunction, LiveUnit
+from patcher.stamps import NONE as NO_STAMPS
+from patcher.stamps import Stamps
 
 
 class Status(Enum):
@@ -51,6 +53,7 @@ class Delta:
     unit: LiveUnit
     functions: tuple[FunctionMatch, ...]
     bindings: dict[Block, int] = field(repr=False)
+    stamps: Stamps = NO_STAMPS  # what the object's compile wrote of its own moment
 
     def taken_as(self, status: Status, functions: Sequence[FunctionMatch]) -> Delta:
         """Return this delta with another verdict on some functions."""

@@ -48,7 +48,11 @@ class Redirect:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A block that stands in an arena. For code: a body; for data: storage that lives as long as the process."""
+    """A block that stands in an arena. For code: a body; for data: storage that lives as long as the process.
+
+    `type` and `scope` are what debug information says of a variable's layout and of the function that it is in.
+    `moved`: storage that was there before, which is a variable's under this name from then on.
+    """
 
     name: str
     names: tuple[str, ...]
@@ -58,6 +62,9 @@ class Placed:
     local: bool
     address: int
     size: int
+    type: str = ""  # these three are not in the records of older versions
+    scope: str = ""
+    moved: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +96,47 @@ class Allocation:
 
 
 @dataclass(frozen=True, slots=True)
+class Initial:
+    """An initial value that a variable has got since (`written`), or that the user was told it did not get."""
+
+    address: int
+    digest: str
+    shown: str  # short, for people; "" where it is not
+    written: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """A constant that is changed where it stands: hex of what it was in the parent generation, and of what it is."""
+
+    address: int
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Storage that a variable got anew because its layout changed, and what it was filled from.
+
+    `layout` is the new layout as JSON ("" when it is not known), `types` names the structures in it, `by` says what
+    filled it. The storage belongs to the generations that follow: one that does not go on from there has the old.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    module: str
+    unit: str
+    local: bool
+    address: int
+    size: int
+    old: int
+    old_size: int
+    types: tuple[str, ...]
+    layout: str
+    by: str
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRecord:
     """One generation: who its parent is, what it placed and where each function it changed now goes."""
 
@@ -102,8 +150,11 @@ class GenerationRecord:
     redirects: tuple[Redirect, ...]  # the functions that got their island with this generation
     quiet: tuple[Body, ...] = ()  # bodies without a frame when it went live
     quiet_back: tuple[Body, ...] = ()  # bodies that must have no frame when it is taken back
-    allocations: tuple[Allocation, ...] = ()  # not in the records of older versions
+    allocations: tuple[Allocation, ...] = ()  # this, and what follows, is not in the records of older versions
     chosen: tuple[tuple[str, int, int], ...] = ()  # IFUNCs that were asked: module, resolver, implementation
+    initials: tuple[Initial, ...] = ()
+    rewrites: tuple[Rewrite, ...] = ()
+    storages: tuple[Storage, ...] = ()
 
 
 @dataclass
@@ -160,6 +211,22 @@ class Journal:
             number = record.parent
         return found[::-1]
 
+    def initials(self, *, written: bool) -> dict[int, Initial]:
+        """Return the last initial value that each variable got, or (not `written`) that was told of, by address."""
+        # What a variable was given it keeps, whichever generation is live.
+        return {i.address: i for g in self.generations.values() for i in g.initials if i.written == written}
+
+    def rewrites_at(self, number: int) -> dict[int, bytes]:
+        """Return what stands at each address with a rewritten constant while generation `number` is live."""
+        found: dict[int, bytes] = {}
+        for record in self.generations.values():
+            for rewrite in record.rewrites:
+                found.setdefault(rewrite.address, bytes.fromhex(rewrite.old))
+        for record in self.lineage(number):
+            for rewrite in record.rewrites:
+                found[rewrite.address] = bytes.fromhex(rewrite.new)
+        return found
+
     def bodies_at(self, number: int) -> dict[tuple[int, int], int]:
         """Return (arena, slot index) -> body address for every function that generation `number` has changed."""
         bodies: dict[tuple[int, int], int] = {}
@@ -167,6 +234,21 @@ class Journal:
             for arena, index, body in record.bodies:
                 bodies[arena, index] = body
         return bodies
+
+    def storages_at(self, number: int) -> tuple[Storage, ...]:
+        """Return where generation `number` has the variables whose layout has changed since the start."""
+        if not any(g.storages for g in self.generations.values()):
+            return ()
+        found = {}
+        for record in self.lineage(number):
+            for s in record.storages:
+                found[s.module, s.unit if s.local else "", s.name] = s
+        return tuple(found.values())
+
+    def outdated_at(self, number: int) -> frozenset[int]:
+        """Return the addresses of storage that belongs to other generations than `number`."""
+        every = {s.address for g in self.generations.values() for s in g.storages}
+        return frozenset(every - {s.address for s in self.storages_at(number)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +259,7 @@ class ArenaView:
     bodies: Mapping[tuple[int, int], int]  # (arena, slot index) -> body that the slot points at now
     islands: Mapping[int, tuple[int, int]]  # island address -> (arena, slot index)
     ranges: tuple[tuple[int, int], ...] = ()  # the arenas' extents
+    generation: int = 0  # that is live
 
     def contains(self, address: int) -> bool:
         return any(start <= address < end for start, end in self.ranges)
@@ -247,6 +330,9 @@ def _record(raw: dict[str, Any]) -> GenerationRecord:
         quiet_back=_bodies(raw["quiet_back"]),
         allocations=tuple(_allocation(a) for a in raw.get("allocations", ())),
         chosen=tuple((str(m), _number(a), _number(b)) for m, a, b in raw.get("chosen", ())),
+        initials=tuple(_initial(i) for i in raw.get("initials", ())),
+        rewrites=tuple(_rewrite(r) for r in raw.get("rewrites", ())),
+        storages=tuple(_storage(s) for s in raw.get("storages", ())),
     )
 
 
@@ -275,6 +361,14 @@ def _allocation(raw: dict[str, Any]) -> Allocation:
     return Allocation(str(raw["object"]), *(_number(raw[kind]) for kind in kinds))
 
 
+def _initial(raw: dict[str, Any]) -> Initial:
+    return Initial(_number(raw["address"]), str(raw["digest"]), str(raw["shown"]), bool(raw["written"]))
+
+
+def _rewrite(raw: dict[str, Any]) -> Rewrite:
+    return Rewrite(_number(raw["address"]), bytes.fromhex(raw["old"]).hex(), bytes.fromhex(raw["new"]).hex())
+
+
 def _placed(raw: dict[str, Any]) -> Placed:
     return Placed(
         str(raw["name"]),
@@ -285,6 +379,26 @@ def _placed(raw: dict[str, Any]) -> Placed:
         bool(raw["local"]),
         _number(raw["address"]),
         _number(raw["size"]),
+        str(raw.get("type", "")),
+        str(raw.get("scope", "")),
+        bool(raw.get("moved", False)),
+    )
+
+
+def _storage(raw: dict[str, Any]) -> Storage:
+    return Storage(
+        str(raw["name"]),
+        _strings(raw["names"]),
+        str(raw["module"]),
+        str(raw["unit"]),
+        bool(raw["local"]),
+        _number(raw["address"]),
+        _number(raw["size"]),
+        _number(raw["old"]),
+        _number(raw["old_size"]),
+        _strings(raw["types"]),
+        str(raw["layout"]),
+        str(raw["by"]),
     )
 
 

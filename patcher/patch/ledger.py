@@ -26,7 +26,7 @@ from patcher.patch.arena import (
     remove_arena,
 )
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
-from patcher.patch.transaction import Flip, FlipResult, TextWrite, flip
+from patcher.patch.transaction import Flip, FlipResult, Inside, TextWrite, flip
 from patcher.target import FunctionCall, Target, read_stat
 
 
@@ -50,6 +50,23 @@ class Constructor:
 
 
 @dataclass(frozen=True, slots=True)
+class Fill:
+    """New storage of a variable that is filled from the old, by a function called for each of `count` elements."""
+
+    name: str
+    unit: str
+    new: int
+    new_size: int
+    old: int
+    old_size: int
+    by: str
+    function: int
+    count: int
+    new_step: int
+    old_step: int
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """A generation that is linked and ready: what to write where nobody looks yet, and what then changes at once."""
 
@@ -58,6 +75,9 @@ class Commit:
     usage: tuple[tuple[int, Usage], ...]  # arena base -> how far it will be in use
     choices: tuple[Choice, ...] = ()
     constructors: tuple[Constructor, ...] = ()  # in the order in which they run
+    data: tuple[tuple[int, bytes], ...] = ()  # what the program's own data becomes with it: address, contents
+    fills: tuple[Fill, ...] = ()  # done when all stand still, right before the generation is live
+    published: tuple[tuple[int, bytes], ...] = ()  # what leads the program to some of the writes, in this order
 
 
 Construct = Callable[[Iterable[Constructor]], None]
@@ -72,6 +92,7 @@ class Ledger:
         self.usages: dict[int, Usage] = {}
         self.journal = Journal()
         self.slots: dict[int, list[int]] = {}
+        self.least_number = 1  # of the next generation: processes of one tree count together
         self._planned: set[int] = set()  # arenas that are chosen and not mapped
         self._fresh: list[Arena] = []  # arenas that this transaction mapped, and that nothing refers to yet
         self._unsettled = False  # some slots hold switches
@@ -127,7 +148,7 @@ class Ledger:
             for address, index in arena.islands(len(self.slots[base]))
         }
         ranges = tuple((a.base, a.end) for a in self.arenas.values())
-        return ArenaView(self.journal, bodies, islands, ranges)
+        return ArenaView(self.journal, bodies, islands, ranges, self.generation)
 
     def is_detoured(self, redirect: Redirect) -> bool:
         if redirect.born:
@@ -233,7 +254,8 @@ class Ledger:
         live = self.generation
         torn = self.slots != {base: self._slots_at(base, live) for base in self.slots}
         # Detours that lead to the old bodies do no harm, but a process that was taken back to 0 has none.
-        if torn or (live == 0 and any(self._is_in_place(r) for r in self.journal.redirects)):
+        detoured = live == 0 and any(self._is_in_place(r) for r in self.journal.redirects)
+        if torn or detoured or self._rewrites_to(live):
             self.revert(live)
 
     def _slots_at(self, base: int, number: int) -> list[int]:
@@ -246,13 +268,14 @@ class Ledger:
 
     # --- changing ---------------------------------------------------------------------------------------------
 
-    def commit(self, change: Commit, construct: Construct | None = None) -> FlipResult:
+    def commit(self, change: Commit, construct: Construct | None = None, inside: Inside | None = None) -> FlipResult:
         """Make a generation live, or leave everything as it was and raise.
 
         `construct` runs the generation's constructors in the target, or raises. What they may have handed out to the
-        program by then is not used again, should the generation not become live.
+        program by then is not used again, should the generation not become live. `inside` does the fills: see `Flip`.
         """
         running: list[Constructor] = []
+        exposed = False  # whether the program may know of what was written
         before = {base: self.arenas[base].usage() for base in self.arenas}
         primary = self.primary
         assert primary is not None
@@ -280,10 +303,15 @@ class Ledger:
             self.target.memory.write(primary.journal + start, encoded)
             usage = primary.usage()
             primary.set_usage(replace(usage, journal=start + len(encoded)))
-            result = flip(self.target, self._flip(change))
+            exposed = bool(change.published or change.fills)
+            if exposed:
+                self._fresh.clear()
+            for address, data in change.published:
+                self.target.memory.write(address, data)
+            result = flip(self.target, replace(self._flip(change), inside=inside if change.fills else None))
         except BaseException:
             with suppress(PatcherError, OSError):
-                self._take_back(change, before, bool(running))
+                self._take_back(change, before, exposed or bool(running))
             raise
         self._fresh.clear()
         with suppress(PatcherError, OSError):  # it is live, whatever we can see of it just now
@@ -296,13 +324,13 @@ class Ledger:
             self._fresh.clear()
             yield constructor
 
-    def _take_back(self, change: Commit, before: Mapping[int, Usage], constructing: bool) -> None:
+    def _take_back(self, change: Commit, before: Mapping[int, Usage], exposed: bool) -> None:
         # A detour that is in place must stay on record.
         if any(self._is_in_place(r) for r in change.record.redirects):
             self._fresh.clear()
         else:
             for base, usage in before.items():
-                kept = replace(self.arenas[base].usage(), journal=usage.journal) if constructing else usage
+                kept = replace(self.arenas[base].usage(), journal=usage.journal) if exposed else usage
                 self.arenas[base].set_usage(kept)
         self.refresh()
 
@@ -345,7 +373,7 @@ class Ledger:
             values.setdefault(arena, {})[index] = body
         touched = {(arena, index) for arena, index, _ in record.bodies}
         known = [r for r in (*self.journal.redirects, *record.redirects) if (r.arena, r.index) in touched]
-        return self._assemble(values, record.number, known, record.quiet)
+        return replace(self._assemble(values, record.number, known, record.quiet), data=change.data)
 
     def _assemble(
         self,
@@ -392,10 +420,16 @@ class Ledger:
         change = self._assemble(values, number, kept, self._quiet_between(self.generation, number))
         if number == 0:
             change = self._restoring(change)
+        change = replace(change, data=self._rewrites_to(number))
         result = flip(self.target, change)
         with suppress(PatcherError, OSError):
             self.refresh()
         return result
+
+    def _rewrites_to(self, number: int) -> tuple[tuple[int, bytes], ...]:
+        """Return what constants have to become so that they are as in a generation."""
+        wanted = self.journal.rewrites_at(number).items()
+        return tuple((a, data) for a, data in wanted if self.target.memory.read(a, len(data)) != data)
 
     def _quiet_between(self, live: int, number: int) -> tuple[Body, ...]:
         """Return the bodies that must have no frame on the way from one generation to another."""

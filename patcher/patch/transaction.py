@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -35,6 +35,7 @@ from patcher.target import Mapping, Stopped, StoppedThread, Target
 _STACK_LIMIT = 8 << 20  # a stack's usual limit; a body that is far up in a deep recursion counts too
 _NEW_STACK = 64 << 10  # of a thread whose stack was mapped after we looked
 _TRIES = 20
+_PATIENT_TRIES, _PATIENCE = 1000, 5.0  # where more than the entries has to be clear; in seconds
 _STEPS = 16
 
 
@@ -47,6 +48,9 @@ class TextWrite:
     new: bytes
 
 
+Inside = Callable[[Stopped], str]
+
+
 @dataclass(frozen=True, slots=True)
 class Flip:
     """Everything that changes at once.
@@ -54,7 +58,9 @@ class Flip:
     `text`: detours written or taken back; `cells`: GOT cells; `slots`: new values by arena and index, slot 0 of
     the first arena among them; `quiet`: bodies (start, end) that no thread may be inside, because they jump back
     to their own entry and would come out in the new code in the middle of their work; `restores`: the text goes back
-    to what it was at first, after the slots.
+    to what it was at first, after the slots; `data`: what the program's own data becomes (address, contents),
+    whatever it is by then. `inside` is called while all stand still, before anything is written: it says why that has
+    to wait ("" when it has not), or raises, and nothing is changed.
     """
 
     text: tuple[TextWrite, ...]
@@ -62,10 +68,12 @@ class Flip:
     slots: tuple[tuple[Arena, dict[int, int]], ...]
     quiet: tuple[Body, ...] = ()
     restores: bool = False
+    data: tuple[tuple[int, bytes], ...] = ()
+    inside: Inside | None = None
 
     @property
     def needs_stop(self) -> bool:
-        return bool(self.text or self.cells or self.quiet)
+        return bool(self.text or self.cells or self.quiet or self.data or self.inside)
 
     @property
     def in_one_write(self) -> bool:
@@ -147,20 +155,32 @@ def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResul
         return FlipResult(0)
     detours = _Guard(((w.address, w.address + len(w.new)) for w in change.text), include_start=False)
     bodies = _Guard(((b.start, b.end) for b in change.quiet), include_start=True)
-    for attempt in range(_TRIES):
+    reason = ""
+    until = time.monotonic() + _PATIENCE
+    for attempt in range(_TRIES if change.inside is None else _PATIENT_TRIES):
         mappings = target.mappings()
         with target.stopped() as stopped:
             done = detours.clear(target, stopped, mappings) and bodies.clear(target, stopped, mappings)
+            reason = change.inside(stopped) if done and change.inside is not None else ""
+            done = done and not reason
             if done:
                 _write_all(target, change, slots)
         if done:
             return FlipResult(stopped.duration_ns, stopped.threads)
-        time.sleep(0.001 * (attempt + 1))
+        if attempt >= _TRIES and time.monotonic() > until:
+            break
+        time.sleep(0.001 * min(attempt + 1, _TRIES))
+    if reason:
+        raise TargetBusy(
+            f"process {target.pid}: data with another layout cannot be filled just now: {reason}",
+            "try again when the program is idle",
+        )
     if change.quiet:
         names = ", ".join(f"`{b.name}`" for b in change.quiet[:4])
         raise TargetBusy(
             f"process {target.pid}: a thread stays inside {names}, whose code cannot go on beside the new one "
-            "(it relies on registers that the other keeps or changes, or loops back to its entry)",
+            "(it relies on registers that the other keeps or changes, loops back to its entry, or uses data that gets "
+            "another layout)",
             "wait until it has returned; a loop that never returns should call its body as a function of another "
             "file, or be compiled with -fno-ipa-ra",
             code="active",
@@ -185,7 +205,9 @@ def _word(value: int) -> bytes:
 
 def _write_all(target: Target, change: Flip, slots: Sequence[TextWrite]) -> None:
     done: list[TextWrite] = []
-    text = (*change.text, *change.cells)
+    # The program writes to its data whenever it runs: what it holds is known only now.
+    data = [TextWrite(address, target.memory.read(address, len(new)), new) for address, new in change.data]
+    text = (*change.text, *change.cells, *data)
     try:
         for write in (*slots, *text) if change.restores else (*text, *slots):
             if target.memory.read(write.address, len(write.old)) != write.old:

@@ -13,6 +13,7 @@ from patcher.report.events import (
     BuildFailed,
     Event,
     Exited,
+    Member,
     Note,
     Ready,
     Refused,
@@ -74,6 +75,8 @@ class ConsoleReport:
             if found:
                 lines.append(f"  {status}: {_escape(_listed(found))}")
         lines += _told(event.variables)
+        if event.members:
+            lines += _members(event.members)
         if event.supplied:
             lines.append(f"  brought in, being missing: {_escape(_listed([_short(s) for s in event.supplied]))}")
         if event.undefined:
@@ -155,6 +158,12 @@ def _told(variables: tuple[Variable, ...]) -> list[str]:
         if found:
             lines.append(f"  {words}: {_escape(_listed(named))}")
     return lines
+
+
+def _members(members: tuple[Member, ...]) -> list[str]:
+    live = [m for m in members if not m.why]
+    lines = [f"  in {len(live)} processes: {', '.join(str(m.pid) for m in live[:_LISTED])}"]
+    return lines + [f"  [yellow]not in process {m.pid}[/]: {_escape(m.why)}" for m in members if m.why]
 
 
 def _listed(names: list[str] | tuple[str, ...]) -> str:

@@ -32,6 +32,15 @@ class Variable:
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """One of several processes that were changed together: its generation, or why it has none (0)."""
+
+    pid: int
+    generation: int
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Timings:
     """Milliseconds from the save to the new code. `stop` is how long the target stood still."""
 
@@ -125,6 +134,7 @@ class Applied(Event):
     supplied: tuple[str, ...] = ()  # objects and libraries that were brought in because something was missing
     undefined: tuple[str, ...] = ()  # functions that are nowhere
     kept: tuple[str, ...] = ()  # wanted to be relinked, and left as they are
+    members: tuple[Member, ...] = ()  # the processes, where there are several
 
     def fields(self) -> dict[str, Any]:
         t = self.timings
@@ -135,6 +145,7 @@ class Applied(Event):
             "supplied": list(self.supplied),
             "undefined": list(self.undefined),
             "kept": list(self.kept),
+            "processes": [asdict(m) for m in self.members],
             "active": list(dict.fromkeys(function for _, function in self.active)),
             "timings": {name: round(getattr(t, name), 3) for name in ("detect", "build", "link", "stop", "total")},
         }

@@ -3,7 +3,7 @@
 from patcher.target.jobcontrol import JobControl, exit_code, wait_exit
 from patcher.target.maps import Mapping, processes_mapping
 from patcher.target.memory import Memory, WriteRefused
-from patcher.target.process import read_stat
+from patcher.target.process import read_parent, read_stat
 from patcher.target.spawn import NoSuchProgram, SpawnedProcess, spawn
 from patcher.target.steps import FunctionCall, Result, Step, SystemCall
 from patcher.target.stop import Stopped, StoppedThread
@@ -25,6 +25,7 @@ __all__ = [
     "WriteRefused",
     "exit_code",
     "processes_mapping",
+    "read_parent",
     "read_stat",
     "spawn",
     "wait_exit",

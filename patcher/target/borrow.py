@@ -137,6 +137,7 @@ class Borrowing:
         self._memory = memory
         self._lingering = lingering
         self._unused_code: set[int] = set()
+        self._ways: dict[tuple[tuple[int, int, str, int], ...], _Way | None] = {}
 
     def run(self, steps: tuple[Step, ...], mappings: Sequence[Mapping], terms: Terms) -> tuple[int, ...]:
         """Do `steps` on some thread; see Target.inject."""
@@ -172,6 +173,20 @@ class Borrowing:
         except Unsuitable:
             return True
         return False
+
+    def run_standing(
+        self, tracee: Tracee, steps: tuple[Step, ...], mappings: Sequence[Mapping], terms: Terms
+    ) -> tuple[int, ...]:
+        """Do `steps` on a thread that stands still, with all others, and goes on standing; see Target.call_standing."""
+        check_steps(steps)
+        assert terms.code is not None
+        try:
+            if tracee.signal or not tracee.standing:
+                raise Unsuitable("is about to handle a signal")
+            self._check_suitable(tracee, mappings, terms)
+            return _Loan(self._pid, self._memory, tracee, steps, terms).run_stub(mappings, terms.code)
+        except Unsuitable as error:
+            raise _none_to_borrow(self._pid, [f"thread {tracee.tid} {error}"]) from None
 
     def _candidates(self) -> list[int]:
         return sorted(list_threads(self._pid), key=lambda tid: tid != self._pid)
@@ -314,6 +329,14 @@ class Borrowing:
     def _find_way(self, mappings: Sequence[Mapping]) -> _Way | None:
         texts = [mapping for mapping in mappings if _holds_program_text(mapping)]
         texts.sort(key=lambda mapping: mapping.path != "[vdso]")
+        key = tuple((m.start, m.end, m.device, m.inode) for m in texts)
+        known = self._ways.get(key)  # searching all code takes longer than everything else that a call needs
+        if known is None or self._memory.read_available(known.start, len(_CALL_RETURN)) != _CALL_RETURN:
+            known = self._search_way(texts)
+            self._ways = {key: known}
+        return known
+
+    def _search_way(self, texts: Sequence[Mapping]) -> _Way | None:
         found: dict[bytes, int] = {}
         for mapping in texts:
             data = self._memory.read(mapping.start, mapping.size)

@@ -46,6 +46,15 @@ def read_stat(pid: int) -> Stat:
     return Stat(chr(fields[0][0]), int(fields[6]), int(fields[19]), int(fields[25]))
 
 
+def read_parent(pid: int) -> int:
+    """Return the process that a process was started by, or was handed to; raises TargetGone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise TargetGone(f"there is no process {pid}") from error
+
+
 def read_status(pid: int, tid: int | None = None) -> dict[str, str]:
     """Read /proc/<pid>/status (of one thread, if given) as name -> text; empty when it is gone."""
     path = f"/proc/{pid}/status" if tid is None else f"/proc/{pid}/task/{tid}/status"

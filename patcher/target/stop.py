@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -77,6 +77,14 @@ class Stopped:
         self.threads = tuple(_thread(tracee) for tracee in tracees)
         self.duration_ns = 0
 
+    def described(self) -> tuple[StoppedThread, ...]:
+        """Return the threads with their general registers."""
+        return tuple(described_thread(tracee) for tracee in self._tracees.values())
+
+    def tracee(self, tid: int) -> Tracee:
+        """Return what traces one of the threads."""
+        return self._tracees[tid]
+
     def step(self, tid: int, *, seconds: float = 0.1) -> StoppedThread:
         """Let one thread execute one instruction, the others standing still; return where it is now.
 
@@ -102,10 +110,12 @@ class Lingering:
     """Threads that we seized and that neither stopped nor ended in time; let go as soon as they do either.
 
     The kernel lets a thread go only while it stands still (or when our own thread ends). `held` are the threads
-    of the block that is open just now.
+    of the block that is open just now. `same` tells whether the process is still the one that was meant: numbers are
+    given anew, and the kernel lets threads be traced by number only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, same: Callable[[], bool] = lambda: True) -> None:
+        self.same = same
         self.held: Mapping[int, Tracee] = {}
         self._tracees: list[Tracee] = []
 
@@ -209,7 +219,7 @@ class _Gathering:
             self._stop(self._seize_new(), deadline)
             self._refuse_untraceable()
         standing = [tracee for tracee in self.tracees.values() if tracee.standing]
-        if not standing:
+        if not standing or not self.lingering.same():
             raise TargetGone(f"process {self.pid} has ended")
         return Stopped(self.pid, standing)
 
@@ -227,6 +237,8 @@ class _Gathering:
         count = _thread_count(self.pid)
         if len(listed) != count:
             return False
+        if not {tid for tid, tracee in self.tracees.items() if tracee.standing}.issubset(listed):
+            raise TargetBusy(f"a thread of process {self.pid} ended, and its number was given away", "try again")
         rest = [tid for tid in listed if tid not in self.tracees or not self.tracees[tid].standing]
         return all(thread_state(self.pid, tid) == "Z" for tid in rest)
 
@@ -238,7 +250,7 @@ class _Gathering:
         self._start()
         tracee.interrupt()
         self._await_stop(tracee, self.started + int(seconds * 1e9))
-        if not tracee.standing:
+        if not tracee.standing or not self.lingering.same() or not os.path.isdir(f"/proc/{self.pid}/task/{tid}"):
             raise TargetGone(f"thread {tid} of process {self.pid} has ended")
         return tracee
 

@@ -8,6 +8,7 @@ Between the blocks the process is not traced.
 from __future__ import annotations
 
 import os
+import select
 import struct
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,7 @@ class Target:
         self.pidfd = pidfd
         self.start_time = start_time
         self.program = program
-        self._lingering = Lingering()
+        self._lingering = Lingering(lambda: not _has_ended(self.pidfd))
         self.memory = Memory(pid, memory, self._poke)
         self._borrowing = Borrowing(pid, self.memory, self._lingering)
 
@@ -62,17 +63,18 @@ class Target:
         """
         if pid <= 0:
             raise TargetGone(f"there is no process {pid}", "process numbers are positive")
-        check_attachable(pid)
-        await_program(pid)
-        forget_exit(pid)
+        # Held from the first look on: were the number given to another process meanwhile, this one would have ended.
+        pidfd = _open_process(pid)
         try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError as error:
-            raise TargetGone(f"there is no process {pid}") from error
-        try:
+            check_attachable(pid)
+            await_program(pid)
+            forget_exit(pid)
             start_time = read_stat(pid).start_time
             program = os.readlink(f"/proc/{pid}/exe")
             memory = os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+            if _has_ended(pidfd):
+                os.close(memory)
+                raise TargetGone(f"process {pid} has ended")
         except PermissionError as error:
             os.close(pidfd)
             raise permission_denied(pid, command_name(pid)) from error
@@ -126,7 +128,7 @@ class Target:
             stat = read_stat(self.pid)
         except TargetGone:
             return False
-        if stat.start_time != self.start_time:
+        if stat.start_time != self.start_time or _has_ended(self.pidfd):
             return False
         # A leader that called pthread_exit is a zombie while the other threads live on.
         return stat.state not in "ZX" or any(
@@ -222,6 +224,26 @@ class Target:
         terms = Terms(code, wait, timeout, objection, stack, errno_location)
         return self._borrowing.run(tuple(calls), self.mappings(), terms)
 
+    def call_standing(
+        self,
+        stopped: Stopped,
+        tid: int,
+        calls: Sequence[FunctionCall],
+        *,
+        code: int,
+        stack: tuple[int, int],
+        errno_location: int = 0,
+        timeout: float = 10.0,
+    ) -> tuple[int, ...]:
+        """Call functions of the target on one thread, while all the others stand still; return rax of each.
+
+        `code` and `stack` are memory of ours, mapped for this; the rest is as for `call`, and what it raises too. The
+        caller knows that the functions want nothing that a thread which stands still may hold: they would wait until
+        `timeout`. The thread stands still again afterwards.
+        """
+        terms = Terms(code, 0.0, timeout, None, stack, errno_location)
+        return self._borrowing.run_standing(stopped.tracee(tid), tuple(calls), self.mappings(), terms)
+
     def _poke(self, address: int, data: bytes) -> bool:
         """Write through a thread that stands still: one of the open block's, or one that is stopped for it."""
         tracee = self._lingering.standing()
@@ -267,6 +289,22 @@ class Target:
 
     def _gone(self) -> TargetGone:
         return TargetGone(f"process {self.pid} ({self.program}) has ended")
+
+
+def _open_process(pid: int) -> int:
+    """Return a descriptor that stands for the process and no other (pidfd_open(2)). Raises as `Target.attach` does."""
+    try:
+        return os.pidfd_open(pid)
+    except OSError as error:
+        check_attachable(pid)  # says what it is instead, such as one of several threads
+        raise TargetGone(f"there is no process {pid}") from error
+
+
+def _has_ended(pidfd: int) -> bool:
+    """Tell whether a process is gone with all of its threads."""
+    looking = select.poll()
+    looking.register(pidfd, select.POLLIN)
+    return bool(looking.poll(0))
 
 
 @contextmanager

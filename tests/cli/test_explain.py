@@ -92,10 +92,16 @@ def test_what_is_refused_is_explained_as_far_as_it_was_understood(tmp_path) -> N
         assert found["verdict"] == "refused"
         assert [f["name"] for f in found["functions"]] == ["answer"]
         assert found["refusal"]["reason"] == "layout"
+        (type_,) = found["types"]
+        assert type_["name"].endswith("state")
+        assert "size 8 -> 16" in type_["change"]
+        assert type_["verdict"].startswith("refused")
+        assert type_["change"] in words.stdout
         assert words.returncode == 1
         assert "refused (layout)" in words.stdout
         allowed = explained(program.pid, source, "--allow-layout-change", "state")
         assert allowed["verdict"] == "live"
+        assert [t["verdict"] for t in allowed["types"]] == ["accepted: --allow-layout-change"]
         assert program.ask(0) == "221", "the process was not changed"
 
 

@@ -220,7 +220,7 @@ TABLE = {
     "build_failed": {"file", "diagnostics"},
     "refused": {"reason", "message", "hint", "file"},
     "unchanged": {"files", "data"},
-    "applied": {"generation", "functions", "data", "supplied", "undefined", "kept", "active", "timings"},
+    "applied": {"generation", "functions", "data", "supplied", "undefined", "kept", "processes", "active", "timings"},
     "reverted": {"generation"},
     "exited": {"status"},
 }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import Build, Function
 from elftools.elf.elffile import ELFFile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patcher.code.instructions import UndecodableCode
@@ -87,6 +87,7 @@ _PIECES = (
 )
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_function_with_a_hidden_reference_goes_unsuspected(data: st.DataObject) -> None:
     near = st.integers(-70, 70).map(lambda n: n & 0xFFFFFFFF)

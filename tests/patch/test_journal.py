@@ -7,7 +7,7 @@ import random
 import resource
 import struct
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -82,6 +82,16 @@ def test_a_record_of_an_older_version_has_no_allocations():
     fields = asdict(record(1, 0))
     del fields["allocations"]
     assert decode(framed(zlib.compress(json.dumps(fields).encode()))).generations[1].allocations == ()
+
+
+def test_a_record_of_an_older_version_says_less_of_variables():
+    placed = Placed("n", ("n",), "data", "/bin/program", "unit.c", True, 16, 4, "integer (4)", "f", True)
+    fields = asdict(replace(record(1, 0), placed=(placed,)))
+    assert decode(framed(zlib.compress(json.dumps(fields).encode()))).placed == [placed]
+    for name in ("type", "scope", "moved"):
+        del fields["placed"][0][name]
+    found = decode(framed(zlib.compress(json.dumps(fields).encode()))).placed
+    assert found == [replace(placed, type="", scope="", moved=False)]
 
 
 def test_a_circle_of_parents_is_refused():

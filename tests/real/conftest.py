@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from .sources import SourcesUnavailable, cache_directory
-from .trees import LUA, LUA_WITH_TESTS, MEMCACHED, REDIS, Recipe, Tree, built, restored
+from .trees import LUA, LUA_WITH_TESTS, MEMCACHED, NGINX, REDIS, Recipe, Tree, built, restored
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -44,6 +44,11 @@ def lua_tree() -> Tree:
 @pytest.fixture(scope="module")
 def lua_with_tests_tree() -> Tree:
     return restored(_built(LUA_WITH_TESTS))
+
+
+@pytest.fixture(scope="module")
+def nginx_tree() -> Tree:
+    return restored(_built(NGINX))
 
 
 @pytest.fixture(scope="module")

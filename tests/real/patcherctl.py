@@ -126,12 +126,14 @@ def timings(generations: Iterable[Event]) -> str:
 
 
 @contextlib.contextmanager
-def attached(pid: int, watched: Sequence[Path], compile_commands: Path, directory: Path) -> Iterator[Controller]:
+def attached(
+    pid: int, watched: Sequence[Path], compile_commands: Path, directory: Path, *options: str
+) -> Iterator[Controller]:
     """Attach patcher to a process for the length of the block; Ctrl-C ends it and leaves the process running."""
     events, stderr = directory / "events.ndjson", directory / "patcher.stderr"
     watch = [part for path in watched for part in ("--watch", str(path))]
     command = [sys.executable, "-m", "patcher", "attach", str(pid), *watch]
-    command += ["--compile-commands", str(compile_commands), "--events", str(events)]
+    command += ["--compile-commands", str(compile_commands), "--events", str(events), *options]
     with stderr.open("wb") as sink:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, cwd=REPOSITORY)
     controller = Controller(process, events, stderr)

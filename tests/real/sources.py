@@ -78,14 +78,29 @@ def _download(package: str, cache_dir: Path) -> Path:
     if not list(directory.glob("*.dsc")):
         options, complaints = _updated_lists(cache_dir)
         try:
-            # apt verifies the checksums against the signed lists.
-            _run(["apt-get", *options, "source", "--download-only", package], directory)
+            _download_any(package, options, directory)
         except SourcesUnavailable as error:
             raise SourcesUnavailable(f"{error}\napt-get update had said:\n{complaints}") from None
     descriptions = list(directory.glob("*.dsc"))
     if len(descriptions) != 1:
         raise SourcesUnavailable(f"{directory} holds {len(descriptions)} .dsc files, not one; remove it and try again")
     return descriptions[0]
+
+
+def _download_any(package: str, options: tuple[str, ...], directory: Path) -> None:
+    """Download the newest version; or an older one, where a mirror lists what it no longer has."""
+    listed = subprocess.run(["apt-cache", *options, "showsrc", package], capture_output=True, text=True, check=False)
+    versions = re.findall(r"(?m)^Version: (\S+)$", listed.stdout)
+    refused: SourcesUnavailable | None = None
+    for name in (package, *(f"{package}={version}" for version in versions)):
+        try:
+            # apt verifies the checksums against the signed lists.
+            return _run(["apt-get", *options, "source", "--download-only", name], directory)
+        except SourcesUnavailable as error:
+            refused = refused or error
+            for partial in directory.iterdir():
+                partial.unlink()
+    raise refused or SourcesUnavailable(f"apt knows no source package {package}")
 
 
 @functools.cache

@@ -52,6 +52,13 @@ LUA_WITH_TESTS = Recipe(
     watched=(".",),
     build=(("make", "-j2", "CC={cc}", "MYCFLAGS=-std=c99 -DLUA_USE_LINUX", "MYLIBS=-ldl"),),
 )
+NGINX = Recipe(
+    package="nginx",
+    program="objs/nginx",
+    watched=("src",),
+    configure=("./configure", "--without-http_rewrite_module", "--without-http_gzip_module"),
+    build=(("make", "-j2", "CC={cc}"),),
+)
 MEMCACHED = Recipe(
     package="memcached",
     program="memcached",

@@ -64,6 +64,7 @@ EVENTS: list[tuple[Event, dict[str, object]]] = [
             "supplied": ["/usr/lib/libx.a(y.o)"],
             "undefined": ["z"],
             "kept": ["tiny"],
+            "processes": [],
             "active": ["main", "loop"],
             "timings": {"detect": 1.5, "build": 20.25, "link": 3.0, "stop": 0.123, "total": 24.9},
         },

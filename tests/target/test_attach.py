@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from patcher.errors import AttachDenied, ObjectError, PatcherError, TargetBusy, TargetGone
-from patcher.target import Mapping, SystemCall, Target, WriteRefused
+from patcher.target import Mapping, SystemCall, Target, WriteRefused, stop
 from patcher.target.maps import read_mappings
+from patcher.target.process import tracer_of
 
 from .conftest import statuses
 
@@ -280,3 +281,42 @@ def test_a_process_that_is_not_dumpable(tmp_path):
         process.stdin.close()
     assert "it is not dumpable" in answer
     assert "run patcher as root" in answer
+
+
+LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
+
+
+def start_as(pid: int) -> subprocess.Popen[bytes]:
+    """Start a program that gets a certain process number, which is free."""
+    for _ in range(1000):
+        try:
+            LAST_PID.write_text(str(pid - 1))
+        except OSError as error:
+            pytest.skip(f"process numbers cannot be chosen here: {error}")
+        started = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
+        if started.pid == pid:
+            return started
+        started.communicate()
+    pytest.skip("other programs on this machine took the number each time")
+
+
+def test_a_number_that_was_given_away_is_not_the_process(start, attach):
+    program = start("child")
+    target = attach(program.pid)
+    program.process.kill()
+    program.process.wait(10)
+    with start_as(target.pid) as stranger:
+        try:
+            assert not target.alive()
+            # Also when it happens behind the first check, where only the number is left to go by.
+            for block in (
+                stop.stopped_process(target.pid, target._lingering),
+                stop.stopped_thread(target.pid, target.pid, target._lingering),
+            ):
+                with pytest.raises(TargetGone), block:
+                    pass
+                assert tracer_of(stranger.pid) == 0
+            with pytest.raises(TargetGone):
+                target.memory.write(target.auxv()[3], b"\0")
+        finally:
+            stranger.communicate()

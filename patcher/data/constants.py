@@ -1,0 +1,151 @@
+"""What becomes of constants with other contents: a new copy, or the old one changed where it stands.
+
+New code sees the new contents in any case. Where nobody else holds the old address, the new constant is a new copy.
+Where somebody does (another unit, a pointer that the program stored), the old one is written, with the flip and taken
+back by a revert, if every byte of it belongs to this constant alone and the size is the same; else it is told who goes
+on with the old contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from patcher.blocks import Block, Kind, Place
+from patcher.data.holders import Extent, Holders
+from patcher.data.outcome import Datum, Fate
+from patcher.elf.relocations import is_pc_relative
+from patcher.errors import PatcherError
+from patcher.image import Image
+from patcher.lines import NONE as NO_LINES
+from patcher.live import LiveVariable, base_name
+from patcher.match import Matcher
+from patcher.part import Part
+from patcher.patch.journal import ArenaView
+
+ConstantOf = Callable[[Part, Block], "LiveVariable | None"]
+
+_LARGEST = 64 << 10  # what is written while threads stand, and kept in the journal
+_NAMED = 4
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constant:
+    """A constant of the process that has other contents in a unit's new object, and who else holds it."""
+
+    part: Part
+    block: Block
+    address: int
+    size: int
+    holders: tuple[str, ...]
+    in_place: bool
+
+    def datum(self) -> Datum:
+        others = ", ".join(self.holders[:_NAMED])
+        more = len(self.holders) - _NAMED
+        note = others + (f" and {more} more" if more > 0 else "")
+        if self.size != self.block.size:
+            note = f"{self.size} -> {self.block.size} bytes; {note}"
+        fate = Fate.REWRITTEN if self.in_place else Fate.STALE
+        return Datum(base_name(self.block.name), self.part.source, fate, note)
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """The constants that matching did not bind: those that are as they were, and those that are not."""
+
+    same: tuple[tuple[Part, Block, int], ...] = ()
+    changed: tuple[Constant, ...] = ()
+
+
+def unbound_constants(image: Image, view: ArenaView, parts: Sequence[Part], constant_of: ConstantOf) -> Constants:
+    """Return what becomes of the constants of some units that no function which stays the same uses."""
+    compared = [(p, b, old, same) for p in parts for b, old, same in _compared(p, constant_of)]
+    same = tuple((p, b, old.address) for p, b, old, is_same in compared if is_same and _is_alone(b))
+    found = [(p, b, old) for p, b, old, is_same in compared if not is_same]
+    return Constants(same, _held(image, view, parts, found) if found else ())
+
+
+def _held(
+    image: Image, view: ArenaView, parts: Sequence[Part], found: Sequence[tuple[Part, Block, LiveVariable]]
+) -> tuple[Constant, ...]:
+    """Return the changed constants, each with who holds it beside the code to be replaced."""
+    gone = [(old.address, old.address + old.size) for _, _, old in found]
+    holders = Holders(image, view, [*gone, *_replaced(parts), *_left(view)])
+    constants = []
+    for part, block, old in found:
+        who = holders.of(old.address, old.address + max(old.size, 1))
+        in_place = bool(who) and _is_writable(part, block, old)
+        constants.append(Constant(part, block, old.address, old.size, who, in_place))
+    return tuple(constants)
+
+
+def _compared(part: Part, constant_of: ConstantOf) -> list[tuple[Block, LiveVariable, bool]]:
+    matcher = Matcher(part.blocks, part.unit, NO_LINES, part.delta.stamps)
+    memory = part.unit.image.target.memory
+    found = []
+    for block in part.blocks.data_blocks():
+        if block.kind is not Kind.READ_ONLY or not block.size:
+            continue
+        matched = part.matched(block)
+        if matched is not None and matched in part.delta.bindings:
+            continue  # what is the same uses it, and it is what it was
+        old = constant_of(part, block)
+        if old is None:
+            continue
+        try:
+            contents = memory.read(old.address, old.size)
+        except PatcherError:
+            continue
+        same = block.data == contents and not part.blocks.relocations(block)
+        same = same or matcher.holds(block, old.address, contents)
+        if matcher.pending:  # it refers to code that has to be compared itself: pieces, labels
+            matcher.pending.clear()
+            continue
+        found.append((block, old, same))
+    return found
+
+
+def _is_alone(block: Block) -> bool:
+    """Tell whether a block has its section for itself: what is about its end cannot be about a neighbour's start."""
+    return block.object.sections[block.section].size == block.size
+
+
+def _replaced(parts: Sequence[Part]) -> list[Extent]:
+    """Return the extents of the bodies that new code takes the place of."""
+    live = [
+        piece
+        for part in parts
+        for block in part.blocks.functions
+        if part.is_new(block) and (function := part.live(block)) is not None
+        for piece in (function, *part.cold_pieces(block))
+    ]
+    return [(piece.body, piece.body + piece.size) for piece in live]
+
+
+def _left(view: ArenaView) -> list[Extent]:
+    """Return the extents of the program's own bodies that patches took the place of."""
+    return [
+        (r.original, r.original + r.size)
+        for r in view.journal.redirects
+        if not r.born and view.bodies.get((r.arena, r.index), r.copy) != r.copy
+    ]
+
+
+def _is_writable(part: Part, block: Block, old: LiveVariable) -> bool:
+    """Tell whether a constant may be changed where it stands: no byte of it is anybody else's."""
+    references = part.blocks.references(block)
+    if old.size != block.size or block.size > _LARGEST or any(is_pc_relative(r.type) for r in references):
+        return False
+    if any(isinstance(r.target, Place) and r.target.block.kind is Kind.CODE and r.target.offset for r in references):
+        return False  # labels: code that stays goes on in old code
+    if not _is_alone(block) or part.blocks.object.sections[block.section].mergeable:
+        return False
+    module = part.unit.image.module_at(old.address)
+    if module is None:
+        return part.unit.view.contains(old.address)
+    own = {base_name(s.name) for s in block.symbols}
+    if any(base_name(s.name) not in own for s in module.symbols_at(old.address) if s.size):
+        return False  # the linker made one of two that were the same
+    following = module.module.symbols.next_address(old.address - module.bias)
+    return following is None or following + module.bias >= old.address + old.size

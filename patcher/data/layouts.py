@@ -1,0 +1,364 @@
+"""LAYOUTS: whether new code may see the data that a process has, type by type and variable by variable.
+
+What a unit declares is compared with what the process has of that unit: the program's debug information, and the
+objects applied since. A type that differs is judged by who can have a value of it (`Standing`):
+
+- *nothing live*, if it is a struct or union that only functions name as a local variable: no variable with static
+  storage has it or leads to it, no pointer or reference to it (or to what contains it) is declared, no function
+  takes or returns it, no other unit knows it, and the old code of every function that changed stores into its own
+  frame only and takes no address of that. A function whose code stays the same cannot tell the layouts apart.
+- *variables*, if only variables with static storage have it, and again nobody declares a pointer to it, has it as a
+  local variable, or knows it in another unit.
+- *the heap*, for all else. An enum's values are numbers, and numbers go anywhere.
+
+Types that a unit had no knowledge of, and the process has, are compared by name through `dwarf`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from patcher.data.compare import Comparison
+from patcher.data.declared import Declared, Kind
+from patcher.data.dies import Elsewhere, Header, NotUnderstood, Sections, units
+from patcher.data.prepare import reading, sections
+from patcher.data.shapes import Form, Part, Shape
+from patcher.elf import tables as t
+
+_NAMED = 4  # differences, variables and functions that a message lists
+_LARGEST = 8 << 20  # bytes of a program's debug information that are searched for who else knows a type
+
+
+class Standing(Enum):
+    """Who can have a value of a type."""
+
+    DEAD = "nothing live can have one"
+    STATIC = "only variables with static storage have one"
+    HEAP = "whether one is on the heap cannot be told"
+
+
+@dataclass(frozen=True, slots=True)
+class Restructured:
+    """A variable with static storage whose type changed."""
+
+    name: str
+    old: Shape
+    new: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutVerdict:
+    """A type (or the type of one variable: then `type` is its name) whose layout changed, and who has values of it.
+
+    `variables` have it within themselves; `leading` are those that lead to it by pointers; `functions` name it.
+    """
+
+    type: str
+    details: tuple[str, ...]
+    kind: Standing
+    variables: tuple[Restructured, ...] = ()
+    leading: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
+    allowed: bool = False
+
+    @property
+    def accepted(self) -> bool:
+        return self.allowed or self.kind is Standing.DEAD
+
+    @property
+    def reason(self) -> str:
+        """Why it is accepted, or what stands against it."""
+        return "--allow-layout-change" if self.allowed and self.kind is not Standing.DEAD else self.kind.value
+
+    def describe(self) -> str:
+        """Return type and differences."""
+        return f"`{self.type}`: {_listed(self.details, '; ')}"
+
+    def concerns(self) -> str:
+        """Return whom it concerns, as the end of a sentence; empty if nobody is known."""
+        variables = _listed([f"`{v.name}`" for v in self.variables if v.name != self.type])
+        leading = _listed([f"`{name}`" for name in self.leading])
+        functions = _listed([f"`{name}`" for name in self.functions])
+        said = (("held by", variables), ("reached through", leading), ("used in", functions))
+        return ", ".join(f"{words} {names}" for words, names in said if names)
+
+
+def _listed(items: Sequence[str], separator: str = ", ") -> str:
+    more = len(items) - _NAMED
+    return separator.join(items[:_NAMED]) + (f"{separator}and {more} more" if more > 0 else "")
+
+
+class Program:
+    """The types of a module's units, read when a unit is asked for."""
+
+    def __init__(self, found: Sections, file: Path) -> None:
+        self.file = file
+        self._sections = found
+        self._headers: dict[str, list[Header]] = {}
+        with reading(str(file)), suppress(NotUnderstood):
+            for header in units(found, every=False):
+                self._headers.setdefault(header.file, []).append(header)
+        self._known: dict[Header, Declared] = {}
+
+    @classmethod
+    def of_file(cls, file: Path) -> Program | None:
+        """Read a module's debug information; None when it has none. Raises `PatcherError` when it is damaged."""
+        with file.open("rb") as opened:
+            raw = t.read_raw(str(file), t.OpenFile(str(file), opened.fileno()))
+            try:
+                found = sections(raw)
+            except NotUnderstood:
+                found = Sections(b"", b"", b"", b"", b"")
+        return cls(found, file) if found is not None else None
+
+    def units_of(self, file: str) -> tuple[Declared, ...]:
+        """Return what the units compiled from a source file declare."""
+        return tuple(self._declared(h) for h in self._headers.get(file, ()))
+
+    def others(self, file: str) -> Iterator[Declared] | None:
+        """Return what all other units declare; None if that would be too much to look through."""
+        if len(self._sections.info) > _LARGEST or not self._headers:
+            return None
+        return (self._declared(h) for name, every in self._headers.items() if name != file for h in every)
+
+    def _declared(self, header: Header) -> Declared:
+        if header not in self._known:
+            with reading(str(self.file)):
+                self._known[header] = Declared(self._sections, header)
+        return self._known[header]
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Do not look for garbage: among many values that are made and stay, that takes as long as making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def declared_by(data: bytes, name: str, previous: Sequence[Declared] = ()) -> tuple[Declared, ...]:
+    """Return what the units of an object declare; nothing if only drgn can read its debug information.
+
+    `previous` is what an earlier object of the same unit declares: most edits change code only. Raises `PatcherError`
+    when the debug information is damaged, `Elsewhere` when it is in another file.
+    """
+    raw = t.read_raw(name, data)
+    try:
+        found = sections(raw)
+        if found is None or (previous and previous[0].sections == found):
+            return tuple(previous) if found is not None else ()
+        with reading(name), _uncollected():
+            return tuple(Declared(found, h) for h in units(found))
+    except Elsewhere:
+        raise
+    except NotUnderstood:
+        return ()
+
+
+class Judgement:
+    """The verdicts on one unit of an object.
+
+    `layers` are what the process has of the unit, what counts first: the first that knows a name says what its layout
+    is. Each is of several when the program has several units of that source file; then one that fits will do.
+    Variables are compared with `current` only, the newest text and the program's: what a patch brought and a later one
+    took out again gets new storage when it comes back with another type.
+    `keeping` returns the functions that change and whose old code may keep values beyond its frame.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[Declared, ...]],
+        current: Sequence[tuple[Declared, ...]],
+        new: Declared,
+        program: Program,
+        keeping: Callable[[], bool],
+    ) -> None:
+        self.new = new
+        self._current = current
+        self._layers = [layer for layer in layers if layer]
+        self._program = program
+        self._keeping = keeping
+        self._comparisons: dict[Declared, Comparison] = {}
+
+    def unknown(self) -> tuple[str, ...]:
+        """Return the types that the process is not known to have in this unit."""
+        known = set().union(*(old.types.keys() for layer in self._layers for old in layer))
+        return tuple(self.new.types.keys() - known)
+
+    def verdicts(self) -> tuple[LayoutVerdict, ...]:
+        """Judge every type and variable that differs. Raises what `Declared` raises."""
+        with _uncollected():
+            found = [v for name in self.new.types for v in self._of_type(name)]
+            found += [v for name in self.new.plain_typedefs for v in self._of_typedef(name)]
+            found += [v for name in self.new.variables for v in self._of_variable(name)]
+        return tuple(found)
+
+    def _compared(self, old: Declared) -> Comparison:
+        if old not in self._comparisons:
+            self._comparisons[old] = Comparison(old, self.new)
+        return self._comparisons[old]
+
+    def _differing(
+        self, names: Callable[[Declared], Mapping[str, tuple[int, ...]]], name: str
+    ) -> Iterator[tuple[Declared, int, int, tuple[str, ...]]]:
+        """Find how each new type of a name differs from all that the process has."""
+        layer = next((found for each in self._layers if (found := [o for o in each if name in names(o)])), [])
+        for after in names(self.new)[name] if layer else ():
+            pairs = [(old, before) for old in layer for before in names(old)[name]]
+            differences = None
+            for old, before in pairs:
+                said = tuple(self._compared(old).differences(before, after))
+                if not said:
+                    break
+                differences = differences or (old, before, after, said)
+            else:
+                if differences is not None:
+                    yield differences
+
+    def _of_type(self, name: str) -> Iterator[LayoutVerdict]:
+        for old, before, after, details in self._differing(_types, name):
+            yield self._judged(name, old, before, after, details)
+
+    def _of_typedef(self, name: str) -> Iterator[LayoutVerdict]:
+        for *_, details in self._differing(_typedefs, name):
+            yield LayoutVerdict(name, details, Standing.HEAP)
+
+    def _of_variable(self, name: str) -> Iterator[LayoutVerdict]:
+        variables = self.new.variables[name]
+        layer = next((found for each in self._current if (found := [o for o in each if name in o.variables])), [])
+        pairs = [(old, v) for old in layer for v in old.variables[name]]
+        if not layer and not variables[0].defined:
+            pairs = [(o, v) for o in self._program.others(self.new.file) or () for v in o.variables.get(name, ())]
+            pairs = [(o, v) for o, v in pairs if v.defined]
+        for variable in variables if pairs else ():
+            if variable.constant and variable.defined and all(v.constant for _, v in pairs):
+                continue
+            if any(self._compared(old).alike(v.type, variable.type) for old, v in pairs):
+                continue
+            old, v = pairs[0]
+            details = tuple(self._compared(old).differences(v.type, variable.type))
+            shapes = Restructured(name, shape_of(old, v.type), shape_of(self.new, variable.type))
+            yield LayoutVerdict(name, details, Standing.STATIC, (shapes,), (), self._users_of(name))
+
+    def _users_of(self, variable: str) -> tuple[str, ...]:
+        function = variable.rpartition("::")[0]
+        return (function,) if function in self.new.functions else ()
+
+    # --- who has one ------------------------------------------------------------------------------------------
+
+    def _judged(self, name: str, old: Declared, before: int, after: int, details: tuple[str, ...]) -> LayoutVerdict:
+        had, has = Holders(old, before), Holders(self.new, after)
+        variables = tuple(
+            Restructured(v.name, shape_of(old, v.type), shape_of(self.new, found[0].type))
+            for v in had.variables
+            if (found := self.new.variables.get(v.name))
+        )
+        return LayoutVerdict(
+            name, details, self._standing(name, had), variables, had.leading, has.functions or had.functions
+        )
+
+    def _standing(self, name: str, had: Holders) -> Standing:
+        enum = had.unit.node(had.type).kind is Kind.ENUM
+        if enum or had.escaping or had.leading or not self._is_private(name, had):
+            return Standing.HEAP
+        if had.variables:
+            return Standing.HEAP if had.local else Standing.STATIC
+        return Standing.HEAP if self._keeping() else Standing.DEAD
+
+    def _is_private(self, name: str, had: Holders) -> bool:
+        """Tell whether no other unit of the program has a type, and what else the process has of this one neither."""
+        others = self._program.others(self.new.file)
+        if others is None or any(name in other.types for other in others):
+            return False
+        rest = [
+            Holders(o, p) for layer in self._layers for o in layer if o is not had.unit for p in o.types.get(name, ())
+        ]
+        return not any(h.escaping or h.leading for h in rest)
+
+
+def _types(unit: Declared) -> Mapping[str, tuple[int, ...]]:
+    return unit.types
+
+
+def _typedefs(unit: Declared) -> Mapping[str, tuple[int, ...]]:
+    return unit.plain_typedefs
+
+
+class Holders:
+    """Who has values of a type in one unit."""
+
+    def __init__(self, unit: Declared, type_: int) -> None:
+        self.unit = unit
+        self.type = unit.bare(type_)
+        self._within: dict[int, bool] = {}
+        every = [v for each in unit.variables.values() for v in each]
+        self.variables = tuple(v for v in every if v.defined and self.contains(v.type))
+        self.leading = tuple(
+            dict.fromkeys(v.name for v in every if v not in self.variables and self._leads(v.type, set()))
+        )
+        self.escaping = any(map(self.contains, unit.pointed | unit.passed))
+        self.functions = tuple(name for name, places in unit.named_in.items() if any(map(self._mentions, places)))
+        self.local = any(map(self.contains, unit.automatic))
+
+    def contains(self, place: int) -> bool:
+        """Tell whether a value of a type has one of this type in it."""
+        place = self.unit.bare(place)
+        if place not in self._within:
+            self._within[place] = place == self.type
+            node = self.unit.node(place)
+            parts: Iterable[int] = [m.type for m in node.members]
+            if node.kind is Kind.ARRAY:
+                parts = [node.of]
+            self._within[place] = place == self.type or any(self.contains(p) for p in parts)
+        return self._within[place]
+
+    def _leads(self, place: int, seen: set[int]) -> bool:
+        place = self.unit.bare(place)
+        if place in seen:
+            return False
+        seen.add(place)
+        node = self.unit.node(place)
+        inner = [m.type for m in node.members] + ([node.of] if node.of else [])
+        return place == self.type or any(self._leads(p, seen) for p in inner)
+
+    def _mentions(self, place: int) -> bool:
+        node, at = self.unit.node(place), self.unit.bare(place)
+        while node.of and at != self.type:
+            at = self.unit.bare(node.of)
+            node = self.unit.node(at)
+        return at == self.type
+
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+_FORMS = {
+    Kind.WHOLE: Form.NUMBER,
+    Kind.ENUM: Form.NUMBER,
+    Kind.FLOAT: Form.FLOAT,
+    Kind.POINTER: Form.POINTER,
+    Kind.STRUCT: Form.STRUCT,
+    Kind.UNION: Form.UNION,
+    Kind.ARRAY: Form.ARRAY,
+}
+
+
+def shape_of(unit: Declared, place: int) -> Shape:
+    """Return a type as a value of its own."""
+    node = unit.node(place)
+    form = _FORMS.get(node.kind, Form.OTHER)
+    text = unit.text(place) if form is not Form.ARRAY else ""
+    if form is Form.ARRAY:
+        return Shape(node.size, form, "", (), node.bound or 0, shape_of(unit, node.of))
+    if any("(virtual" in m.name for m in node.members):
+        return Shape(node.size, Form.OTHER, text)  # where such a part begins is known at run time only
+    parts = tuple(Part(m.name, m.offset, m.bits, shape_of(unit, m.type)) for m in node.members)
+    return Shape(node.size, form, text, parts)

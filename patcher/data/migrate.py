@@ -1,0 +1,320 @@
+"""Which variables get new storage because their layout changed, and what fills it.
+
+A variable of static storage whose size or type differs from what the process has is not to be had in place: it gets
+new storage, initialised as the new source says, which is filled from the old before any new code runs. All code that
+refers to it must be new (`holders` sees to that). The old storage is never written: it is what a revert goes back to.
+
+Decides which variables, by which function of the new source. How it is run is `filling`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from patcher.blocks import Block, External, Kind, Place
+from patcher.errors import UnsafeChange
+from patcher.live import LiveVariable, base_name, numbered
+from patcher.match import Status, is_private_piece
+
+if TYPE_CHECKING:
+    from patcher.part import Part
+    from patcher.patch.journal import ArenaView, Storage
+
+PREFIX = "patcher_migrate_"
+Spec = list[Any]  # of JSON: a kind, and what its layout is made of
+
+_MANGLED = re.compile(r"_Z(?:L|N12_GLOBAL__N_1)?(\d+)(\w+)")
+
+
+def plain_name(symbol: str) -> str:
+    """Return the name that the source has for a symbol, as far as it stands in it."""
+    found = _MANGLED.fullmatch(symbol)
+    return found[2][: int(found[1])] if found else symbol
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The type of a variable: the names of its elements' type, how many there are, how each is laid out.
+
+    `types` names every structure that it contains.
+    """
+
+    names: tuple[str, ...]
+    count: int
+    spec: Spec
+    types: tuple[str, ...]
+
+    @property
+    def element_size(self) -> int:
+        return int(self.spec[1]) if self.spec[0] != "array" else 0
+
+    def as_text(self) -> str:
+        return json.dumps([self.names, self.count, self.spec, self.types], separators=(",", ":"))
+
+    @classmethod
+    def from_text(cls, text: str) -> Layout | None:
+        """Read back what `as_text` gave; None for anything else."""
+        try:
+            names, count, spec, types = json.loads(text)
+            return cls(tuple(names), int(count), list(spec), tuple(types))
+        except (ValueError, TypeError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A variable's layout as the process has it and as the new code has it, where known."""
+
+    old: Layout | None
+    new: Layout | None
+
+    @property
+    def differs(self) -> bool:
+        if self.old is None or self.new is None:
+            return False
+        return self.old.count != self.new.count or not same(self.old.spec, self.new.spec)
+
+    @property
+    def elements_differ(self) -> bool:
+        return self.old is not None and self.new is not None and not same(self.old.spec, self.new.spec)
+
+
+def same(old: Spec | None, new: Spec | None) -> bool:
+    """Tell whether two types are laid out alike: a member may have another name, and not another's place."""
+    if old is None or new is None:
+        return old is new
+    if old[0] != new[0] or old[1] != new[1]:
+        return False
+    if old[0] == "array":
+        return same(old[2], new[2])
+    if old[0] != "record":
+        return True
+    if len(old[2]) != len(new[2]):
+        return False
+    places = {name: offset for name, offset, _, _ in old[2] if name}
+    if any(places.get(name, offset) != offset for name, offset, _, _ in new[2]):
+        return False
+    return all(a[1:3] == b[1:3] and same(a[3], b[3]) for a, b in zip(old[2], new[2], strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class ByFunction:
+    """A function of the new source fills it, element by element, called as f(new, old)."""
+
+    part: Part
+    function: Block
+    count: int
+    new_step: int
+    old_step: int
+
+    @property
+    def name(self) -> str:
+        return plain_name(self.function.name)
+
+
+How = ByFunction
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """A variable that gets new storage: its block in the new object, what the process has, and what fills it."""
+
+    part: Part
+    variable: Block
+    old: LiveVariable
+    layout: Layout | None
+    how: How
+
+    @property
+    def name(self) -> str:
+        return base_name(self.variable.name)
+
+    @property
+    def note(self) -> str:
+        return f"{self.old.size} -> {self.variable.size} bytes, by {self.how.name}"
+
+
+Functions = dict[str, list[tuple["Part", Block]]]
+
+
+def functions_of(parts: Iterable[Part]) -> Functions:
+    """Return the functions that fill something, by the name of what they fill."""
+    found: Functions = {}
+    for part in parts:
+        for block in part.blocks.functions:
+            if PREFIX in block.name and (name := plain_name(block.name)).startswith(PREFIX):
+                found.setdefault(name.removeprefix(PREFIX), []).append((part, block))
+    return found
+
+
+def concerned(parts: Sequence[Part], view: ArenaView) -> bool:
+    """Tell whether layouts of single variables have to be known at all: something is migrated, or was."""
+    return bool(functions_of(parts)) or bool(view.journal.storages_at(view.generation))
+
+
+def taken_care_of(parts: Sequence[Part], storages: Sequence[Storage]) -> tuple[str, ...]:
+    """Return the types that may differ from the program's, since every variable that has them is compared by itself."""
+    functions = functions_of(parts)
+    found = {name for s in storages for name in s.types} | set(functions)
+    for part in parts:
+        for name, comparison in part.layouts.items():
+            if comparison.new is not None and (
+                plain_name(name) in functions or functions.keys() & set(comparison.new.names)
+            ):
+                found |= set(comparison.new.types)
+    return tuple(sorted(found))
+
+
+def migrations(
+    parts: Sequence[Part],
+    living: Callable[[Part, Block], LiveVariable | None],
+    denoted: Callable[[Part, str], LiveVariable | None],
+) -> tuple[Migration, ...]:
+    """Return the variables of some units that get new storage.
+
+    `living` says where the process has a variable that a unit defines, `denoted` what a name denotes that it does not.
+    Raises `UnsafeChange` for one that changed and that nothing fills.
+    """
+    functions = functions_of(parts)
+    found = []
+    for part in parts:
+        for block in part.blocks.data_blocks():
+            if block.kind is Kind.DATA and block.symbols:
+                migration = _migration(part, block, functions, living)
+                found += [migration] if migration is not None else []
+    _check_externals(parts, found, denoted)
+    return tuple(found)
+
+
+def _migration(
+    part: Part, block: Block, functions: Functions, living: Callable[[Part, Block], LiveVariable | None]
+) -> Migration | None:
+    if numbered(block.name):
+        _check_numbered(part, block, functions)
+        return None
+    old = living(part, block)
+    comparison = part.layouts.get(block.name, Comparison(None, None))
+    if old is None and comparison.old is not None:
+        raise _taken_apart(part, plain_name(block.name))
+    if old is None or not ((old.size and block.size and old.size != block.size) or comparison.differs):
+        return None
+    name = plain_name(block.name)
+    own = functions.get(name)
+    if own:
+        function = _one_of(own, part)
+        how = ByFunction(*function, 1, block.size, old.size)
+        return Migration(part, block, old, comparison.new, how)
+    return Migration(part, block, old, comparison.new, _by_type(part, block, old, comparison, functions))
+
+
+def _by_type(part: Part, block: Block, old: LiveVariable, comparison: Comparison, functions: Functions) -> How:
+    before, after = comparison.old, comparison.new
+    typed = next((functions[n] for n in after.names if n in functions), None) if after is not None else None
+    sizes = f"{old.size} -> {block.size} bytes" if old.size != block.size else "the same size, other members"
+    if typed is None or after is None:
+        raise UnsafeChange(
+            f"`{plain_name(block.name)}` of {part.source} has another layout in the process ({sizes})",
+            f"write `void {PREFIX}{plain_name(block.name)}(void *new_object, const void *old_object)`, which fills the "
+            "new one; or restart the program, or keep the layout",
+            code="layout",
+        )
+    if before is None or not comparison.elements_differ or not after.element_size:
+        raise UnsafeChange(
+            f"`{plain_name(block.name)}` of {part.source} has another layout in the process ({sizes}), and "
+            + ("its debug information does not tell which" if before is None else "not because of its elements' type"),
+            f"write `void {PREFIX}{plain_name(block.name)}(void *new_object, const void *old_object)`",
+            code="layout",
+        )
+    count = min(before.count, after.count)
+    return ByFunction(*_one_of(typed, part), count, after.element_size, before.element_size)
+
+
+def _one_of(functions: Sequence[tuple[Part, Block]], part: Part) -> tuple[Part, Block]:
+    own = [f for f in functions if f[0] is part] or list(functions)
+    if len(own) > 1:
+        raise UnsafeChange(
+            f"`{plain_name(own[0][1].name)}` is defined by {' and '.join(p.source for p, _ in own)}",
+            "define it once",
+            code="ambiguous-symbol",
+        )
+    return own[0]
+
+
+def _check_numbered(part: Part, block: Block, functions: Functions) -> None:
+    name = base_name(block.name)
+    comparison = part.layouts.get(block.name, Comparison(None, None))
+    known = [layout for layout in (comparison.old, comparison.new) if layout is not None]
+    if comparison.differs or (known and (name in functions or any(n in functions for k in known for n in k.names))):
+        raise _taken_apart(part, name)
+    # Debug information is read by name, which a variable of a function has only there.
+    sizes = {c.new.element_size for c in part.layouts.values() if c.new for n in c.new.names if n in functions}
+    if name in functions or any(size and block.size % size == 0 for size in sizes):
+        raise UnsafeChange(
+            f"`{name}` of {part.source} is a static variable of a function, and may be of a type that is migrated",
+            "move it out of the function, to the level of the file",
+            code="layout",
+        )
+
+
+def _taken_apart(part: Part, name: str) -> UnsafeChange:
+    return UnsafeChange(
+        f"the compiler made several variables of `{name}` of {part.source}, or none, so that it cannot be migrated",
+        "restart the program; a variable that is not static, or whose address is taken, stays whole",
+        code="layout",
+    )
+
+
+def _check_externals(
+    parts: Sequence[Part], found: Sequence[Migration], denoted: Callable[[Part, str], LiveVariable | None]
+) -> None:
+    """Refuse code that uses a variable of a unit that is not there, in another layout than that unit has it."""
+    brought = {s.name for m in found for s in m.variable.symbols if not s.local}
+    for part in parts:
+        for symbol in part.blocks.object.symbols:
+            if not symbol.undefined or symbol.name in brought or symbol.name not in part.layouts:
+                continue
+            if part.layouts[symbol.name].differs and denoted(part, symbol.name) is not None:
+                raise UnsafeChange(
+                    f"`{symbol.name}`, which {part.source} uses, has another layout in the process, and the file that "
+                    "defines it is not part of the change",
+                    "save that file as well",
+                    code="layout",
+                )
+
+
+def require_users(parts: Sequence[Part], found: Sequence[Migration]) -> None:
+    """Have every function of the units new that refers to a variable with new storage, changed or not."""
+    blocks = {m.variable for m in found}
+    names = {s.name for m in found for s in m.variable.symbols if not s.local}
+    for part in parts:
+        wanted: set[Block] = set()
+        while True:
+            more = {f for f in part.blocks.functions if f not in wanted and _refers(part, f, blocks | wanted, names)}
+            if not more:
+                break
+            # A piece that was split off is entered by its function alone: that has to be new with it.
+            wanted |= {f for f in more if is_private_piece(f.name)}
+            for function in more:
+                if part.status(function) in (Status.SAME, Status.LINE_ONLY):
+                    part.require(function)
+            if not any(is_private_piece(f.name) for f in more):
+                break
+
+
+def _refers(part: Part, function: Block, blocks: set[Block], names: set[str]) -> bool:
+    return any(
+        (isinstance(r.target, Place) and r.target.block in blocks)
+        or (isinstance(r.target, External) and r.target.name in names)
+        for r in part.blocks.references(function)
+    )
+
+
+def users(part: Part, found: Sequence[Migration]) -> tuple[Block, ...]:
+    """Return the functions of a unit that refer to variables with new storage."""
+    blocks = {m.variable for m in found}
+    names = {s.name for m in found for s in m.variable.symbols if not s.local}
+    return tuple(f for f in part.blocks.functions if _refers(part, f, blocks, names))

@@ -1,0 +1,147 @@
+"""Constants with other contents: who holds the old ones is found, and they are written or told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from project import MAIN, Project, Running
+
+import patcher
+from patcher.target import Target
+
+TABLES = """\
+const int limits[2] = {1, 2};
+const char label[] = "abc";
+static const int own[2] = {3, 4};
+static const int given[2] = {5, 6};
+const int *give(void) { return given; }
+int sum(int n) { return own[n] + n; }
+"""
+UNIT = """\
+#include <stdlib.h>
+extern const int limits[2];
+extern const char label[];
+const int *give(void);
+int sum(int n);
+static struct { const int *table; } *box;
+int answer(int n)
+{
+    if (!box) {
+        box = malloc(sizeof *box);
+        box->table = give();
+    }
+    return 1000 * limits[n] + 100 * box->table[n] + 10 * sum(n) + label[n] - 'a';
+}
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return Project(tmp_path, {"main.c": MAIN, "unit.c": UNIT, "tables.c": TABLES})
+
+
+@pytest.fixture
+def program(project: Project) -> Iterator[Running]:
+    with project.running() as program:
+        assert program.ask(1) == str(2000 + 600 + 50 + 1)
+        yield program
+
+
+def fates(outcome: patcher.Generation) -> dict[str, str]:
+    return {v.name: f"{v.outcome} {v.note}" for v in outcome.variables}
+
+
+def test_a_generation_may_change_constants_only(project: Project, program: Running) -> None:
+    source = project.edit("tables.c", "{1, 2}", "{1, 7}")
+    with patcher.attach(program.pid) as session:
+        found = session.apply(source)
+        assert fates(found) == {"limits": "rewritten `answer`"}
+        assert found.functions == ()
+        assert found.number == 1
+        assert program.ask(1) == str(7000 + 600 + 50 + 1)
+        assert fates(session.apply(source)) == {}
+        session.revert()
+        assert program.ask(1) == str(2000 + 600 + 50 + 1)
+        assert fates(session.apply(source)) == {"limits": "rewritten `answer`"}
+        assert program.ask(1) == str(7000 + 600 + 50 + 1)
+
+
+def test_what_the_program_keeps_on_the_heap_is_found(project: Project, program: Running) -> None:
+    source = project.edit("tables.c", "{5, 6}", "{5, 8}")
+    with patcher.attach(program.pid) as session:
+        told = fates(session.apply(source))["given"]
+        assert told.startswith("rewritten stored at 0x")
+        assert program.ask(1) == str(2000 + 800 + 50 + 1)
+        project.edit("tables.c", "given[2] = {5, 8}", "given[3] = {5, 9, 9}")
+        told = fates(session.apply(source))["given"]
+        assert told.startswith("stale 8 -> 12 bytes; stored at 0x")
+        assert program.ask(1) == str(2000 + 800 + 50 + 1)
+
+
+def test_a_constant_that_nobody_else_holds_is_not_worth_a_word(project: Project, program: Running) -> None:
+    source = project.edit("tables.c", "{3, 4}", "{3, 5}")
+    with patcher.attach(program.pid) as session:
+        assert fates(session.apply(source)) == {}
+        assert program.ask(1) == str(2000 + 600 + 60 + 1)
+
+
+def test_the_old_copy_is_told_and_units_patched_later_use_the_new_one(project: Project, program: Running) -> None:
+    source = project.edit("tables.c", '"abc"', '"aefgh"')
+    with patcher.attach(program.pid) as session:
+        assert fates(session.apply(source)) == {"label": "stale 4 -> 6 bytes; `answer`"}
+        assert program.ask(1) == str(2000 + 600 + 50 + 1)
+        assert fates(session.apply(source)) == {}
+        unit = project.edit("unit.c", "label[n] - 'a'", "label[n] - 'a' + 100000")
+        assert fates(session.apply(unit)) == {}
+        assert program.ask(1) == str(100000 + 2000 + 600 + 50 + 4)
+        session.revert(0)
+        assert program.ask(1) == str(2000 + 600 + 50 + 1)
+        assert fates(session.apply(unit)) == {}
+        assert program.ask(1) == str(100000 + 2000 + 600 + 50 + 1)
+
+
+def test_units_of_one_generation_agree_on_a_constant_that_grew(project: Project, program: Running) -> None:
+    tables = project.edit("tables.c", '"abc"', '"aefgh"')
+    unit = project.edit("unit.c", "label[n] - 'a'", "label[n] - 'a' + 100000")
+    with patcher.attach(program.pid) as session:
+        session.apply(tables, unit)
+        assert program.ask(1) == str(100000 + 2000 + 600 + 50 + 4)
+
+
+def test_a_constant_that_a_dying_controller_left_undone_is_mended(project: Project, program: Running) -> None:
+    source = project.edit("tables.c", "{1, 2}", "{1, 7}")
+    with patcher.attach(program.pid) as session:
+        session.apply(source)
+        ((address, new),) = session.ledger.journal.rewrites_at(1).items()
+        ((_, old),) = session.ledger.journal.rewrites_at(0).items()
+        assert (new[4], old[4]) == (7, 2)
+    with Target.attach(program.pid) as target:
+        target.memory.write(address, old)
+    assert program.ask(1) == str(2000 + 600 + 50 + 1)
+    with patcher.attach(program.pid) as session:
+        assert fates(session.apply(source)) == {}
+    assert program.ask(1) == str(7000 + 600 + 50 + 1)
+
+
+def test_two_that_the_linker_made_one_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("project.COMPILE", ("clang", "-g", "-O2", "-faddrsig"))
+    other = "const int other[4] = {1, 2, 3, 4};\nint more(int n) { return other[n]; }\n"
+    tables = "const int limits[4] = {1, 2, 3, 4};\nint sum(int n) { return n; }\n"
+    unit = (
+        "extern const int limits[4];\nint sum(int n);\nint more(int n);\n"
+        "int answer(int n) { return 100 * limits[n] + 10 * more(n) + sum(n); }\n"
+    )
+    project = Project(
+        tmp_path,
+        {"main.c": MAIN, "unit.c": unit, "tables.c": tables, "other.c": other},
+        compile_flags=("-ffunction-sections", "-fdata-sections"),
+        link_flags=("-fuse-ld=lld", "-Wl,--icf=all"),
+    )
+    with project.running() as program:
+        assert program.ask(1) == "221"
+        source = project.edit("tables.c", "{1, 2, 3, 4}", "{1, 9, 3, 4}")
+        with patcher.attach(program.pid) as session:
+            assert fates(session.apply(source))["limits"].partition(" ")[0] == "stale"
+        assert program.ask(1) == "221"

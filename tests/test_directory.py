@@ -1,0 +1,159 @@
+"""What a program reads of its own generations through patcher.h: right, whole, and of the same instant as the code."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from project import MAIN, Project, assert_untouched
+
+import patcher
+from patcher.cli import header
+
+HEADER = (Path(header.__file__).parent.parent / "header" / "patcher.h").read_text()
+UNIT = """\
+volatile int zero;
+int answer(int n) { return n + 10 + zero; }
+"""
+# Answers: the generation, what readers found wrong, and with s the symbols by name, file and size.
+READER = """\
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#include "patcher.h"
+int answer(int n);
+int sign(void);
+static volatile unsigned long rounds, wrong;
+static void *read_on(void *unused)
+{
+    for (;; rounds++) {
+        const struct patcher_table *t = patcher_live();
+        if (!t)
+            continue;
+        for (size_t i = 0; i < t->count; i++)
+            wrong += !t->symbols[i].name[0] || strlen(t->symbols[i].file) != 6 || !t->symbols[i].size;
+        uint64_t before = patcher_generation();
+        int code = sign();
+        wrong += before == patcher_generation() && code != (int)before;
+    }
+    return unused;
+}
+const char *state(const char *line)
+{
+    static char text[1000];
+    static pthread_t thread;
+    size_t count = 0;
+    const struct patcher_symbol *s = patcher_symbols(&count);
+    if (*line == 'r')
+        for (int i = 0; i < 2; i++)
+            pthread_create(&thread, NULL, read_on, NULL);
+    if (*line == 'w')
+        for (unsigned long from = rounds; rounds < from + 1000;)
+            ;
+    char *end = text + sprintf(text, "%d %lu", (int)patcher_generation(), wrong);
+    for (size_t i = 0; *line == 's' && i < count; i++)
+        end += sprintf(end, " %s:%s:%d", s[i].name, s[i].file, (int)s[i].size);
+    return text;
+}
+"""
+SIGN = "#include <stddef.h>\nvolatile int nothing;\nint sign(void) { return 0 + nothing; }\n"
+ASKING = MAIN.replace("int answer(int n);", "int answer(int n); const char *state(const char *);").replace(
+    'printf("%d\\n", answer(atoi(line)));', "*line > '9' ? puts(state(line)) : printf(\"%d\\n\", answer(atoi(line)));"
+)
+
+
+def make(root: Path, more: Mapping[str, str] = {}, **options: object) -> Project:
+    sources = {"main.c": ASKING, "unit.c": UNIT, "read.c": READER, "sign.c": SIGN, "patcher.h": HEADER} | dict(more)
+    return Project(root / "p", sources, **options)
+
+
+@pytest.mark.parametrize("flags", [("-O0",), ("-O2",), ("-O2", "-fPIC", "-fvisibility=hidden")], ids=" ".join)
+def test_a_program_knows_its_generation_and_symbols(tmp_path, flags):
+    project = make(tmp_path, compile_flags=flags)
+    with project.running() as program, patcher.attach(program.pid) as session:
+        assert program.ask("s") == "0 0"
+        session.apply(project.object("unit.c", ("10", "20")))
+        one = program.ask("s")
+        assert one.startswith("1 0 answer:unit.c:")
+        calls = "volatile int zero; static int calls; int answer(int n) { return n + zero + 0 * ++calls; }"
+        session.apply(project.object("unit.c", (UNIT.strip(), calls)))
+        two = program.ask("s").split()
+        assert [word.rpartition(":")[0] for word in two[2:]] == ["answer:unit.c", "calls:unit.c"]
+        assert two[-1] == "calls:unit.c:4"
+        assert session.revert() == 1
+        assert program.ask("s") == one
+        session.revert(0)
+        assert program.ask("s") == "0 0"
+        session.revert(2)
+        assert program.ask("s").split() == two
+        assert_untouched(program.pid)
+
+
+def test_sizes_and_addresses_are_those_of_the_code_that_runs(tmp_path):
+    look = READER.replace(
+        '" %s:%s:%d", s[i].name, s[i].file, (int)s[i].size', '" %p %d", (void *)s[i].address, (int)s[i].size'
+    )
+    project = make(tmp_path, {"read.c": look})
+    with project.running() as program, patcher.attach(program.pid) as session:
+        for number in ("20", "30"):
+            session.apply(project.object("unit.c", ("10", number)))
+            (known,) = session.status().functions
+            address, size = program.ask("s").split()[2:]
+            assert int(address, 16) == known.current
+            code = session.target.memory.read(known.current, int(size))
+            assert code.endswith(b"\xc3")
+            assert bytes([int(number)]) in code
+
+
+def test_readers_never_see_a_torn_table_or_another_generation_s_code(tmp_path):
+    project = make(tmp_path)
+    with project.running() as program, patcher.attach(program.pid) as session:
+        program.ask("r")
+        for number in range(1, 13):
+            session.apply(project.object("sign.c", ("0 +", f"{number} +")))
+            if number % 5 == 0:
+                assert session.revert() == number - 1
+                session.revert(number)
+            assert program.ask("w") == f"{number} 0"
+        session.revert(0)
+        assert program.ask("w") == "0 0"
+        assert_untouched(program.pid)
+
+
+def test_a_library_and_a_patch_have_their_own_state(tmp_path):
+    library = '#include "patcher.h"\nint library(void) { return (int)patcher_generation(); }\n'
+    project = make(
+        tmp_path,
+        {
+            "library.c": library,
+            "unit.c": UNIT + "int library(void); int other(void) { return library(); }",
+            "read.c": "const char *state(const char *line) { return line; }",
+        },
+        shared=["library.c"],
+    )
+    bring = f'#include "patcher.h"\n{UNIT}'.replace("10", "1000 * (int)patcher_generation() + 100 * library()")
+    bring += "int library(void); int other(void) { return library(); }"
+    (project.sources / "unit.c").write_text(
+        bring.replace("volatile int zero;", "volatile int zero; int library(void);")
+    )
+    with project.running() as program, patcher.attach(program.pid) as session:
+        assert program.ask(1) == "11"
+        flags = ("-ffunction-sections", "-fdata-sections", f"-I{project.sources}")
+        session.apply(project.object("unit.c", flags=flags))
+        assert program.ask(1) == "1101"
+        session.apply(project.object("unit.c", ("n + ", "n + 5 + "), flags=flags))
+        assert program.ask(1) == "2206"
+        assert session.revert() == 1
+        assert program.ask(1) == "1101"
+        session.revert(0)
+        assert program.ask(1) == "11"
+
+
+def test_another_variable_of_that_name_is_left_alone(tmp_path):
+    own = "long patcher_state[4] = {1, 2, 3, 4};\n"
+    own += 'const char *state(const char *l) { return patcher_state[2] == 3 && patcher_state[3] == 4 ? "same" : l; }'
+    project = make(tmp_path, {"read.c": own})
+    with project.running() as program, patcher.attach(program.pid) as session:
+        session.apply(project.object("unit.c", ("10", "20")))
+        assert (program.ask("s"), program.ask(1)) == ("same", "21")
