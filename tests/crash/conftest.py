@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,8 @@ def _case(name: str, root: Path) -> Case:
     text = {"with an IFUNC": NEW_IFUNC, "with a constructor": NEW_CONSTRUCTOR, "with a library": NEW_LIBRARY}.get(of)
     first = scene.redefined(text) if text else scene.change(2)
     if kind == "first":
-        return Case(scene, [], first, options=options, steps={0: "1", 1: "2"}, final=scene.change(9))
+        made = Case(scene, [], first, options=options, steps={0: "1", 1: "2"}, final=scene.change(9))
+        return replace(made, constructs=of == "with a constructor")
     if kind == "later":
         steps = {0: "1", 1: "2", 2: "3"}
         return Case(scene, [first], scene.change(3), options=options, steps=steps, final=scene.change(9))

@@ -141,6 +141,7 @@ class Case:
     steps: dict[int, str] = field(default_factory=dict)  # generation -> what all functions answer then
     settle: str = "9"  # what they answer when `final` is applied
     final: list[Path] = field(default_factory=list)
+    constructs: bool = False  # a constructor runs before the change is live, and what it did stays
 
     @contextlib.contextmanager
     def running(self, *arguments: str) -> Iterator[Running]:

@@ -72,8 +72,9 @@ def try_it(case: Case, program: Running, ended: Ending, before: Before, where: s
     if ended.code:
         assert ended.code in (1, 3), f"{where}: {ended}"
         assert ended.said["message"], where
-        if "initialises what is new" in ended.said["message"]:
-            assert answer(program) == before.answer, where  # what a constructor did is done
+        if case.constructs:
+            assert answer(program) == before.answer, where  # what a constructor did is done, and stays in its arena
+            assert image_bytes(program.pid) == before.state[0], where
         else:
             before.assert_same(where)
     else:
@@ -121,6 +122,8 @@ def test_a_call_that_the_process_makes_for_us_fails(name, forbidden, code, case,
         ended = patched.harm(mortals, program)
         try_it(patched, program, ended, before, f"{forbidden}: {ended}")
         assert (ended.said or {}).get("code", "") == code
+        if code:
+            before.assert_same(str(ended))
 
 
 @pytest.mark.parametrize("more", [0, 1 << 20, 63 << 20])
