@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 METADATA := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test proof lint format bench fuzz real real-full races clean
+.PHONY: help demo test proof kills lint format bench fuzz real real-full races clean
 
 help: ## say what can be made (this)
 	@echo 'patcher: change the code of a native program while it runs'
@@ -30,6 +30,9 @@ test: $(VENV)/dev.stamp ## run the tests (PYTEST_ARGS="-k words" for some of the
 proof: $(VENV)/dev.stamp ## hold the linker against four others, on 300 programs that are also replaced as they run, and data against a model (20 minutes)
 	@PATCHER_PROGRAMS=300 PATCHER_RUNS=1000 $(BIN)/python -m pytest -q tests/proof tests/link/test_against_linkers.py \
 		tests/data/test_model.py $(PYTEST_ARGS)
+
+kills: $(VENV)/dev.stamp ## kill a patcher, stop it, or fail what it asks, at each of its system calls (gcc; an hour)
+	@PATCHER_KILLS=every $(BIN)/python -m pytest -q tests/crash $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.stamp ## check style, format and types
 	@$(BIN)/ruff check .

@@ -7,6 +7,10 @@ for the next save; only `TargetError` ends it. Any other exception is a defect o
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PatcherError(Exception):
     """The root: a sentence for the user, with a hint and a stable reason code."""
@@ -103,3 +107,20 @@ class UnsupportedRelocation(LinkError):
     """A relocation type that has no row in the table."""
 
     code = "unsupported-relocation"
+
+
+@contextmanager
+def named_shortages() -> Iterator[None]:
+    """Turn what the system does not give us (memory, descriptors, a file) into an error that names it."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except MemoryError:
+        raise PatcherError(
+            "patcher is out of memory", "give it more (`ulimit -v`), or change fewer files at once", code="no-memory"
+        ) from None
+    except OSError as error:
+        what = os.strerror(error.errno) if error.errno else str(error)
+        name = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""
+        raise PatcherError(f"the system refused what patcher asked of it: {what}{name}", code="system") from error

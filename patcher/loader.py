@@ -75,7 +75,7 @@ def workspace(target: Target, room: int = 0) -> Iterator[Workspace]:
         raise
     finally:
         if not abandoned:
-            with suppress(TargetBusy, TargetGone):
+            with suppress(PatcherError):  # what was called has been done
                 target.inject([SystemCall(_MUNMAP, (base, size))])
 
 

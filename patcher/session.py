@@ -11,15 +11,23 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from patcher.data.outcome import Datum, Fate
-from patcher.errors import AttachDenied, ObjectError, PatcherError, TargetGone, UnresolvedSymbol, UnsafeChange
+from patcher.errors import (
+    AttachDenied,
+    ObjectError,
+    PatcherError,
+    TargetGone,
+    UnresolvedSymbol,
+    UnsafeChange,
+    named_shortages,
+)
 from patcher.options import Options
 from patcher.report import Applied, Event, Explanation, Function, Member, Note, Reporter, Timings, Unchanged, Variable
 from patcher.target import Target
@@ -245,6 +253,7 @@ class Session:
         """
         return self.change([Path(f) for f in files], strict=True)
 
+    @named_shortages()
     def change(
         self,
         files: Sequence[Path],
@@ -282,6 +291,7 @@ class Session:
         timings = Timings(detect, build, (now - started) * 1e3 - build - stop, stop, total)
         return replace(outcome, timings=timings, dry_run=self.options.dry_run)
 
+    @named_shortages()
     def explain(self, *files: str | Path) -> Explanation:
         """Tell what `apply` would do, and whether it would be refused. Changes nothing.
 
@@ -304,8 +314,7 @@ class Session:
         self.image.refresh()
         with self.ledger.transaction():
             self.image.asked |= self.ledger.journal.chosen
-            if self.ledger.primary is not None:
-                self.image.stub_area = self.ledger.primary.stub
+            self.image.stub_area = None if self.ledger.primary is None else self.ledger.primary.stub
             yield
 
     def rehearse(self, sources: Sequence[Source]) -> set[str]:
@@ -347,12 +356,8 @@ class Session:
                 outcome = replace(
                     self._commit(linked), line_only=changes.line_only, supplied=supplied, undefined=undefined
                 )
-                if not self.options.dry_run:
-                    units.admission.applied(outcome.number, (*changes.parts, *linked.supplied))
-                for part in changes.parts:
-                    self.texts.applied(Path(part.source))
-                if not self.options.dry_run:
-                    self.initials.remember(linked.told)
+                with suppress(OSError):  # it is live
+                    self._note(units, changes, linked, outcome)
                 return outcome
             finally:
                 self.ledger.forget_plans()
@@ -478,6 +483,15 @@ class Session:
             timings=Timings(stop=result.stop_ns / 1e6),
         )
 
+    def _note(self, units: Units, changes: Changes, linked: Linked, outcome: Generation) -> None:
+        """Remember what a change that is live means for the next ones."""
+        if not self.options.dry_run:
+            units.admission.applied(outcome.number, (*changes.parts, *linked.supplied))
+        for part in changes.parts:
+            self.texts.applied(Path(part.source))
+        if not self.options.dry_run:
+            self.initials.remember(linked.told)
+
     def _made_live(self, commit: Commit) -> FlipResult:
         if not commit.fills:
             return self.ledger.commit(commit, self._construct)
@@ -499,7 +513,7 @@ class Session:
         for text in warnings:
             self.emit(Note(text))
 
-    def _construct(self, constructors: Sequence[Constructor]) -> None:
+    def _construct(self, constructors: Iterable[Constructor]) -> None:
         """Run constructors on a thread of the target that is at a safe point, one after another."""
         from patcher.loader import Caller, workspace
 
@@ -520,6 +534,7 @@ class Session:
 
     # --- revert, status ---------------------------------------------------------------------------------------
 
+    @named_shortages()
     def revert(self, generation: int | None = None) -> int:
         """Go back to an earlier generation (default: the one before the live one; 0: the program as it was started).
 
@@ -558,6 +573,7 @@ class Session:
         with self._with_hooks(reverting(self.ledger.journal, live, generation)):
             self.ledger.revert(generation)
 
+    @named_shortages()
     def status(self) -> Status:
         """Tell which generation is live and where every patched function goes. Writes nothing."""
         self.target.check_alive()

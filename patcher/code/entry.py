@@ -35,6 +35,8 @@ from patcher.errors import PatcherError, RelocationOverflow
 DETOUR_SIZE = 5
 ISLAND_SIZE = 16
 FAR_JUMP_SIZE = 8
+SWITCH_SIZE = 64
+SWITCH_CELLS = 48
 COPY_SIZE = 96
 """No displaced copy is longer (the worst case is three far conditional branches and the far jump back)."""
 
@@ -375,3 +377,22 @@ def far_jump(address: int, cell: int) -> bytes:
 def island(address: int, slot: int) -> bytes:
     """Return the island at `address` that jumps through `slot`: ISLAND_SIZE bytes. Raises RelocationOverflow."""
     return far_jump(address, slot).ljust(ISLAND_SIZE, _TRAP)
+
+
+def switch(address: int, live: int, coming: int, old: int, new: int) -> bytes:
+    """Return the code at `address` that goes on to `new` if the words at `live` and `coming` are equal, else to `old`.
+
+    SWITCH_SIZE bytes, with `old` and `new` as the words at SWITCH_CELLS. No register and no flag changes. Raises
+    RelocationOverflow when `coming` is out of reach; `live` may be anywhere.
+    """
+    code = b"\x50"  # push %rax: room for the address to go on to
+    code += b"\x9c"  # pushfq
+    code += b"\x50"  # push %rax
+    code += b"\x48\xa1" + live.to_bytes(8, "little")  # movabs live, %rax
+    compared = address + len(code) + 7
+    code += b"\x48\x3b\x05" + _rel32("switch", address, compared, coming)  # cmp coming(%rip), %rax
+    code += b"\x48\x8b\x05" + (SWITCH_CELLS - len(code) - 7).to_bytes(4, "little")  # mov old(%rip), %rax
+    code += b"\x48\x0f\x44\x05" + (SWITCH_CELLS - len(code)).to_bytes(4, "little")  # cmove new(%rip), %rax
+    code += b"\x48\x89\x44\x24\x10"  # mov %rax, 16(%rsp)
+    code += b"\x58\x9d\xc3"  # pop %rax; popfq; ret
+    return code.ljust(SWITCH_CELLS, _TRAP) + old.to_bytes(8, "little") + new.to_bytes(8, "little")

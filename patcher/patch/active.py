@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from patcher.errors import PatcherError, TargetGone
+from patcher.errors import PatcherError
 from patcher.patch.transaction import read_stack
 from patcher.target import Mapping, StoppedThread, Target
 
@@ -43,7 +43,7 @@ def find_active(
             thread = known.get(tid) or _registers(target, tid)
             if thread is not None:
                 found += [Active(tid, name) for name in _old_frames(target, thread, spans, mappings)]
-    except TargetGone:
+    except (PatcherError, OSError):  # the change is live by now, and this only tells of it
         return tuple(found)
     return tuple(found)
 

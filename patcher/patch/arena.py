@@ -3,9 +3,8 @@
 Four parts, one after another, none ever writable and executable:
 
     r--   constants and cells            | written from outside, through /proc/<pid>/mem
-    r-x   islands, then code             |
-    rw-   header, slots, journal, data,  | the program's own new variables are in `data`
-          room for slots on their way
+    r-x   islands, then code, switches   |
+    rw-   header, slots, journal, data   | the program's own new variables are in `data`
     r-x   one page for injected stubs
 
 It is a private mapping of a memfd called `patcher`, which shows in maps, is copied on fork and needs no
@@ -18,15 +17,18 @@ What is read from the header was in the memory of another process: it is checked
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from patcher.code.entry import COPY_SIZE
+from patcher.code.entry import COPY_SIZE, SWITCH_CELLS, SWITCH_SIZE
 from patcher.errors import PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.link.place import Region, Space
 from patcher.target import Mapping, Result, SystemCall, Target, read_stat
 
 MAGIC = b"PATCHER\x01"
+_HALF_MADE = b"PATCHER\x00"
 PAGE = 4096
 ISLAND_SIZE = 16
 DOOR_SIZE = ISLAND_SIZE + 8  # an island and its slot
@@ -36,16 +38,15 @@ CODE_SIZE = 16 << 20
 WRITABLE_SIZE = 32 << 20
 TOTAL_SIZE = READ_ONLY_SIZE + CODE_SIZE + WRITABLE_SIZE + PAGE
 
+_STUB_SECONDS = 1.0
+
 SLOT_COUNT = 8192
 _SLOTS_OFFSET = PAGE
 _JOURNAL_OFFSET = _SLOTS_OFFSET + 8 * SLOT_COUNT
 JOURNAL_SIZE = 8 << 20
 _DATA_OFFSET = _JOURNAL_OFFSET + JOURNAL_SIZE
-_STAGING_SIZE = 8 * SLOT_COUNT
 _ISLANDS_SIZE = ISLAND_SIZE * SLOT_COUNT
-
-COPY_FUNCTION = b"\x48\x89\xd1\xf3\xa4\xc3"  # mov %rdx, %rcx; rep movsb; ret
-_COPY_FUNCTION_OFFSET = 2048  # behind the stubs
+_SWITCHES_SIZE = SWITCH_SIZE * SLOT_COUNT
 
 # magic, base, primary's header, used r--, used r-x, used rw-, slots in use, journal bytes in use, owner, its start
 _HEADER = struct.Struct("<8sQQQQQQQQQ")
@@ -53,8 +54,9 @@ _USED = struct.Struct("<QQQQQ")
 _USED_OFFSET = 24
 _LOCK = struct.Struct("<QQ")
 _LOCK_OFFSET = 64
+_COMING_OFFSET = 128
 
-_MMAP, _CLOSE, _FTRUNCATE, _MEMFD_CREATE = 9, 3, 77, 319
+_MMAP, _MUNMAP, _CLOSE, _FTRUNCATE, _MEMFD_CREATE = 9, 11, 3, 77, 319
 _READ, _WRITE, _EXEC = 1, 2, 4
 _PRIVATE, _FIXED, _ANONYMOUS, _NORESERVE, _FIXED_NOREPLACE = 0x2, 0x10, 0x20, 0x4000, 0x100000
 _CLOEXEC = 1
@@ -106,14 +108,14 @@ class Arena:
         return self.header + WRITABLE_SIZE
 
     @property
-    def copy_function(self) -> int:
-        """Where COPY_FUNCTION(to, from, count) is put for a stub to call."""
-        return self.stub + _COPY_FUNCTION_OFFSET
+    def switches(self) -> int:
+        """The end of the code, where every slot has room for a switch."""
+        return self.header - _SWITCHES_SIZE
 
     @property
-    def staging(self) -> int:
-        """Room for as many bytes as there are slots, for values on their way into them."""
-        return self.stub - _STAGING_SIZE
+    def coming(self) -> int:
+        """The cell with the number of the generation that switches wait for."""
+        return self.header + _COMING_OFFSET
 
     @property
     def end(self) -> int:
@@ -128,6 +130,14 @@ class Arena:
     def slot(self, index: int) -> int:
         return self.slots + 8 * index
 
+    def switch(self, index: int) -> int:
+        return self.switches + SWITCH_SIZE * index
+
+    @property
+    def live(self) -> int:
+        """The cell with the number of the live generation: the first slot of the first arena."""
+        return self.primary + (self.slots - self.base)
+
     def islands(self, count: int) -> Iterator[tuple[int, int]]:
         """Yield (island address, slot index) for the slots in use."""
         return ((self.island(i), i) for i in range(1, count))
@@ -141,7 +151,7 @@ class Arena:
         sane = (
             self.base <= usage.read_only <= self.code_start
             and self.code_start + _ISLANDS_SIZE <= usage.code <= self.header
-            and self.header + _DATA_OFFSET <= usage.data <= self.staging
+            and self.header + _DATA_OFFSET <= usage.data <= self.stub
             and 1 <= usage.slots <= SLOT_COUNT
             and usage.journal <= JOURNAL_SIZE
         )
@@ -174,13 +184,13 @@ class Arena:
         kept_back = (SLOT_COUNT - usage.slots) * COPY_SIZE
         return Space(
             Region(usage.read_only, self.code_start),
-            Region(usage.code, max(usage.code, self.header - kept_back)),
-            Region(usage.data, self.staging),
+            Region(usage.code, max(usage.code, self.switches - kept_back)),
+            Region(usage.data, self.stub),
         )
 
     def entry_space(self, usage: Usage) -> Region:
         """Return the memory that is still free for displaced entries."""
-        return Region(usage.code, self.header)
+        return Region(usage.code, max(usage.code, self.switches))
 
     def bytes_used(self, usage: Usage) -> int:
         """Return the bytes of code, constants, data and islands, with their slots, that are in use."""
@@ -196,6 +206,18 @@ class Arena:
 
     def read_slots(self, count: int) -> list[int]:
         return list(struct.unpack(f"<{count}Q", self.target.memory.read(self.slots, 8 * count)))
+
+    def write_slots(self, slots: Sequence[int]) -> None:
+        self.target.memory.write(self.slots, struct.pack(f"<{len(slots)}Q", *slots))
+
+    def led_to(self, slots: Sequence[int]) -> list[int]:
+        """Return what slots lead to: where one holds a switch, what that switch chooses."""
+        if not any(self.switches <= body < self.header for body in slots):
+            return list(slots)
+        come = self.target.memory.read_u64(self.live) == self.target.memory.read_u64(self.coming)
+        cell = SWITCH_CELLS + 8 * come
+        inside = range(self.switches, self.header)
+        return [self.target.memory.read_u64(body + cell) if body in inside else body for body in slots]
 
     # --- one controller at a time -----------------------------------------------------------------------------
 
@@ -284,7 +306,46 @@ def arena_anywhere(target: Target) -> int:
 
 
 def create_arena(target: Target, arena: Arena) -> None:
-    """Map a planned arena. Raises `TargetBusy` when the kernel refuses the mapping."""
+    """Map a planned arena, all of it or nothing. Raises `TargetBusy` when the kernel refuses the mapping."""
+    try:
+        _map_arena(target, arena)
+    except BaseException:
+        with suppress(PatcherError, OSError):
+            remove_arena(target, arena)
+        raise
+
+
+def remove_arena(target: Target, arena: Arena) -> None:
+    """Unmap an arena that nothing refers to, or what there is of it by now; one that a thread still uses stays."""
+    deadline = time.monotonic() + _STUB_SECONDS
+    while target.runs_stub(arena.stub):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.001)
+    ours = [m for m in target.mappings() if arena.base <= m.start and m.end <= arena.end and m.private]
+    if sum(m.size for m in ours) == TOTAL_SIZE:
+        target.inject([SystemCall(_MUNMAP, (arena.base, TOTAL_SIZE))])
+
+
+def half_made_arenas(target: Target) -> list[Arena]:
+    """Return the arenas that a controller which died was about to make, in a process that nobody else works on now."""
+    found = []
+    for m in target.mappings():
+        begun = not m.path and m.size == TOTAL_SIZE and m.permissions == "r-xp"
+        mapped = m.path.startswith("/memfd:patcher") and m.size == READ_ONLY_SIZE and m.permissions == "r--p"
+        arena = Arena(target, m.start, m.start)
+        if mapped and _starts_with(target, arena.header, bytes(len(MAGIC))):
+            found.append(arena)
+        if begun and (_starts_with(target, m.start, _HALF_MADE) or target.is_untouched_reserve(m)):
+            found.append(arena)
+    return found
+
+
+def _starts_with(target: Target, address: int, mark: bytes) -> bool:
+    return target.memory.read_available(address, len(mark)) == mark
+
+
+def _map_arena(target: Target, arena: Arena) -> None:
     flags = _PRIVATE | _ANONYMOUS | _FIXED_NOREPLACE | _NORESERVE
     (result,) = target.inject([SystemCall(_MMAP, (arena.base, TOTAL_SIZE, _READ | _EXEC, flags, _NO_FD, 0))])
     if result != arena.base:
@@ -293,6 +354,7 @@ def create_arena(target: Target, arena: Arena) -> None:
             "try again; if it stays so, raise the process's memory limits (`prlimit --as`)",
             code="no-arena",
         )
+    target.memory.write(arena.base, _HALF_MADE)
     _furnish(target, arena)
 
 

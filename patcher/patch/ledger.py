@@ -7,8 +7,8 @@ Decides what a commit or a revert writes, and in which order; what is in a gener
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from patcher.code.entry import DETOUR_SIZE, detour, island
@@ -22,6 +22,8 @@ from patcher.patch.arena import (
     arena_near,
     create_arena,
     find_arenas,
+    half_made_arenas,
+    remove_arena,
 )
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
 from patcher.patch.transaction import Flip, FlipResult, Inside, TextWrite, flip
@@ -78,7 +80,7 @@ class Commit:
     published: tuple[tuple[int, bytes], ...] = ()  # what leads the program to some of the writes, in this order
 
 
-Construct = Callable[[Sequence[Constructor]], None]
+Construct = Callable[[Iterable[Constructor]], None]
 
 
 class Ledger:
@@ -92,6 +94,8 @@ class Ledger:
         self.slots: dict[int, list[int]] = {}
         self.least_number = 1  # of the next generation: processes of one tree count together
         self._planned: set[int] = set()  # arenas that are chosen and not mapped
+        self._fresh: list[Arena] = []  # arenas that this transaction mapped, and that nothing refers to yet
+        self._unsettled = False  # some slots hold switches
         self._journal_read = b""
         self._controller = (os.getpid(), read_stat(os.getpid()).start_time)
         self.refresh()
@@ -102,7 +106,9 @@ class Ledger:
         """Read everything again that another controller may have changed."""
         self.arenas = {a.base: a for a in find_arenas(self.target)}
         self.usages = {base: arena.usage() for base, arena in self.arenas.items()}
-        self.slots = {base: arena.read_slots(self.usages[base].slots) for base, arena in self.arenas.items()}
+        found_slots = {base: arena.read_slots(self.usages[base].slots) for base, arena in self.arenas.items()}
+        self.slots = {base: arena.led_to(found_slots[base]) for base, arena in self.arenas.items()}
+        self._unsettled = self.slots != found_slots
         primary = self.primary
         found = self.target.memory.read(primary.journal, self.usages[primary.base].journal) if primary else b""
         if found != self._journal_read:
@@ -179,9 +185,14 @@ class Ledger:
 
     def realise(self) -> None:
         """Map every arena that so far is only planned. Raises `TargetBusy` when the kernel refuses."""
+        if self._planned:
+            for leftover in half_made_arenas(self.target):
+                remove_arena(self.target, leftover)
         while self._planned:
-            create_arena(self.target, self.arenas[min(self._planned)])
-            self._planned.remove(min(self._planned))
+            arena = self.arenas[min(self._planned)]
+            create_arena(self.target, arena)
+            self._planned.remove(arena.base)
+            self._fresh.append(arena)
 
     def forget_plans(self) -> None:
         """Drop arenas that were planned and never mapped."""
@@ -200,15 +211,30 @@ class Ledger:
             self.refresh()
             primary = self.primary
             if primary is None:
-                yield
+                with self._without_leftovers():
+                    yield
                 return
             primary.lock(*self._controller)
             try:
                 self._mend()
-                yield
+                with self._without_leftovers():
+                    yield
             finally:
-                if self.target.alive():
+                # A lock that stays is seen as a dead controller's, and must not make a failure of what is done.
+                with suppress(PatcherError):
                     primary.unlock()
+
+    @contextmanager
+    def _without_leftovers(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            for arena in self._fresh:
+                with suppress(PatcherError, OSError):
+                    remove_arena(self.target, arena)
+            raise
+        finally:
+            self._fresh.clear()
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -223,9 +249,15 @@ class Ledger:
             yield
 
     def _mend(self) -> None:
-        torn = self.slots != {base: self._slots_at(base, self.generation) for base in self.slots}
-        if torn or self._rewrites_to(self.generation):
-            self.revert(self.generation)
+        if self._unsettled:
+            for base, slots in self.slots.items():
+                self.arenas[base].write_slots(slots)
+        live = self.generation
+        torn = self.slots != {base: self._slots_at(base, live) for base in self.slots}
+        # Detours that lead to the old bodies do no harm, but a process that was taken back to 0 has none.
+        detoured = live == 0 and any(self._is_in_place(r) for r in self.journal.redirects)
+        if torn or detoured or self._rewrites_to(live):
+            self.revert(live)
 
     def _slots_at(self, base: int, number: int) -> list[int]:
         """Return what an arena's slots hold while a generation is live."""
@@ -243,6 +275,7 @@ class Ledger:
         `construct` runs the generation's constructors in the target, or raises. What they may have handed out to the
         program by then is not used again, should the generation not become live. `inside` does the fills: see `Flip`.
         """
+        running: list[Constructor] = []
         exposed = False  # whether the program may know of what was written
         before = {base: self.arenas[base].usage() for base in self.arenas}
         primary = self.primary
@@ -260,8 +293,7 @@ class Ledger:
                 self._write_islands(change)
             if change.constructors:
                 assert construct is not None
-                exposed = True
-                construct(change.constructors)
+                construct(self._begun(change.constructors, running))
             encoded = records.encode(change.record)
             if start + len(encoded) > JOURNAL_SIZE:
                 raise UnsafeChange(
@@ -272,21 +304,36 @@ class Ledger:
             self.target.memory.write(primary.journal + start, encoded)
             usage = primary.usage()
             primary.set_usage(replace(usage, journal=start + len(encoded)))
+            exposed = bool(change.published or change.fills)
+            if exposed:
+                self._fresh.clear()
             for address, data in change.published:
-                exposed = True
                 self.target.memory.write(address, data)
-            exposed = exposed or bool(change.fills)
-            return flip(self.target, replace(self._flip(change), inside=inside if change.fills else None))
-        except PatcherError:
-            # A detour that is in place must stay on record.
-            if self.target.alive() and not any(self._is_in_place(r) for r in change.record.redirects):
-                for base, usage in before.items():
-                    kept = replace(self.arenas[base].usage(), journal=usage.journal) if exposed else usage
-                    self.arenas[base].set_usage(kept)
+            result = flip(self.target, replace(self._flip(change), inside=inside if change.fills else None))
+        except BaseException:
+            with suppress(PatcherError, OSError):
+                self._take_back(change, before, exposed or bool(running))
             raise
-        finally:
-            if self.target.alive():
-                self.refresh()
+        self._fresh.clear()
+        with suppress(PatcherError, OSError):  # it is live, whatever we can see of it just now
+            self.refresh()
+        return result
+
+    def _begun(self, constructors: Sequence[Constructor], running: list[Constructor]) -> Iterator[Constructor]:
+        for constructor in constructors:
+            running.append(constructor)
+            self._fresh.clear()
+            yield constructor
+
+    def _take_back(self, change: Commit, before: Mapping[int, Usage], exposed: bool) -> None:
+        # A detour that is in place must stay on record.
+        if any(self._is_in_place(r) for r in change.record.redirects):
+            self._fresh.clear()
+        else:
+            for base, usage in before.items():
+                kept = replace(self.arenas[base].usage(), journal=usage.journal) if exposed else usage
+                self.arenas[base].set_usage(kept)
+        self.refresh()
 
     def _chosen(self, change: Commit) -> Commit:
         """Ask the resolvers of new IFUNCs, whose code is in place by now, and return the change with their choices."""
@@ -376,7 +423,8 @@ class Ledger:
             change = self._restoring(change)
         change = replace(change, data=self._rewrites_to(number))
         result = flip(self.target, change)
-        self.refresh()
+        with suppress(PatcherError, OSError):
+            self.refresh()
         return result
 
     def _rewrites_to(self, number: int) -> tuple[tuple[int, bytes], ...]:

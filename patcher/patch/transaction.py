@@ -7,8 +7,12 @@ Before it, everything is written to memory that nobody executes, and the journal
     later patches               one write of the slots, nobody is stopped
 
 A detour by itself changes nothing: its slot still points at the displaced copy, which is the old body. The
-slots are contiguous and the generation's number is the first of them, so one write decides. Slots on more than
-one page, or in more than one arena, are copied into place by a stub in the target, which finishes without us.
+slots are contiguous and the generation's number is the first of them, so one write decides.
+
+Slots on more than one page, or in more than one arena, cannot change in one write. Each is first led to a switch,
+which goes on to the old body until the generation's number is the new one; then that number alone is written, and
+then each slot is led to where its switch goes by now. Every one of these writes may be the last.
+
 Taking detours away goes the other way round: the slots first.
 """
 
@@ -17,14 +21,16 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from patcher.code.entry import switch
 from patcher.errors import PatcherError, TargetBusy
-from patcher.patch.arena import COPY_FUNCTION, PAGE, Arena
+from patcher.patch.arena import PAGE, Arena
 from patcher.patch.journal import Body
-from patcher.target import FunctionCall, Mapping, Stopped, StoppedThread, Target, WriteRefused
+from patcher.target import Mapping, Stopped, StoppedThread, Target
 
 _STACK_LIMIT = 8 << 20  # a stack's usual limit; a body that is far up in a deep recursion counts too
 _NEW_STACK = 64 << 10  # of a thread whose stack was mapped after we looked
@@ -40,9 +46,6 @@ class TextWrite:
     address: int
     old: bytes
     new: bytes
-
-    def undone(self) -> TextWrite:
-        return TextWrite(self.address, self.new, self.old)
 
 
 Inside = Callable[[Stopped], str]
@@ -77,10 +80,6 @@ class Flip:
         """Whether one write changes every slot, none of them half done if we are killed meanwhile."""
         return len(self.slots) < 2 and all(8 * (max(values) + 1) <= PAGE for _, values in self.slots)
 
-    def undone(self) -> Flip:
-        """Return what takes the text and the cells back, and leaves the slots alone."""
-        return Flip(tuple(w.undone() for w in self.text), tuple(w.undone() for w in self.cells), ())
-
 
 @dataclass(frozen=True)
 class FlipResult:
@@ -92,25 +91,67 @@ class FlipResult:
 
 def flip(target: Target, change: Flip) -> FlipResult:
     """Make a change live. Raises `PatcherError` with the target as it was before when it cannot be done."""
-    writes = [_slot_write(arena, values) for arena, values in change.slots]
-    if change.in_one_write or change.quiet or change.data or change.inside:
-        return _flip(target, change, writes)
-    if change.restores:
-        _copy_slots(target, change.slots, writes)
-        return _flip(target, change, ())
-    result = _flip(target, change, ())
+    primary, values = change.slots[-1]
+    live, number = primary.read_slots(1)[0], values[0]
+    if change.in_one_write or live == number:
+        return _flip(target, change, [_slot_write(arena, values) for arena, values in change.slots])
+    slots = [_Slots(arena, values) for arena, values in change.slots]
     try:
-        _copy_slots(target, change.slots, writes)
-    except PatcherError:
-        _flip(target, change.undone(), ())
+        for each in slots:
+            each.write_switches(number)
+        for each in slots:
+            each.lead_to_switches()
+        result = _flip(target, change, [TextWrite(primary.live, _word(live), _word(number))])
+    except BaseException:
+        for each in slots:
+            with suppress(PatcherError):
+                each.take_back()
         raise
+    # The change is live. What cannot be written now, the next patcher writes.
+    with suppress(PatcherError):
+        for each in slots:
+            each.settle(number)
     return result
+
+
+class _Slots:
+    """The slots of one arena on their way from one generation to another."""
+
+    def __init__(self, arena: Arena, values: dict[int, int]) -> None:
+        self._arena = arena
+        self._before = arena.read_slots(max(values) + 1)
+        self._values = {i: body for i, body in values.items() if i and body != self._before[i]}
+
+    def write_switches(self, number: int) -> None:
+        """Put a switch for each slot that changes where nobody looks yet."""
+        arena = self._arena
+        arena.target.memory.write(arena.coming, _word(number))
+        run, following = bytearray(), 0
+        for index in [*sorted(self._values), 0]:
+            if run and index != following:
+                arena.target.memory.write(arena.switch(following) - len(run), bytes(run))
+                run.clear()
+            if index:
+                place = arena.switch(index)
+                run += switch(place, arena.live, arena.coming, self._before[index], self._values[index])
+                following = index + 1
+
+    def lead_to_switches(self) -> None:
+        self._write({index: self._arena.switch(index) for index in self._values})
+
+    def settle(self, number: int) -> None:
+        self._write({**self._values, **({0: number} if self._arena.base == self._arena.primary else {})})
+
+    def take_back(self) -> None:
+        self._write({})
+
+    def _write(self, values: dict[int, int]) -> None:
+        self._arena.write_slots([values.get(index, body) for index, body in enumerate(self._before)])
 
 
 def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResult:
     if not change.needs_stop:
-        for write in slots:
-            target.memory.write(write.address, write.new)
+        _write_all(target, change, slots)
         return FlipResult(0)
     detours = _Guard(((w.address, w.address + len(w.new)) for w in change.text), include_start=False)
     bodies = _Guard(((b.start, b.end) for b in change.quiet), include_start=True)
@@ -158,20 +199,8 @@ def _slot_write(arena: Arena, values: dict[int, int]) -> TextWrite:
     return TextWrite(arena.slots, struct.pack(f"<{count}Q", *before), struct.pack(f"<{count}Q", *slots))
 
 
-def _copy_slots(target: Target, arenas: Sequence[tuple[Arena, dict[int, int]]], writes: Sequence[TextWrite]) -> None:
-    """Let a thread of the target put new slots in place: once it is on its way, it needs nobody to finish."""
-    calls = []
-    for (arena, _), write in zip(arenas, writes, strict=True):
-        target.memory.write(arena.staging, write.new)
-        calls.append(FunctionCall(arena.copy_function, (write.address, arena.staging, len(write.new))))
-        target.memory.write(arena.copy_function, COPY_FUNCTION)
-    try:
-        target.inject(calls, code=arenas[0][0].stub)
-    except PatcherError:
-        if target.alive():
-            for write in writes:
-                target.memory.write(write.address, write.old)
-        raise
+def _word(value: int) -> bytes:
+    return value.to_bytes(8, "little")
 
 
 def _write_all(target: Target, change: Flip, slots: Sequence[TextWrite]) -> None:
@@ -187,11 +216,12 @@ def _write_all(target: Target, change: Flip, slots: Sequence[TextWrite]) -> None
                     "another tool modifies this process; detach it and try again",
                     code="text-changed",
                 )
-            target.memory.write(write.address, write.new)
             done.append(write)
-    except (PatcherError, WriteRefused):
+            target.memory.write(write.address, write.new)
+    except (PatcherError, OSError):
         for write in reversed(done):
-            target.memory.write(write.address, write.old)
+            with suppress(PatcherError):
+                target.memory.write(write.address, write.old)
         raise
 
 

@@ -26,7 +26,7 @@ import random
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from patcher.errors import AttachDenied, PatcherError, TargetBusy, TargetGone
@@ -58,6 +58,7 @@ CODE_SIZE = 1024
 
 _ALL_BITS = (1 << 64) - 1
 _CALL_TIMEOUT = "call-timeout"
+_TRACE_REFUSED = "trace-refused"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.005
 _TRIES_IN_A_ROW = 100
 _RUN_SECONDS = 0.00005
@@ -164,6 +165,14 @@ class Borrowing:
             # Never in step with what the program does.
             time.sleep(pause * (0.5 + random.random()))
             pause, tries = min(1.5 * pause, _LONGEST_PAUSE), _TRIES_IN_A_ROW
+
+    def uses(self, code: int, mappings: Sequence[Mapping]) -> bool:
+        """Whether some thread still runs a stub at `code`, or may (it cannot be looked at)."""
+        try:
+            self._check_code_unused(Terms(code, 0, 0), mappings)
+        except Unsuitable:
+            return True
+        return False
 
     def run_standing(
         self, tracee: Tracee, steps: tuple[Step, ...], mappings: Sequence[Mapping], terms: Terms
@@ -447,9 +456,25 @@ class _Loan:
         deadline = time.monotonic_ns() + int(self.terms.timeout * 1e9)
         # Registers first: should we die before the mask, the stub runs under the thread's own mask.
         self.away = True
-        self._still_there(tracee.write_registers(away))
-        self._still_there(tracee.write_signal_mask(_BLOCKED))
-        last = 0
+        try:
+            self._still_there(tracee.write_registers(away))
+            self._still_there(tracee.write_signal_mask(_BLOCKED))
+            last = self._await_return(frame, call_sp, deadline)
+            self._call_off_sigreturn()
+            if collect is not None:
+                collect()
+            self._restore(self.own)
+        except PatcherError as error:
+            # Left alone it comes back too, but where no stub tells, who goes on would not know when. In the middle of a
+            # stub it must be left alone: what one step opened a later one closes.
+            if error.code == _TRACE_REFUSED and collect is None:
+                with suppress(PatcherError):
+                    self._abandon()
+            raise
+        return last
+
+    def _await_return(self, frame: int, call_sp: int, deadline: int) -> int:
+        tracee, last = self.tracee, 0
         while True:
             self._still_there(tracee.resume(to_syscall=True))
             halt = tracee.wait(deadline)
@@ -457,7 +482,7 @@ class _Loan:
                 self._still_there(tracee.read_registers())
                 registers = tracee.registers
                 if registers.orig_rax == RT_SIGRETURN and registers.rsp == frame:
-                    break
+                    return last
                 if registers.rsp == call_sp:
                     last = registers.rax
             elif halt is Halt.SIGNAL:
@@ -467,11 +492,6 @@ class _Loan:
                 self._abandon_late()
             elif halt in (Halt.GONE, Halt.ZOMBIE):
                 raise TargetGone(f"process {self.pid} ended during a borrowed call")
-        self._call_off_sigreturn()
-        if collect is not None:
-            collect()
-        self._restore(self.own)
-        return last
 
     def _is_deadly(self) -> bool:
         code = self.tracee.signal_code()

@@ -12,12 +12,13 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from patcher.errors import PatcherError, TargetBusy, TargetGone
 from patcher.target.maps import read_mappings
 
 _PAGE = 4096
+_REFUSALS = frozenset({errno.EIO, errno.EFAULT, errno.EPERM, errno.EACCES, errno.ENOMEM, errno.EAGAIN})
 
 
 class WriteRefused(PatcherError):
@@ -127,7 +128,8 @@ class Memory:
             yield
         finally:
             if self._descriptor >= 0:
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+                with suppress(OSError):
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def _write(self, address: int, data: bytes) -> int:
         if not self.forced_writes and not self._may_write(address, address + len(data)):
@@ -135,7 +137,7 @@ class Memory:
         try:
             written = os.pwrite(self._descriptor, data, address)
         except (OSError, OverflowError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.EIO, errno.EFAULT, errno.EPERM, errno.EACCES):
+            if isinstance(error, OSError) and error.errno not in _REFUSALS:
                 raise
             return 0
         if written == 0:

@@ -18,7 +18,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from patcher.errors import AttachDenied, PatcherError, TargetBusy, TargetGone
@@ -256,8 +256,10 @@ class _Gathering:
 
     def release(self) -> int:
         for tracee in self.tracees.values():
-            if tracee.standing and tracee.detach():
+            if tracee.standing and (tracee.detach() or (tracee.standing and tracee.detach())):
                 continue
+            with suppress(PatcherError):  # the request may be what failed
+                tracee.interrupt()
             if not _settled(tracee, 0.02):
                 self.lingering.add(tracee)
         self.lingering.held = {}
@@ -362,8 +364,9 @@ def _thread(tracee: Tracee) -> StoppedThread:
 
 
 def _settled(tracee: Tracee, seconds: float) -> bool:
-    halt = tracee.wait(time.monotonic_ns() + int(seconds * 1e9))
+    halt = Halt.LATE if tracee.standing else tracee.wait(time.monotonic_ns() + int(seconds * 1e9))
     if tracee.standing:
-        conceal_interruption(tracee)
+        with suppress(PatcherError):
+            conceal_interruption(tracee)
         return tracee.detach()
     return halt is Halt.GONE

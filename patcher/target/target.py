@@ -16,7 +16,7 @@ from collections.abc import Mapping as MappingOf
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from patcher.errors import PatcherError, TargetBusy, TargetGone
+from patcher.errors import PatcherError, TargetBusy, TargetGone, named_shortages
 from patcher.target.borrow import Borrowing, Terms
 from patcher.target.image import find_image
 from patcher.target.maps import Mapping, read_mappings
@@ -54,6 +54,7 @@ class Target:
         self._borrowing = Borrowing(pid, self.memory, self._lingering)
 
     @classmethod
+    @named_shortages()
     def attach(cls, pid: int) -> Target:
         """Open a process without stopping or tracing it.
 
@@ -92,6 +93,13 @@ class Target:
         if not found:
             raise self._gone()
         return found
+
+    def is_untouched_reserve(self, mapping: Mapping) -> bool:
+        """Whether memory was mapped with MAP_NORESERVE and no page of it was ever used; raises TargetGone."""
+        with self._proc("smaps") as path:
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        found = text.partition(f"{mapping.start:08x}-{mapping.end:08x} ")[2].partition("VmFlags:")
+        return "\nRss:                   0 kB\n" in found[0] and "nr" in found[2].partition("\n")[0].split()
 
     def open_image(self, mapping: Mapping) -> Path:
         """Return a path of ours by which the very file behind `mapping` can be read; raises ObjectError."""
@@ -179,6 +187,11 @@ class Target:
         self.check_alive()
         objection = None if accept is None else lambda thread: "" if accept(thread) else "is not at a safe point"
         return self._borrowing.run(tuple(steps), self.mappings(), Terms(code, timeout, timeout, objection))
+
+    def runs_stub(self, code: int) -> bool:
+        """Whether some thread still runs steps that were put at `code`; raises as `inject`."""
+        self.check_alive()
+        return self._borrowing.uses(code, self.mappings())
 
     def call(
         self,

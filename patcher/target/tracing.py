@@ -19,6 +19,8 @@ from ptrace import PtraceError
 from ptrace.binding.func import ptrace
 from ptrace.binding.linux_struct import iovec_struct, user_regs_struct
 
+from patcher.errors import PatcherError
+
 
 class Registers(user_regs_struct):  # type: ignore[misc]
     """The general registers of a thread: struct user_regs_struct."""
@@ -85,18 +87,20 @@ class Tracee:
 
     def resume(self, *, to_syscall: bool = False) -> bool:
         """Let the thread run on with the signal it is owed; false when it is gone."""
-        owed, self.signal, self.standing = self.signal, 0, False
-        return _unless_gone(_SYSCALL if to_syscall else _CONT, self.tid, 0, owed)
+        return self._run(_SYSCALL if to_syscall else _CONT)
 
     def step(self) -> bool:
         """Let the thread execute one instruction; false when it is gone."""
-        owed, self.signal, self.standing = self.signal, 0, False
-        return _unless_gone(_SINGLESTEP, self.tid, 0, owed)
+        return self._run(_SINGLESTEP)
 
     def detach(self) -> bool:
-        """End tracing, handing the thread the signal it is owed; false when it is gone."""
+        """End tracing, handing the thread the signal it is owed; false when it is gone, or still ours (`standing`)."""
+        try:
+            detached = _unless_gone(_DETACH, self.tid, 0, self.signal)
+        except PatcherError:
+            return False
         self.standing = False
-        return _unless_gone(_DETACH, self.tid, 0, self.signal)
+        return detached
 
     def wait(self, deadline: int) -> Halt:
         """Wait until the thread stops or ends, at most until `deadline` (time.monotonic_ns)."""
@@ -136,7 +140,7 @@ class Tracee:
         buffer = ctypes.create_string_buffer(16384)
         vector = iovec_struct()
         vector.buf, vector.len = ctypes.addressof(buffer), len(buffer)
-        ptrace(_GETREGSET, self.tid, _NT_X86_XSTATE, ctypes.addressof(vector))
+        _ask(_GETREGSET, self.tid, _NT_X86_XSTATE, ctypes.addressof(vector))
         return buffer.raw[: vector.len]
 
     def write_vector_state(self, image: bytes) -> bool:
@@ -149,7 +153,7 @@ class Tracee:
     def read_signal_mask(self) -> int:
         """Return the blocked signals, bit N-1 for signal N (the program's own, not a temporary mask)."""
         mask = ctypes.c_uint64()
-        ptrace(_GETSIGMASK, self.tid, 8, ctypes.addressof(mask))
+        _ask(_GETSIGMASK, self.tid, 8, ctypes.addressof(mask))
         return mask.value
 
     def write_signal_mask(self, blocked: int) -> bool:
@@ -160,7 +164,7 @@ class Tracee:
     def signal_code(self) -> int:
         """Return si_code of the signal of a signal-delivery-stop: positive when the kernel raised it."""
         info = (ctypes.c_int32 * 32)()
-        ptrace(_GETSIGINFO, self.tid, 0, ctypes.addressof(info))
+        _ask(_GETSIGINFO, self.tid, 0, ctypes.addressof(info))
         return int(info[2])
 
     def restartable_sequence(self) -> int:
@@ -171,6 +175,11 @@ class Tracee:
         except PtraceError:
             return 0
         return int(configuration[0])
+
+    def _run(self, request: int) -> bool:
+        running = _unless_gone(request, self.tid, 0, self.signal)
+        self.signal, self.standing = 0, False
+        return running
 
     def _understand(self, status: int) -> Halt:
         if not os.WIFSTOPPED(status):
@@ -226,5 +235,20 @@ def _unless_gone(request: int, tid: int, first: int, second: int) -> bool:
     except PtraceError as error:
         if error.errno in _GONE_ERRORS:
             return False
-        raise
+        raise _refused(tid, int(error.errno)) from error
     return True
+
+
+def _ask(request: int, tid: int, first: int, second: int) -> None:
+    try:
+        ptrace(request, tid, first, second)
+    except PtraceError as error:
+        raise _refused(tid, int(error.errno)) from error
+
+
+def _refused(tid: int, number: int) -> PatcherError:
+    return PatcherError(
+        f"the kernel refused to let thread {tid} be traced any further: {os.strerror(number)}",
+        "try again",
+        code="trace-refused",
+    )

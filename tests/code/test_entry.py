@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from capstone import CS_ARCH_X86, CS_MODE_64, Cs
 from conftest import Build, Function, named_functions
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,8 @@ from patcher.code.entry import (
     DETOUR_SIZE,
     FAR_JUMP_SIZE,
     ISLAND_SIZE,
+    SWITCH_CELLS,
+    SWITCH_SIZE,
     Displaced,
     NotDetourable,
     copy_positions,
@@ -26,6 +29,7 @@ from patcher.code.entry import (
     far_jump,
     island,
     plan_entry,
+    switch,
 )
 from patcher.code.instructions import Instruction, Kind, branch_targets, decode_start
 from patcher.errors import RelocationOverflow
@@ -366,3 +370,22 @@ def test_jumps_are_range_checked(jump: Callable[[int, int], bytes], size: int) -
         jump(0x1000, end + (1 << 31))
     with pytest.raises(RelocationOverflow, match="0x2 bytes beyond 2 GiB"):
         jump(0x1000, end - (1 << 31) - 2)
+
+
+def test_a_switch_reads_its_own_words_and_those_it_is_told() -> None:
+    near, live = ENTRY + 0x1000, FAR
+    code = switch(ENTRY, live, near, 0x1111, 0x2222)
+    assert len(code) == SWITCH_SIZE
+    assert struct.unpack_from("<QQ", code, SWITCH_CELLS) == (0x1111, 0x2222)
+    shown = [(i.mnemonic, i.op_str) for i in Cs(CS_ARCH_X86, CS_MODE_64).disasm(code[:SWITCH_CELLS], ENTRY)]
+    words = [hex(near - (ENTRY + 0x14)), hex(SWITCH_CELLS - 0x1B), hex(SWITCH_CELLS + 8 - 0x23)]
+    assert [what for what, _ in shown[:4]] == ["push", "pushfq", "push", "movabs"]
+    assert hex(live) in shown[3][1]
+    assert shown[4:7] == [
+        ("cmp", f"rax, qword ptr [rip + {words[0]}]"),
+        ("mov", f"rax, qword ptr [rip + {words[1]}]"),
+        ("cmove", f"rax, qword ptr [rip + {words[2]}]"),
+    ]
+    assert [what for what, _ in shown[7:11]] == ["mov", "pop", "popfq", "ret"]
+    with pytest.raises(RelocationOverflow):
+        switch(ENTRY, live, FAR, 0, 0)

@@ -1,0 +1,82 @@
+"""One process that starts all patchers that come to harm, and the programs they come to harm on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from crash.scene import Case, Mortals, Scene, unit
+
+NEW_IFUNC = """\
+#include <string.h>
+static const char *volatile text = "12";
+#define STEP ((int)strlen(text))
+"""
+NEW_CONSTRUCTOR = """\
+static int base;
+__attribute__((constructor)) static void start(void)
+{
+    base = 2;
+}
+#define STEP base
+"""
+NEW_LIBRARY = """\
+double cbrt(double);
+static volatile double eight = 8;
+#define STEP ((int)(cbrt(eight) + 0.5))
+"""
+# A function that jumps back to its entry, so that it changes only while nobody is in it.
+QUIET = """\
+#define TEXT(x) #x
+#define VALUE(x) TEXT(x)
+int quiet(int n);
+__asm__(".text\\n.p2align 4\\n.globl quiet\\n.type quiet, @function\\nquiet:\\n"
+        "subl $1, %edi\\nnop\\nnop\\nnop\\ntestl %edi, %edi\\n"
+        "jns quiet\\n"
+        "movl $" VALUE(STEP) ", %eax\\n"
+        "ret\\n.size quiet, .-quiet\\n");
+"""
+
+
+@pytest.fixture(scope="session")
+def mortals(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mortals]:
+    found = Mortals(tmp_path_factory.mktemp("meddler"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    """Make a case by its name, on a program of its own."""
+    made: dict[str, Case] = {}
+
+    def make(name: str) -> Case:
+        if name not in made:
+            made[name] = _case(name, tmp_path_factory.mktemp("scene"))
+        return made[name]
+
+    return make
+
+
+def _case(name: str, root: Path) -> Case:
+    kind, _, of = name.partition(" ")
+    many = of == "of many functions"
+    units = {"a": unit("a", 600), "b": unit("b", 30)} if many else {"a": unit("a"), "b": unit("b", 3)}
+    if of == "of many quiet functions":
+        units = {"a": unit("a", 600, more=QUIET, asked=["quiet"]), "b": unit("b", 2)}
+    shared = ("b.c",) if of == "in two modules" else ()
+    scene = Scene(root, units, shared=shared)
+    options = {"force": True, **({"libraries": ["m"]} if of == "with a library" else {})}
+    text = {"with an IFUNC": NEW_IFUNC, "with a constructor": NEW_CONSTRUCTOR, "with a library": NEW_LIBRARY}.get(of)
+    first = scene.redefined(text) if text else scene.change(2)
+    if kind == "first":
+        made = Case(scene, [], first, options=options, steps={0: "1", 1: "2"}, final=scene.change(9))
+        return replace(made, constructs=of == "with a constructor")
+    if kind == "later":
+        steps = {0: "1", 1: "2", 2: "3"}
+        return Case(scene, [first], scene.change(3), options=options, steps=steps, final=scene.change(9))
+    earlier = [first, scene.change(3)]
+    return Case(scene, earlier, [], int(kind == "back"), options=options, steps={0: "1", 1: "2", 2: "3"})
