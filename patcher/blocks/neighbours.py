@@ -44,8 +44,8 @@ def _is_nameless_constant(block: Block) -> bool:
 def pairs(source: Blocks, user: Block, r: Relocation, reference: Reference) -> list[tuple[Block, Block]]:
     """Return the neighbours of a reference's target that it may be about as well.
 
-    An instruction reads or writes inside of what it is about; but an address may be that of a variable's end,
-    and where a register is added it may be anywhere near.
+    An instruction reads or writes inside of what it is about; but an address may be that of a variable's end, and
+    where a register is added it may be anywhere near: a loop may count from before the first element.
     """
     in_code = user.kind is Kind.CODE
     if in_code and r.type in _ACCESSES and user.data[reference.offset - 2] != _LEA:
@@ -55,6 +55,8 @@ def pairs(source: Blocks, user: Block, r: Relocation, reference: Reference) -> l
     target, offset = reference.target
     run = source.run(target)
     before, after = _around(source, run)
+    if target.anonymous and target.kind is Kind.DATA:  # nothing is there: it is about what lies around
+        return [pair for pair in ((target, after), (before, target)) if None not in pair]  # type: ignore[misc]
     if before is None and (after is None or not indexed):
         return []
     at_end = before is not None and not before.anonymous and offset == 0 and target is run[0]

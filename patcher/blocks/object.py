@@ -207,7 +207,7 @@ class Blocks:
                 section, last = sections[owner], owner
                 index, data, widest = section.index, section.data, section.alignment
                 named, nameless = self._kinds(section)
-            kind = named if symbols else nameless
+            kind = named if symbols or (named is Kind.DATA and self._is_padding(index, start, end)) else nameless
             name = (symbols[0].name if len(symbols) == 1 else _preferred_name(symbols)) or f"{section.name}+{start:#x}"
             alignment = min(widest, start & -start) if start else widest
             contents = data[start:end]
@@ -215,6 +215,14 @@ class Blocks:
             number += 1
         self._made += made
         return made
+
+    def _is_padding(self, index: int, start: int, end: int) -> bool:
+        """Tell whether a nameless piece of a section has no contents: it is there to align what follows."""
+        if any(self.object.sections[index].data[start:end]):
+            return False
+        relocations = self._relocations_of(index)
+        row = bisect.bisect_left(relocations, start, key=lambda r: r.offset)
+        return row == len(relocations) or relocations[row].offset >= end
 
     def _kinds(self, section: Section) -> tuple[Kind, Kind]:
         """Return the kinds of the blocks with and without symbols of a section."""

@@ -321,6 +321,9 @@ class _Planner:
         elif left is not None and second.anonymous and second.kind is Kind.DATA:
             self._bound[second] = Bound(left.address + apart)  # padding
             return
+        elif right is not None and first.anonymous and first.kind is Kind.DATA:
+            self._bound[first] = Bound(right.address - apart)  # an element of the second before its first one
+            return
         elif left is right and first.kind is second.kind:
             self._keep_together(unit, (first, second))
             return

@@ -155,6 +155,54 @@ def test_an_address_that_may_be_about_either_neighbour_is_refused(tmp_path: Path
     assert "-fdata-sections" in caught.value.hint
 
 
+GAP = """
+.globl f
+.type f, @function
+f:  lea two-16(%rip), %rax
+    lea two(%rip), %rcx
+    ret
+.size f, . - f
+.data
+.balign 32
+.type one, @object
+.size one, 8
+one: .quad 1
+.balign 32
+.type two, @object
+.size two, 8
+two: .quad 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("here", "gap"), [({"one": 0x1000, "two": 0x1020}, 0x1010), ({}, None), ({"one": 0x1000, "two": 0x2000}, "refused")]
+)
+@pytest.mark.parametrize("section", [".data", ".bss"])
+def test_an_address_in_a_gap_is_about_what_lies_around(
+    tmp_path: Path, section: str, here: dict[str, int], gap: int | str | None
+) -> None:
+    """Loops count from an element before the first one."""
+    text = (
+        GAP
+        if section == ".data"
+        else GAP.replace(".data", ".bss").replace(".quad 1", ".zero 8").replace(".quad 2", ".zero 8")
+    )
+    (tmp_path / "unit.s").write_text(text)
+    run("as", tmp_path / "unit.s", "-o", tmp_path / "unit.o")
+    blocks = Blocks(read_object(tmp_path / "unit.o"))
+    if gap == "refused":
+        with pytest.raises(LinkError, match="may be about"):
+            planned(blocks, nowhere, resident=lambda b: Bound(here[b.name]) if b.name in here else None)
+        return
+    found = planned(blocks, nowhere, resident=lambda b: Bound(here[b.name]) if b.name in here else None)
+    if here:
+        assert sorted(bound.address for bound in found.bound.values()) == [gap, here["two"]]
+        return
+    layout = lay_out(found, spaces(0x10000, 0x20000, 0x30003))
+    starts = {b.start: address for b, address in layout.addresses.items() if b in found.data}
+    assert starts[0x20] == starts[0x10] + 0x10 == starts[0] + 0x20
+
+
 def test_nameless_constants_are_placed_as_they_lie(tmp_path: Path) -> None:
     (tmp_path / "unit.s").write_text(
         ".globl f\n.type f, @function\nf: lea .Lb(%rip), %rax\nmov .Lc(%rip), %rax\nret\n.size f, . - f\n"
