@@ -61,8 +61,9 @@ def refusals(live: Program, saved: Program, history: History, *, debug: bool) ->
     gone = [variable for variable, _ in history.gone(live)]
     groups = _Groups(live, saved, gone, debug)
     codes = {AMBIGUOUS} if any(_is_doubtful(*groups.of(key), debug) for key in groups.names()) else set()
-    if not debug and any(_hides(live.variable(v.uid), v) for v in saved.variables if live.has(v.uid)):
-        codes |= {AMBIGUOUS, "ambiguous-symbol"}  # the global may be another unit's
+    if any(_hides(live.variable(v.uid), v) for v in saved.variables if live.has(v.uid)):
+        # The global may be another unit's; debug information knows only whose it was at the start.
+        codes |= {"ambiguous-symbol"} if debug else {AMBIGUOUS, "ambiguous-symbol"}
     if debug and any(_takes_a_name(v, [*gone, *live.variables]) for v in saved.variables):
         codes.add("layout")  # code that still runs may use what had the name
     return frozenset(codes)
