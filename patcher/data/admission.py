@@ -88,7 +88,8 @@ class Admission:
         if module is None or not has_types(data, part.source):
             return None
         try:
-            declared = declared_by(data, part.source, self._latest.get(part.unit.key, ()))
+            with reading(part.source):
+                declared = declared_by(data, part.source, self._latest.get(part.unit.key, ()))
         except Elsewhere:
             return None
         try:

@@ -24,7 +24,7 @@ REFUSED = {
     "debug-relocation-offset.o": "debug-info",
     "debug-relocation-symbol.o": "debug-info",
     "debug-relocation-type.o": "debug-info",
-    "debug-section-beyond.o": "debug-info",
+    "debug-section-beyond.o": "bad-object",
     "debug-symbols-section.o": "debug-info",
     "name-with-control-characters.o": "unresolved-symbol",
     "sections-overlap.o": "debug-info",

@@ -42,8 +42,8 @@ class InvalidLink(Exception):
 class CheckedSession(Session):
     """A session that looks at what it would write."""
 
-    def _link(self, units: Units, changes: Changes) -> Linked:
-        linked = super()._link(units, changes)
+    def _link(self, units: Units, changes: Changes, *, dry_run: bool) -> Linked:
+        linked = super()._link(units, changes, dry_run=dry_run)
         code, others = self._free()
         end = 0
         for address, data in sorted(linked.commit.writes):
