@@ -8,6 +8,7 @@ on with the old contents.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -71,11 +72,12 @@ def _held(
 ) -> tuple[Constant, ...]:
     """Return the changed constants, each with who holds it beside the code to be replaced."""
     gone = [(old.address, old.address + old.size) for _, _, old in found]
+    claims = Counter(old.address for _, _, old in found)
     holders = Holders(image, view, [*gone, *_replaced(parts), *_left(view)])
     constants = []
     for part, block, old in found:
         who = holders.of(old.address, old.address + max(old.size, 1))
-        in_place = bool(who) and _is_writable(part, block, old)
+        in_place = bool(who) and claims[old.address] == 1 and _is_writable(part, block, old)
         constants.append(Constant(part, block, old.address, old.size, who, in_place))
     return tuple(constants)
 
@@ -83,6 +85,8 @@ def _held(
 def _compared(part: Part, constant_of: ConstantOf) -> list[tuple[Block, LiveVariable, bool]]:
     matcher = Matcher(part.blocks, part.unit, NO_LINES, part.delta.stamps)
     memory = part.unit.image.target.memory
+    # Statics of functions share their names: what one is known to be, no other can be.
+    claimed = {address for bound, address in part.delta.bindings.items() if bound.kind is Kind.READ_ONLY}
     found = []
     for block in part.blocks.data_blocks():
         if block.kind is not Kind.READ_ONLY or not block.size:
@@ -91,7 +95,7 @@ def _compared(part: Part, constant_of: ConstantOf) -> list[tuple[Block, LiveVari
         if matched is not None and matched in part.delta.bindings:
             continue  # what is the same uses it, and it is what it was
         old = constant_of(part, block)
-        if old is None:
+        if old is None or old.address in claimed:
             continue
         try:
             contents = memory.read(old.address, old.size)

@@ -145,3 +145,23 @@ def test_two_that_the_linker_made_one_are_not_written(tmp_path: Path, monkeypatc
         with patcher.attach(program.pid) as session:
             assert fates(session.apply(source))["limits"].partition(" ")[0] == "stale"
         assert program.ask(1) == "221"
+
+
+LIKE_NAMED = """\
+__attribute__((noinline)) int one(int n) { return n; }
+__attribute__((noinline)) int two(int n)
+{
+    static const int table[4] = {2, 2, 2, 2};
+    return table[n & 3];
+}
+int answer(int n) { return 10 * one(n) + two(n); }
+"""
+
+
+def test_a_static_constant_is_not_taken_for_another_of_its_name(tmp_path: Path) -> None:
+    project = Project(tmp_path, {"main.c": MAIN, "unit.c": LIKE_NAMED})
+    source = project.edit("unit.c", "{ return n; }", "{ static const int table[4] = {7, 7, 7, 7}; return table[n & 3]; }")
+    with project.running() as program, patcher.attach(program.pid) as session:
+        assert program.ask(1) == "12"
+        assert fates(session.apply(source)) == {}
+        assert program.ask(1) == "72"
