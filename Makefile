@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 METADATA := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test proof kills lint format bench fuzz real real-full races clean
+.PHONY: help demo test proof kills lint format bench fuzz real real-full races soak clean
 
 help: ## say what can be made (this)
 	@echo 'patcher: change the code of a native program while it runs'
@@ -53,6 +53,9 @@ fuzz: $(VENV)/dev.stamp ## apply COUNT damaged objects to running programs (need
 
 races: $(VENV)/dev.stamp ## let two patchers change one process a thousand times each, at once (3 minutes)
 	@PATCHER_RACES=1000 $(BIN)/python -m pytest -q tests/patch/test_race.py $(PYTEST_ARGS)
+
+soak: $(VENV)/dev.stamp ## change a busy program of 64 threads at random, kill whoever does it, and miss nothing (10 minutes)
+	@PATCHER_SOAK=600 $(BIN)/python -m pytest -q -s tests/soak $(PYTEST_ARGS)
 
 real: $(VENV)/dev.stamp ## patch redis, lua and memcached (fetches and builds them with apt, gcc and make)
 	@$(BIN)/python -m pytest -q tests/real -m real $(PYTEST_ARGS)
