@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 
@@ -37,6 +39,10 @@ _NEW_STACK = 64 << 10  # of a thread whose stack was mapped after we looked
 _TRIES = 20
 _PATIENT_TRIES, _PATIENCE = 1000, 5.0  # where more than the entries has to be clear; in seconds
 _STEPS = 16
+_TOGETHER = 1 << 20  # bytes of stacks that are searched at once
+_GAP = 256  # bytes between writes to the text that are written as one
+
+Words = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +166,7 @@ def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResul
     for attempt in range(_TRIES if change.inside is None else _PATIENT_TRIES):
         mappings = target.mappings()
         with target.stopped() as stopped:
-            done = detours.clear(target, stopped, mappings) and bodies.clear(target, stopped, mappings)
+            done = _is_clear(target, stopped, mappings, (detours, bodies))
             reason = change.inside(stopped) if done and change.inside is not None else ""
             done = done and not reason
             if done:
@@ -207,15 +213,11 @@ def _write_all(target: Target, change: Flip, slots: Sequence[TextWrite]) -> None
     done: list[TextWrite] = []
     # The program writes to its data whenever it runs: what it holds is known only now.
     data = [TextWrite(address, target.memory.read(address, len(new)), new) for address, new in change.data]
-    text = (*change.text, *change.cells, *data)
+    text = [*_runs(change.text), *([write] for write in (*change.cells, *data))]
+    runs = [[write] for write in slots]
     try:
-        for write in (*slots, *text) if change.restores else (*text, *slots):
-            if target.memory.read(write.address, len(write.old)) != write.old:
-                raise PatcherError(
-                    f"process {target.pid}: the bytes at {write.address:#x} changed meanwhile",
-                    "another tool modifies this process; detach it and try again",
-                    code="text-changed",
-                )
+        for run in (*runs, *text) if change.restores else (*text, *runs):
+            write = _as_one(target, run)
             done.append(write)
             target.memory.write(write.address, write.new)
     except (PatcherError, OSError):
@@ -223,6 +225,36 @@ def _write_all(target: Target, change: Flip, slots: Sequence[TextWrite]) -> None
             with suppress(PatcherError):
                 target.memory.write(write.address, write.old)
         raise
+
+
+def _runs(text: Sequence[TextWrite]) -> list[list[TextWrite]]:
+    """Put together what lies near each other: while all stand still nobody writes to the text in between."""
+    runs: list[list[TextWrite]] = []
+    end = 0
+    for write in sorted(text, key=attrgetter("address")):
+        if runs and end <= write.address <= end + _GAP and write.address // PAGE == runs[-1][0].address // PAGE:
+            runs[-1].append(write)
+        else:
+            runs.append([write])
+        end = write.address + len(write.new)
+    return runs
+
+
+def _as_one(target: Target, run: Sequence[TextWrite]) -> TextWrite:
+    """Return writes as one, after a look whether each finds what it has to."""
+    start = run[0].address
+    before = target.memory.read(start, run[-1].address + len(run[-1].old) - start)
+    after = bytearray(before)
+    for write in run:
+        place = slice(write.address - start, write.address - start + len(write.old))
+        if before[place] != write.old:
+            raise PatcherError(
+                f"process {target.pid}: the bytes at {write.address:#x} changed meanwhile",
+                "another tool modifies this process; detach it and try again",
+                code="text-changed",
+            )
+        after[place] = write.new
+    return TextWrite(start, before, bytes(after))
 
 
 class _Guard:
@@ -234,39 +266,68 @@ class _Guard:
         self._ends = np.array([e for _, e in ordered], dtype=np.uint64)
         self._step_out = not include_start
 
-    def clear(self, target: Target, stopped: Stopped, mappings: Sequence[Mapping]) -> bool:
+    def step_out(self, stopped: Stopped) -> bool:
+        """Tell whether no thread stands in the bytes, after stepping out of a detour's whoever does."""
         if not len(self._starts):
             return True
-        for thread in stopped.threads:
-            pc, steps = thread.pc, 0
-            while self._inside(pc):
-                if not self._step_out or steps == _STEPS:
-                    return False
-                moved = stopped.step(thread.tid)
-                if moved.pc == pc:
-                    return False
-                pc, steps = moved.pc, steps + 1
-        return not any(self._on_stack(target, thread.sp, mappings) for thread in stopped.threads)
+        counters = np.array([thread.pc for thread in stopped.threads], dtype=np.uint64)
+        for i in np.flatnonzero(self._inside(counters)):
+            if not self._step_out or not self._has_stepped(stopped, stopped.threads[i]):
+                return False
+        return True
 
-    def _inside(self, address: int) -> bool:
-        i = int(np.searchsorted(self._starts, np.uint64(address), "right")) - 1
-        return i >= 0 and address < int(self._ends[i])
+    def _has_stepped(self, stopped: Stopped, thread: StoppedThread) -> bool:
+        for _ in range(_STEPS):
+            before, thread = thread, stopped.step(thread.tid)
+            if thread.pc == before.pc:
+                return False
+            if not self._inside(np.array([thread.pc], dtype=np.uint64))[0]:
+                return True
+        return False
 
-    def _on_stack(self, target: Target, sp: int, mappings: Sequence[Mapping]) -> bool:
-        words = read_stack(target, sp, mappings)
+    def holds(self, words: Words) -> bool:
+        """Tell whether one of the words of stacks points into the bytes."""
+        if not len(self._starts):
+            return False
         # Almost every word is out of range altogether: one cheap pass leaves the few that need a search.
         words = words[(words >= self._starts[0]) & (words < self._ends[-1])]
-        if not len(words):
-            return False
-        position = np.searchsorted(self._starts, words, "right").astype(np.int64) - 1
-        return bool(np.any(words < self._ends[position]))
+        return bool(np.any(self._inside(words)))
+
+    def _inside(self, addresses: Words) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        position = np.searchsorted(self._starts, addresses, "right").astype(np.int64) - 1
+        return (position >= 0) & (addresses < self._ends[position])
 
 
-def read_stack(target: Target, sp: int, mappings: Sequence[Mapping]) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+def _is_clear(target: Target, stopped: Stopped, mappings: Sequence[Mapping], guards: Sequence[_Guard]) -> bool:
+    """Tell whether all bytes that are guarded may change: no thread is in them or will return into them."""
+    if not all(guard.step_out(stopped) for guard in guards):
+        return False
+    return not any(guard.holds(words) for words in _stacks(target, stopped, mappings) for guard in guards)
+
+
+def _stacks(target: Target, stopped: Stopped, mappings: Sequence[Mapping]) -> Iterator[Words]:
+    """Return the words of all stacks, many of them together: a thousand small arrays would take as many milliseconds."""
+    parts, size = [], 0
+    for thread in stopped.threads:
+        parts.append(_stack_bytes(target, thread.sp, mappings))
+        size += len(parts[-1])
+        if size > _TOGETHER:
+            yield np.frombuffer(b"".join(parts), dtype=np.uint64)
+            parts, size = [], 0
+    yield np.frombuffer(b"".join(parts), dtype=np.uint64)
+
+
+def read_stack(target: Target, sp: int, mappings: Sequence[Mapping]) -> Words:
     """Return the words of a stack from its pointer upwards, to the end of the mapping that holds it.
 
     Beyond that lie guard pages, which a debugger's read goes through, and other threads' stacks.
     """
-    end = next((m.end for m in mappings if sp in m), sp + _NEW_STACK)
+    return np.frombuffer(_stack_bytes(target, sp, mappings), dtype=np.uint64)
+
+
+def _stack_bytes(target: Target, sp: int, mappings: Sequence[Mapping]) -> bytes:
+    # Mappings come in the order of their addresses, and each thread has two of its own.
+    last = bisect_right(mappings, sp, key=attrgetter("start")) - 1
+    end = mappings[last].end if last >= 0 and sp in mappings[last] else sp + _NEW_STACK
     found = target.memory.read_available(sp & -8, min(end - (sp & -8), _STACK_LIMIT))
-    return np.frombuffer(found[: len(found) & -8], dtype=np.uint64)
+    return found[: len(found) & -8]

@@ -16,6 +16,7 @@ from project import MAIN, Project, assert_untouched, image_bytes
 import patcher
 from patcher.errors import TargetBusy
 from patcher.patch import transaction
+from patcher.target import Stopped, StoppedThread
 
 ENTRY_UNIT = """\
 #include <pthread.h>
@@ -60,13 +61,13 @@ def test_threads_that_stand_in_the_entry_are_stepped_out_of_it(tmp_path, monkeyp
     project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": ENTRY_UNIT, "spin.c": SLOW_ENTRY})
     change = project.object("spin.c", ("$2", "$12"), flags=())
     stepped = []
-    inside = transaction._Guard._inside
+    has_stepped = transaction._Guard._has_stepped
 
-    def watched(guard: transaction._Guard, pc: int) -> bool:
-        stepped.append(inside(guard, pc))
+    def watched(guard: transaction._Guard, stopped: Stopped, thread: StoppedThread) -> bool:
+        stepped.append(has_stepped(guard, stopped, thread))
         return stepped[-1]
 
-    monkeypatch.setattr(transaction._Guard, "_inside", watched)
+    monkeypatch.setattr(transaction._Guard, "_has_stepped", watched)
     with project.running() as program, patcher.attach(program.pid) as session:
         assert program.ask(0) == "0"
         assert program.ask(1) == "2"

@@ -30,7 +30,7 @@ def obey(session: patcher.Session, order: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    with patcher.attach(int(sys.argv[1]), compile_commands=sys.argv[2]) as session:
+    with patcher.attach(int(sys.argv[1]), compile_commands=sys.argv[2], force=True) as session:
         print(json.dumps({"ready": True}), flush=True)
         for line in sys.stdin:
             try:
