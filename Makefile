@@ -43,10 +43,11 @@ format: $(VENV)/dev.stamp ## put the sources into the one format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix --select I .
 
-bench: $(VENV)/run.stamp ## measure from a save to the first new answer, the linker and the check of layouts (needs gcc, clang and make; 5 minutes)
+bench: $(VENV)/run.stamp ## measure from a save to the first new answer, the linker, the check of layouts and how long a program stands still (needs gcc, clang and make; 25 minutes)
 	@$(BIN)/python benchmarks/latency.py
 	@$(BIN)/python benchmarks/link.py
 	@$(BIN)/python benchmarks/layouts.py
+	@$(BIN)/python benchmarks/pause.py
 
 fuzz: $(VENV)/dev.stamp ## apply COUNT damaged objects to running programs (needs gcc and clang; 20 minutes)
 	@cd tests && ../$(BIN)/python -m fuzz.driver $(COUNT) --save ../build/fuzz

@@ -183,14 +183,14 @@ def control() -> None:
 class Bench:
     """The program and its objects, built once."""
 
-    def __init__(self, folder: Path, busy: bool) -> None:
+    def __init__(self, folder: Path, functions: Sequence[int], busy: bool) -> None:
         self._folder = folder
         self._busy = busy
         self._controller = Controller()
         (folder / "main.c").write_text(MAIN)
         self._object(0, 0)
         subprocess.run(["gcc", "-O2", "-pthread", "main.c", "v0-0.o", "-o", "program"], cwd=folder, check=True)
-        self._objects = {(v, k): self._object(v, k) for k in FUNCTIONS for v in (1, 2)}
+        self._objects = {(v, k): self._object(v, k) for k in functions for v in (1, 2)}
 
     def _object(self, version: int, changed: int) -> Path:
         output = self._folder / f"v{version}-{changed}.o"
@@ -281,8 +281,8 @@ def measure(threads: Sequence[int], functions: Sequence[int], rounds: int, busy:
     """Return the samples of every combination."""
     cells: Cells = {}
     with tempfile.TemporaryDirectory(prefix="pause-") as folder:
-        bench = Bench(Path(folder), busy)
-        bench.cell("first", 2, 1, 2)  # what is imported and cached with the first patch of all
+        bench = Bench(Path(folder), functions, busy)
+        bench.cell("first", 2, functions[0], 2)  # what is imported and cached with the first patch of all
         for kind in KINDS:
             for t in threads:
                 for f in functions:

@@ -72,3 +72,14 @@ def test_a_small_unit_is_checked(tmp_path: Path) -> None:
     lines = run(sys.executable, "-c", code).splitlines()
     rows = ["first", "a constant", "a function", "a new type", "a struct that is had"]
     assert [line.split(",")[1].strip(" '") for line in lines] == rows
+
+
+def test_a_pause_is_measured() -> None:
+    command = (sys.executable, FOLDER / "pause.py", "--dry", "--rounds", "2", "--threads", "3", "--functions", "10")
+    text = run(*command)
+    first, later = (line.split() for line in text.splitlines() if line.startswith(("first  ", "later  ")))
+    assert (first[:3], later[:3]) == (["first", "3", "10"], ["later", "3", "10"])
+    assert float(first[3]) > 0, "a first patch stops the program"
+    assert {*later[3:7]} == {"0.00"}, "a later one does not"
+    assert min(map(float, (*first[7:11], *later[7:11]))) > 0, "a clock that is looked at shows a gap"
+    assert "3 threads #" in text

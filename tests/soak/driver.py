@@ -180,7 +180,9 @@ class Soak:
         self.where: dict[str, int] = {}
         self.history: list[str] = []
         self._next_number = FUNCTIONS + 1
-        self._typical = {"apply": 0.5, "objects": 0.1, "revert": 0.05}  # seconds that orders took lately
+        self._fresh = True  # the controller has done nothing yet: its first order takes longer
+        # Seconds that orders took lately, of a fresh controller and of others.
+        self._typical = {(kind, fresh): 0.5 for kind in ("apply", "objects", "revert") for fresh in (True, False)}
         self._build()
         self.shared = Shared(folder / "shared")
         self.shared.set_row(0, self.row)
@@ -269,8 +271,8 @@ class Soak:
         """Have something done that makes the functions `new`; None when the controller was killed before it was."""
         kills = self.chance.random() < 0.25
         # Half of them anywhere, half near the end, where the change is made live.
-        share = self.chance.random() * 1.3 if self.chance.random() < 0.5 else self.chance.gauss(0.95, 0.1)
-        after = max(0.0, share) * self._typical[kind]
+        share = self.chance.random() * 1.3 if self.chance.random() < 0.5 else self.chance.gauss(0.95, 0.15)
+        after = max(0.0, share) * self._typical[kind, self._fresh]
         self.history.append(f"{kind} {what}" + (f", killed after {after * 1e3:.1f} ms" if kills else ""))
         controller = self.controller
         self.shared.begin(new)
@@ -279,7 +281,8 @@ class Soak:
         line = controller.line(after) if kills else controller.awaited()
         if line is None:
             return self._killed(kind, new)
-        self._typical[kind] += 0.2 * (time.monotonic() - began - self._typical[kind])
+        self._typical[kind, self._fresh] += 0.4 * (time.monotonic() - began - self._typical[kind, self._fresh])
+        self._fresh = False
         answer: dict[str, Any] = json.loads(line)
         self._understand(answer, new)
         if "refused" in answer:
@@ -380,7 +383,7 @@ class Soak:
         """End the controller; the next order has a new one."""
         if self._controller is not None:
             self._controller.kill()
-            self._controller = None
+            self._controller, self._fresh = None, True
 
     def close(self) -> None:
         self.close_controller()
