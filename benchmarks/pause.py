@@ -1,8 +1,8 @@
 """How long the program stands still for a patch, by threads and by functions, seen from inside and from outside.
 
     outside   what patcher reports: from the first interruption to the last release
-    inside    the longest gap between two looks at the clock, in a thread of the program that does nothing else and calls
-              what is patched; beside it the longest gap in as long a time without a patch, which is the machine's own
+    inside    the longest gap between two looks at the clock, in a thread of the program that does nothing else and
+              calls what is patched; beside it the longest gap in as long a time without a patch: the machine's own
 
 `first`: the functions were never patched before; each sample has a program of its own. `later`: they were. The other
 threads wait in a system call, as most threads do; with --busy each of them wakes a thousand times a second instead.
@@ -308,9 +308,10 @@ def main() -> None:
     head = (
         f"How long the program stood still, in milliseconds; {asked.rounds} samples each; Linux {platform.release()}, "
         f"{os.cpu_count()} processors, Python {platform.python_version()}.\n"
-        "outside: as patcher reports it; inside: the longest gap in a thread that looks at the clock all the time; no patch:\n"
-        "the longest gap there in as long a time without a patch; wanted: 0.15 + 0.02 for each thread, up to 100 functions;\n"
-        f"no stop later. The other threads {'wake a thousand times a second' if asked.busy else 'wait in a system call'}.\n\n"
+        "outside: as patcher reports it; inside: the longest gap in a thread that looks at the clock all the time;\n"
+        "no patch: the longest gap there in as long a time without a patch; wanted: 0.15 + 0.02 for each thread, up to\n"
+        "100 functions, and no stop later. The other threads "
+        f"{'wake a thousand times a second' if asked.busy else 'wait in a system call'}.\n\n"
     )
     plots = "\n".join(plot(cells, f) for f in asked.functions)
     text = f"{head}{table(cells)}\n{plots}"

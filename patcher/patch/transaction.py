@@ -306,7 +306,7 @@ def _is_clear(target: Target, stopped: Stopped, mappings: Sequence[Mapping], gua
 
 
 def _stacks(target: Target, stopped: Stopped, mappings: Sequence[Mapping]) -> Iterator[Words]:
-    """Return the words of all stacks, many of them together: a thousand small arrays would take as many milliseconds."""
+    """Return the words of all stacks, many together: a thousand small arrays would take milliseconds."""
     parts, size = [], 0
     for thread in stopped.threads:
         parts.append(_stack_bytes(target, thread.sp, mappings))

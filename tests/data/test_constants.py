@@ -160,7 +160,9 @@ int answer(int n) { return 10 * one(n) + two(n); }
 
 def test_a_static_constant_is_not_taken_for_another_of_its_name(tmp_path: Path) -> None:
     project = Project(tmp_path, {"main.c": MAIN, "unit.c": LIKE_NAMED})
-    source = project.edit("unit.c", "{ return n; }", "{ static const int table[4] = {7, 7, 7, 7}; return table[n & 3]; }")
+    source = project.edit(
+        "unit.c", "{ return n; }", "{ static const int table[4] = {7, 7, 7, 7}; return table[n & 3]; }"
+    )
     with project.running() as program, patcher.attach(program.pid) as session:
         assert program.ask(1) == "12"
         assert fates(session.apply(source)) == {}

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from project import statuses
+
 from soak.web import FUNCTIONS, SHAPES, UNITS, Row, Version, Web, table, units_of
 
 PROGRAMS = Path(__file__).parent / "programs"

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from soak.driver import Soak, Wrong, run
 
 import patcher
 from patcher.target import Target
 from patcher.target.tracing import Halt, Tracee
+from soak.driver import Soak, Wrong, run
 
 SECONDS = float(os.environ.get("PATCHER_SOAK", "60"))
 SEED = int(os.environ.get("PATCHER_SOAK_SEED") or random.SystemRandom().randrange(1 << 31))
