@@ -309,7 +309,7 @@ def main() -> None:
         f"How long the program stood still, in milliseconds; {asked.rounds} samples each; Linux {platform.release()}, "
         f"{os.cpu_count()} processors, Python {platform.python_version()}.\n"
         "outside: as patcher reports it; inside: the longest gap in a thread that looks at the clock all the time;\n"
-        "no patch: the longest gap there in as long a time without a patch; wanted: 0.15 + 0.02 for each thread, up to\n"
+        "no patch: the longest gap there in as long a time without a patch; wanted: 0.15 + 0.02 a thread, up to\n"
         "100 functions, and no stop later. The other threads "
         f"{'wake a thousand times a second' if asked.busy else 'wait in a system call'}.\n\n"
     )

@@ -30,6 +30,7 @@ def obey(session: patcher.Session, order: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    # A change may be of nearly all functions of a unit, which looks as if it were not the program's.
     with patcher.attach(int(sys.argv[1]), compile_commands=sys.argv[2], force=True) as session:
         print(json.dumps({"ready": True}), flush=True)
         for line in sys.stdin:
