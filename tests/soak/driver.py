@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,6 +161,10 @@ class Process:
     def kill(self) -> None:
         self._process.kill()
         self._process.communicate()
+
+    def end_told(self) -> list[str]:
+        """Return how it ended, if it has."""
+        return [] if self._process.poll() is None else [self._ended()]
 
     def _ended(self) -> str:
         status = self._process.wait()
@@ -398,19 +402,18 @@ def soaking(folder: Path, seed: int) -> Iterator[Soak]:
     try:
         yield soak
     except Wrong as error:
-        last = "\n".join(soak.history[-12:])
+        last = "\n".join([*soak.program.end_told(), *soak.history[-12:]])
         raise Wrong(f"seed {seed}, after {len(soak.history)} orders: {error}\n{last}") from None
     finally:
         soak.close()
 
 
-def run(folder: Path, seed: int, seconds: float, between: Callable[[Soak], None] = lambda soak: None) -> Tally:
-    """Change the program for so long; `between` is called after each change. Raises `Wrong`."""
+def run(folder: Path, seed: int, seconds: float) -> Tally:
+    """Change the program for so long. Raises `Wrong`."""
     with soaking(folder, seed) as soak:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             soak.step()
-            between(soak)
         soak.end()
         return soak.tally
 

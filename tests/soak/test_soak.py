@@ -16,7 +16,7 @@ import pytest
 import patcher
 from patcher.target import Target
 from patcher.target.tracing import Halt, Tracee
-from soak.driver import Soak, Wrong, run
+from soak.driver import Soak, Wrong, run, soaking
 
 SECONDS = float(os.environ.get("PATCHER_SOAK", "60"))
 SEED = int(os.environ.get("PATCHER_SOAK_SEED") or random.SystemRandom().randrange(1 << 31))
@@ -88,4 +88,12 @@ def _published_otherwise(soak: Soak) -> None:
 )
 def test_a_run_finds(damage: Callable[[Soak], None], told: str, tmp_path: Path) -> None:
     with pytest.raises(Wrong, match=told):
-        run(tmp_path, 7, 6, damage)
+        _run_damaged(tmp_path, damage)
+
+
+def _run_damaged(folder: Path, damage: Callable[[Soak], None]) -> None:
+    with soaking(folder, 7) as soak:
+        for _ in range(10):
+            soak.step()
+            damage(soak)
+        soak.end()
