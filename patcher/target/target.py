@@ -295,7 +295,7 @@ def _open_process(pid: int) -> int:
     """Return a descriptor that stands for the process and no other (pidfd_open(2)). Raises as `Target.attach` does."""
     try:
         return os.pidfd_open(pid)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         check_attachable(pid)  # says what it is instead, such as one of several threads
         raise TargetGone(f"there is no process {pid}") from error
 
