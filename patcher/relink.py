@@ -36,7 +36,18 @@ from patcher.live import THREAD_LOCAL, UNDEFINED, LiveFunction, base_name, threa
 from patcher.match import Status
 from patcher.part import Part
 from patcher.patch.arena import DOOR_SIZE, SLOT_COUNT, Arena, Usage
-from patcher.patch.journal import Allocation, Body, GenerationRecord, Initial, Placed, Redirect, Rewrite, Storage, Stretch, without
+from patcher.patch.journal import (
+    Allocation,
+    Body,
+    GenerationRecord,
+    Initial,
+    Placed,
+    Redirect,
+    Rewrite,
+    Storage,
+    Stretch,
+    without,
+)
 from patcher.patch.ledger import Choice, Commit, Constructor, Fill, Ledger
 
 
@@ -731,9 +742,7 @@ def _reused(space: Space, free: Sequence[tuple[int, int]], code_start: int, foun
             yield reused
 
 
-def _hole(
-    holes: Sequence[tuple[int, int]], size: int, choose: Callable[..., tuple[int, int]]
-) -> Region | None:
+def _hole(holes: Sequence[tuple[int, int]], size: int, choose: Callable[..., tuple[int, int]]) -> Region | None:
     fitting = [hole for hole in holes if hole[1] - hole[0] >= size]
     return Region(*choose(fitting, key=lambda hole: hole[1] - hole[0])) if fitting else None
 

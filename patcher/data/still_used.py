@@ -192,7 +192,8 @@ class Holders:
         """Tell whether a word is there for code to go through it, and for nothing else."""
         if self._view.contains(address):
             return not any(
-                p.kind not in ("code", FORMER) and p.address <= address < p.address + p.size for p in self._view.journal.placed
+                p.kind not in ("code", FORMER) and p.address <= address < p.address + p.size
+                for p in self._view.journal.placed
             )
         module = self._image.module_at(address)
         return module is not None and bool(module.module.offset_tables) and module.in_offset_table(address)

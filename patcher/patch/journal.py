@@ -2,8 +2,9 @@
 
 The journal lives inside the target, so that any later controller can list, undo and go on. It is a
 sequence of records, each a frame (length, CRC-32) around zlib-compressed JSON; a record is complete or,
-by its checksum, absent. It is written anew, shorter, into the other half of its area. Which generation is live is not in a record but in the arena's first slot,
-which flips in the same write as the functions do.
+by its checksum, absent. To become shorter, it is written anew into the other half of its area. Which
+generation is live is not in a record but in the arena's first slot, which flips in the same write as
+the functions do.
 
 What is read here was in the memory of another process: lengths are bounded, checksums checked,
 fields converted one by one, and nothing is evaluated.

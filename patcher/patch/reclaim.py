@@ -33,13 +33,14 @@ from dataclasses import dataclass, replace
 
 from patcher.errors import PatcherError, TargetGone
 from patcher.patch import journal as records
-from patcher.patch.arena import CODE_SIZE, JOURNAL_SIZE
-from patcher.patch.journal import FORMER, Allocation, GenerationRecord, Initial, Journal, Placed, Rewrite, Stretch
+from patcher.patch.arena import CODE_SIZE, JOURNAL_SIZE, Arena
+from patcher.patch.journal import FORMER, Allocation, Body, GenerationRecord, Initial, Journal, Placed, Rewrite, Stretch
 from patcher.patch.ledger import Ledger
 from patcher.patch.reach import memory_of, reached
 
 _TRAP = b"\xcc"  # int3
 _COMFORTABLE = JOURNAL_SIZE // 4  # half of the half that is in use
+_PIECE = 16 << 10  # up to which memory that nobody needs is treated as one
 _FEW = 8  # generations that take so much are not written anew with each that follows
 
 
@@ -224,9 +225,7 @@ def _summed(allocations: Iterable[Allocation]) -> tuple[Allocation, ...]:
     found: dict[str, Allocation] = {}
     for a in allocations:
         known = found.get(a.object, Allocation(a.object))
-        found[a.object] = known.plus(
-            text=a.text, read_only=a.read_only, data=a.data, cells=a.cells, islands=a.islands
-        )
+        found[a.object] = known.plus(text=a.text, read_only=a.read_only, data=a.data, cells=a.cells, islands=a.islands)
     return tuple(found.values())
 
 
@@ -251,16 +250,30 @@ def _freed(ledger: Ledger, journal: Journal, policy: Policy) -> tuple[Journal, t
     """Return a journal without the stretches that nothing needs, and these."""
     stretches = sorted((s for g in journal.generations.values() for s in g.stretches), key=lambda s: s.start)
     needed = _closed(stretches, _holding(stretches, _needed_addresses(journal)))
-    journal = _renamed(journal, [s for i, s in enumerate(stretches) if i not in needed])
-    left = [i for i in range(len(stretches)) if i not in needed]
-    if sum(stretches[i].end - stretches[i].start for i in left if not stretches[i].searched) < policy.enough:
-        return journal, ()
-    found = _reached(ledger, [stretches[i] for i in left], policy)
-    if found is None:
-        return journal, ()
-    needed = _closed(stretches, needed | {left[i] for i in found})
-    freed = tuple(stretches[i] for i in left if i not in needed)
-    return _rid_of(journal, frozenset(freed), {stretches[i] for i in left}), freed
+    unneeded = [s for i, s in enumerate(stretches) if i not in needed]
+    journal, left = _renamed(journal, unneeded), _coalesced(unneeded)
+    freed: tuple[Stretch, ...] = ()
+    if left and sum(s.end - s.start for s in left if not s.searched) >= policy.enough:
+        found = _reached(ledger, left, policy)
+        if found is not None:
+            used = _holding(left, (a for i in needed for a in stretches[i].uses))
+            kept = _closed(left, found | used)
+            freed = tuple(s for i, s in enumerate(left) if i not in kept)
+            left = [replace(s, searched=True) for i, s in enumerate(left) if i in kept]
+    return _arranged(journal, set(unneeded), left, freed, ledger.arenas.values()), freed
+
+
+def _coalesced(stretches: Sequence[Stretch]) -> list[Stretch]:
+    """Return stretches that nothing needs, of which small ones that touch have become one."""
+    found: list[Stretch] = []
+    for s in stretches:
+        last = found[-1] if found else s
+        if last.end == s.start and s.end - last.start <= _PIECE and last.searched == s.searched:
+            uses = tuple(sorted({*last.uses, *s.uses}))
+            found[-1] = replace(last, end=s.end, uses=uses, taken=_summed([*last.taken, *s.taken]))
+        else:
+            found.append(s)
+    return found
 
 
 def _needed_addresses(journal: Journal) -> list[int]:
@@ -274,9 +287,10 @@ def _needed_addresses(journal: Journal) -> list[int]:
     return sorted(found)
 
 
-def _closed(stretches: Sequence[Stretch], needed: set[int]) -> set[int]:
+def _closed(stretches: Sequence[Stretch], needed: Iterable[int]) -> set[int]:
     """Return the numbers of those that are needed, and of all that they use."""
-    found, new = set(needed), list(needed)
+    found = set(needed)
+    new = list(found)
     while new:
         more = _holding(stretches, stretches[new.pop()].uses) - found
         found |= more
@@ -327,38 +341,55 @@ def _reached(ledger: Ledger, stretches: Sequence[Stretch], policy: Policy) -> fr
         return None
 
 
-def _rid_of(journal: Journal, freed: frozenset[Stretch], searched: set[Stretch]) -> Journal:
-    """Return a journal without what was freed, but for the notice that it was; `searched` are those looked for."""
+def _arranged(
+    journal: Journal, gone: set[Stretch], left: Sequence[Stretch], freed: Sequence[Stretch], arenas: Iterable[Arena]
+) -> Journal:
+    """Return a journal with `left` and what was freed, in the first record, instead of the stretches `gone`.
+
+    Of the code in them it is known where it is, and no longer what its functions were.
+    """
+    holes = [*journal.free, *((s.start, s.end) for s in freed)]
+    code = [s for s in left if any(a.code_start <= s.start < a.header for a in arenas)]
+    former = [Placed(FORMER, (), FORMER, "", "", True, s.start, s.end - s.start) for s in code]
+    ordered = sorted([*left, *freed], key=lambda s: s.start)
+    taken = {a.object: a for a in _summed(a for s in freed for a in s.taken)}
     result = Journal()
-    holes = tuple([*journal.free, *((s.start, s.end) for s in freed)])
-
-    ordered = sorted(freed, key=lambda s: s.start)
-
-    def is_gone(address: int) -> bool:
-        return bool(_holding(ordered, (address,)))
-
     for record in journal.generations.values():
-        taken = [a for s in record.stretches if s in freed for a in s.taken]
-        left = tuple(replace(s, searched=True) if s in searched else s for s in record.stretches if s not in freed)
+        placed = [p for p in record.placed if p.kind != FORMER or not _holding(ordered, (p.address,))]
+        own = [s for s in record.stretches if s not in gone]
+        is_first = not result.generations
         result.add(
             replace(
                 record,
-                placed=tuple(p for p in record.placed if p.kind not in ("read-only", FORMER) or not is_gone(p.address)),
-                quiet=tuple(b for b in record.quiet if not is_gone(b.start)),
-                quiet_back=tuple(b for b in record.quiet_back if not is_gone(b.start)),
+                placed=tuple([*former, *placed] if is_first else placed),
+                quiet=_still_there(record.quiet, left, freed),
+                quiet_back=_still_there(record.quiet_back, left, freed),
                 allocations=_less(record.allocations, taken),
-                stretches=left,
-                holes=holes if not result.generations else (),
+                stretches=tuple([*left, *own] if is_first else own),
+                holes=tuple(holes) if is_first else (),
             )
         )
     return result
 
 
-def _less(allocations: Sequence[Allocation], taken: Sequence[Allocation]) -> tuple[Allocation, ...]:
-    less = {a.object: a for a in _summed(taken)}
+def _still_there(bodies: Iterable[Body], left: Sequence[Stretch], freed: Sequence[Stretch]) -> tuple[Body, ...]:
+    found: dict[Body, None] = {}
+    for body in bodies:
+        if not _holding(freed, (body.start,)):
+            inside = [left[i] for i in _holding(left, (body.start,))]
+            found[Body(FORMER, inside[0].start, inside[0].end) if inside else body] = None
+    return tuple(found)
+
+
+def _less(allocations: Sequence[Allocation], taken: dict[str, Allocation]) -> tuple[Allocation, ...]:
+    """Return what was taken without as much of `taken` as there is, which becomes less by that."""
     found = []
     for a in allocations:
-        b = less.get(a.object, Allocation(a.object))
-        text, constants, cells = a.text - b.text, a.read_only - b.read_only, a.cells - b.cells
-        found.append(Allocation(a.object, text, constants, a.data - b.data, cells, a.islands - b.islands))
-    return tuple(a for a in found if a.total)
+        b = taken.get(a.object, Allocation(a.object))
+        text, constants = min(a.text, b.text), min(a.read_only, b.read_only)
+        cells, islands = min(a.cells, b.cells), min(a.islands, b.islands)
+        less = Allocation(a.object, -text, -constants, 0, -cells, -islands)
+        taken[a.object], left = _summed([b, less])[0], _summed([a, less])[0]
+        if left.total:
+            found.append(left)
+    return tuple(found)
