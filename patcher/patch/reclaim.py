@@ -334,6 +334,8 @@ def _reached(ledger: Ledger, stretches: Sequence[Stretch], policy: Policy) -> fr
         if sum(end - start for start, end in memory_of(target, ours)) > policy.most:
             return None
         with target.stopped() as stopped:
+            if any(arena.is_choosing(t.pc) for arena in ledger.arenas.values() for t in stopped.threads):
+                return None
             return reached(target, stopped, [(s.start, s.end) for s in stretches], ours)
     except TargetGone:
         raise
