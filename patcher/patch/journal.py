@@ -199,9 +199,16 @@ class Journal:
     """Every record of one process, and the look-ups that the records give."""
 
     generations: dict[int, GenerationRecord] = field(default_factory=dict)
+    frames: dict[int, bytes] = field(default_factory=dict)  # the records as they stand in the target's memory
 
-    def add(self, record: GenerationRecord) -> None:
+    def add(self, record: GenerationRecord, frame: bytes = b"") -> None:
         self.generations[record.number] = record
+        self.frames[record.number] = frame
+
+    def frame(self, record: GenerationRecord) -> bytes:
+        """Return a record as it is to stand in the target's memory."""
+        known = self.generations.get(record.number)
+        return self.frames[record.number] if known == record and self.frames[record.number] else encode(record)
 
     @property
     def next_number(self) -> int:
@@ -370,7 +377,7 @@ def decode(data: bytes) -> Journal:
         text = _unpack(body, room)
         room -= len(text)
         position += size
-        journal.add(_parse(text))
+        journal.add(_parse(text), data[position - size - _FRAME.size : position])
     return journal
 
 

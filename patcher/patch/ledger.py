@@ -113,8 +113,9 @@ class Ledger:
         if found != self._journal_read:
             if not found.startswith(self._journal_read):
                 self._journal_read, self.journal = b"", Journal()
-            for record in records.decode(found[len(self._journal_read) :]).generations.values():
-                self.journal.add(record)
+            more = records.decode(found[len(self._journal_read) :])
+            for record in more.generations.values():
+                self.journal.add(record, more.frames[record.number])
             self._journal_read = found
         self._check()
 

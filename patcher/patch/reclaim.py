@@ -32,7 +32,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from patcher.errors import PatcherError, TargetGone
-from patcher.patch import journal as records
 from patcher.patch.arena import CODE_SIZE, JOURNAL_SIZE, Arena
 from patcher.patch.journal import FORMER, Allocation, Body, GenerationRecord, Initial, Journal, Placed, Rewrite, Stretch
 from patcher.patch.ledger import Ledger
@@ -64,7 +63,7 @@ def reclaim(ledger: Ledger, policy: Policy) -> None:
     if primary is None or not _is_due(ledger, policy):
         return
     forgetting, freed = _freed(ledger, _shortened(ledger, policy.keep), policy)
-    contents = _encoded(forgetting)
+    contents = _encoded(forgetting, ledger.journal)
     if len(contents) > 2 * _COMFORTABLE:
         return
     primary.replace_journal(ledger.usages[primary.base].journal, contents)
@@ -83,14 +82,14 @@ def _is_due(ledger: Ledger, policy: Policy) -> bool:
 
 def _shortened(ledger: Ledger, keep: int) -> Journal:
     found = folded(ledger.journal, keep, ledger.generation)
-    while len(_encoded(found)) > _COMFORTABLE and keep > 1:
+    while len(_encoded(found, ledger.journal)) > _COMFORTABLE and keep > 1:
         keep //= 2
         found = folded(ledger.journal, keep, ledger.generation)
     return found
 
 
-def _encoded(journal: Journal) -> bytes:
-    return b"".join(records.encode(record) for record in journal.generations.values())
+def _encoded(journal: Journal, known: Journal) -> bytes:
+    return b"".join(known.frame(record) for record in journal.generations.values())
 
 
 def _poison(ledger: Ledger, freed: Iterable[Stretch]) -> None:
