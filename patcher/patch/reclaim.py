@@ -48,7 +48,7 @@ class Policy:
     """How many generations stay recorded, and when memory is freed.
 
     `enough`: the bytes that have to be there for a look at all of the process's memory; `most`: how much of that there
-    may be. `poison`: fill code that is freed with traps, which shows who still runs it.
+    may be. `poison`: fill what is freed with traps, which shows who still uses it.
     """
 
     keep: int = 50
@@ -94,8 +94,7 @@ def _encoded(journal: Journal, known: Journal) -> bytes:
 
 def _poison(ledger: Ledger, freed: Iterable[Stretch]) -> None:
     for stretch in freed:
-        if any(a.code_start <= stretch.start < a.header for a in ledger.arenas.values()):
-            ledger.target.memory.write(stretch.start, _TRAP * (stretch.end - stretch.start))
+        ledger.target.memory.write(stretch.start, _TRAP * (stretch.end - stretch.start))
 
 
 # --- what is forgotten ----------------------------------------------------------------------------------------
