@@ -251,6 +251,21 @@ def test_any_history(project, mixed, seed):
         assert session.ledger.journal.free, "nothing was freed"
 
 
+def test_constants_stay_with_the_code_that_uses_them(project, mixed):
+    """What a forgotten generation brought is there as long as something of it runs."""
+    with project.running("1") as program, patcher.attach(program.pid, force=True) as session:
+        session.policy = Policy(keep=2, enough=1, poison=True)
+        session.apply(mixed["1000", "2000"])
+        session.apply(mixed["1000", "3000"])
+        for _ in range(10):
+            for value in ("2000", "1000"):
+                session.apply(mixed[value, "3000"])
+                assert (program.ask("v"), program.ask("l")) == (value, "label 3000")
+        assert session.status().recorded[0] > 2
+        assert session.ledger.journal.free, "nothing was freed"
+        assert program.ask("w") == "0"
+
+
 def test_the_last_ones_stay(project, objects):
     with project.running("0") as program:
         with patcher.attach(program.pid, force=True, keep=4) as session:
