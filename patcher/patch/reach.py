@@ -19,7 +19,7 @@ import numpy.typing as npt
 from patcher.target import Mapping, Stopped, Target
 
 _PAGE = 4096
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 _PRESENT, _SWAPPED, _FILE = 1 << 63, 1 << 62, 1 << 61
 _NOT_MEMORY = ("[vvar", "[vdso]", "[vsyscall]")
 
@@ -48,9 +48,10 @@ def reached(target: Target, stopped: Stopped, ranges: Extents, left_out: Extents
         tracee = stopped.tracee(thread.tid)
         search.look_at(bytes(tracee.registers))
         search.look_at(tracee.read_vector_state())
+    buffer = memoryview(bytearray(_CHUNK))
     for start, end in memory_of(target, left_out):
         for at in range(start, end, _CHUNK):
-            search.look_at(target.memory.read_available(at, min(_CHUNK, end - at)))
+            search.look_at(buffer[: target.memory.read_into(at, buffer[: min(_CHUNK, end - at)])])
     return frozenset(search.found)
 
 
@@ -59,13 +60,15 @@ class _Search:
         self._starts = np.array([start for start, _ in ranges], np.uint64)
         self._ends = np.array([end for _, end in ranges], np.uint64)
         self._low, self._span = self._starts[0], self._ends[-1] - self._starts[0]
+        self._offsets: Words = np.empty(_CHUNK // 8, np.uint64)
         self.found: set[int] = set()
 
-    def look_at(self, data: bytes) -> None:
+    def look_at(self, data: bytes | memoryview) -> None:
         words: Words = np.frombuffer(data[: len(data) & -8], np.uint64)
-        # Less than the first one wraps around to a large number: one comparison leaves the few that need a search.
-        words = words[words - self._low <= self._span]
-        if len(words):
+        # What is less than the first one wraps around: one comparison leaves the few that need a search.
+        offsets = np.subtract(words, self._low, out=self._offsets[: len(words)])
+        if len(words) and (near := offsets <= self._span).any():
+            words = words[near]
             # A return address may be the end of a range, which is the start of the next one.
             for index in (np.searchsorted(self._starts, words, "right"), np.searchsorted(self._starts, words)):
                 before = index[(index > 0) & (words <= self._ends[index - 1])] - 1

@@ -22,7 +22,8 @@ free nor when it is used again. Slots are words too: a function that no recorded
 
 Free memory is noted in the journal, by that same write: what is used again of it are the stretches of later
 generations. A generation of which something may run before it is live is placed in fresh memory, since its addresses
-may be known should it fail. What nobody looks for, in a process with more memory than `Policy.most`, is not freed.
+may be known should it fail. All threads stand still while memory is looked at, about 1 ms for each MB: a process with
+too much of it, for what there is to free, is left alone.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from patcher.patch.reach import memory_of, reached
 _TRAP = b"\xcc"  # int3
 _COMFORTABLE = JOURNAL_SIZE // 4  # half of the half that is in use
 _PIECE = 16 << 10  # up to which memory that nobody needs is treated as one
+_LOOKED_AT = 32  # bytes for each that may be freed
 _FEW = 8  # generations that take so much are not written anew with each that follows
 
 
@@ -48,12 +50,13 @@ class Policy:
     """How many generations stay recorded, and when memory is freed.
 
     `enough`: the bytes that have to be there for a look at all of the process's memory; `most`: how much of that there
-    may be. `poison`: fill what is freed with traps, which shows who still uses it.
+    may be at least; there may be more when more can be freed. `poison`: fill what is freed with traps, which shows who
+    still uses it.
     """
 
     keep: int = 50
     enough: int = CODE_SIZE // 8
-    most: int = 256 << 20
+    most: int = 64 << 20
     poison: bool = False
 
 
@@ -329,7 +332,8 @@ def _reached(ledger: Ledger, stretches: Sequence[Stretch], policy: Policy) -> fr
     target = ledger.target
     ours = [extent for arena in ledger.arenas.values() for extent in arena.without_words]
     try:
-        if sum(end - start for start, end in memory_of(target, ours)) > policy.most:
+        worth = _LOOKED_AT * sum(s.end - s.start for s in stretches)
+        if sum(end - start for start, end in memory_of(target, ours)) > max(policy.most, worth):
             return None
         with target.stopped() as stopped:
             if any(arena.is_choosing(t.pc) for arena in ledger.arenas.values() for t in stopped.threads):
