@@ -350,7 +350,8 @@ class _Generation:
 
     def _free_in(self, arena: Arena) -> list[tuple[int, int]]:
         own = sorted((s.start, s.end) for s in self.stretches)
-        return without([hole for hole in self.ledger.journal.free if arena.contains(hole[0])], own)
+        usage = self._usage(arena)
+        return without([h for h in self.ledger.journal.free if arena.has_used(*h, usage)], own)
 
     def _record_stretches(self, found: Plan, before: Space, placement: Placement, linkage: Linkage) -> None:
         """Note which memory this took, and what in other stretches its code refers to."""

@@ -196,6 +196,11 @@ class Arena:
             Region(usage.data, self.stub),
         )
 
+    def has_used(self, start: int, end: int, usage: Usage) -> bool:
+        """Tell whether a range lies in the part of the constants or of the code that is in use."""
+        code = self.code_start + _ISLANDS_SIZE
+        return self.base <= start < end <= usage.read_only or code <= start < end <= usage.code
+
     def entry_space(self, usage: Usage) -> Region:
         """Return the memory that is still free for displaced entries."""
         return Region(usage.code, max(usage.code, self.switches))
