@@ -50,8 +50,14 @@ def reached(target: Target, stopped: Stopped, ranges: Extents, left_out: Extents
         search.look_at(tracee.read_vector_state())
     buffer = memoryview(bytearray(_CHUNK))
     for start, end in memory_of(target, left_out):
-        for at in range(start, end, _CHUNK):
-            search.look_at(buffer[: target.memory.read_into(at, buffer[: min(_CHUNK, end - at)])])
+        at = start
+        while at < end:
+            wanted = min(_CHUNK, end - at)
+            size = target.memory.read_into(at, buffer[:wanted])
+            search.look_at(buffer[:size])
+            at += size
+            if size < wanted:
+                at = (at & -_PAGE) + _PAGE  # a page of a device, which is no memory
     return frozenset(search.found)
 
 
