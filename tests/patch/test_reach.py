@@ -14,10 +14,12 @@ from patcher.patch.reach import memory_of, reached
 from patcher.target import Target
 
 LOW = 0x1234_5678_0000
+MASK = 0x5555_5555_5555_5555
 PLACES = ("stack", "heap", "bss", "protected", "shared", "file", "register", "vector", "freed")
 
 # Says nothing but that it is ready; where the address is, the argument tells.
 PROGRAM = """
+#define MASK "0x5555555555555555"
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -47,12 +49,15 @@ int main(int argc, char **argv)
         mprotect(mapped(MAP_PRIVATE | MAP_ANONYMOUS, -1, word(argv)), 1 << 20, PROT_NONE);
     if (!strcmp(argv[1], "shared")) mapped(MAP_SHARED | MAP_ANONYMOUS, -1, word(argv));
     if (!strcmp(argv[1], "file")) mapped(MAP_PRIVATE, open(argv[3], O_RDWR), word(argv));
+    /* In memory these two are never but in disguise. */
     if (!strcmp(argv[1], "register")) in_register = word(argv);
-    if (!strcmp(argv[1], "vector")) __asm__ volatile("movq %0, %%xmm9" : : "r"(word(argv)) : "xmm9");
+    if (!strcmp(argv[1], "vector"))
+        __asm__ volatile("movabs $" MASK ", %%rcx; xor %0, %%rcx; movq %%rcx, %%xmm9; xor %%ecx, %%ecx"
+                         : : "r"(word(argv)) : "rcx", "xmm9");
     memset(argv[2], ' ', strlen(argv[2]));
     long number = 1, done;
     if (write(1, "r", 1) != 1) return 1;
-    __asm__ volatile("mov %4, %%r12; syscall; xor %%r12, %%r12" : "=a"(done)
+    __asm__ volatile("movabs $" MASK ", %%r12; xor %4, %%r12; syscall; xor %%r12, %%r12" : "=a"(done)
                      : "a"(0L), "D"(0L), "S"(&byte), "r"(in_register), "d"(number) : "rcx", "r11", "r12", "memory");
     return (int)(stack[50] + bss[500] + length + done) & 0;
 }
@@ -63,13 +68,14 @@ int main(int argc, char **argv)
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reach")
     (folder / "file").write_bytes(struct.pack("<Q", LOW) * (1 << 16) + bytes(1 << 19))
-    run("gcc", "-o", folder / "program", compile_text(PROGRAM, folder / "unit.o", "-O0"))
+    run("gcc", "-Wl,-z,now", "-o", folder / "program", compile_text(PROGRAM, folder / "unit.o", "-O0"))
     return folder / "program"
 
 
 def looked_for(program: Path, place: str, address: int) -> Iterator[tuple[tuple[int, int], bool]]:
     """Yield ranges, and whether they were found."""
-    arguments = [program, place, str(address), program.with_name("file")]
+    shown = address ^ MASK if place in ("register", "vector") else address
+    arguments = [program, place, str(shown), program.with_name("file")]
     process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdin is not None
