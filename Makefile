@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 METADATA := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test proof kills lint format bench fuzz real real-full races soak clean
+.PHONY: help demo test proof kills generations lint format bench fuzz real real-full races soak clean
 
 help: ## say what can be made (this)
 	@echo 'patcher: change the code of a native program while it runs'
@@ -33,6 +33,9 @@ proof: $(VENV)/dev.stamp ## hold the linker against four others, on 300 programs
 
 kills: $(VENV)/dev.stamp ## kill a patcher, stop it, or fail what it asks, at each of its system calls (gcc; an hour)
 	@PATCHER_KILLS=every $(BIN)/python -m pytest -q tests/crash $(PYTEST_ARGS)
+
+generations: $(VENV)/dev.stamp ## apply 100,000 generations to a program under load, old code poisoned as soon as it is free (gcc; an hour)
+	@GENERATIONS=100000 $(BIN)/python -m pytest -q tests/patch/test_reclaim.py -k without_end $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.stamp ## check style, format and types
 	@$(BIN)/ruff check .

@@ -54,6 +54,7 @@ def attach(
     allowed_layouts: Sequence[str] = (),
     reinit: Sequence[str] = (),
     hook_timeout: float = 5.0,
+    keep: int = 50,
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
@@ -62,7 +63,8 @@ def attach(
     well. `archives` and `libraries` are where to find what the process lacks; with `allow_undefined`, a call of what
     is nowhere aborts when it is reached. With `tree`, its descendants are changed with it: all or none, unless
     `best_effort`. `allowed_layouts` are types that may change, since nothing live has their old layout or the caller
-    sees to it. `hook_timeout` is how long each function that the program has for patcher to call may take, in seconds.
+    sees to it. `hook_timeout` is how long each function that the program has for patcher to call may take, in seconds;
+    `keep`, how many generations can be gone back to at least.
     Raises `TargetGone` or `AttachDenied`, with what to do about it.
     """
     from patcher.options import Options
@@ -83,6 +85,7 @@ def attach(
         allowed_layouts=tuple(allowed_layouts),
         reinit=tuple(reinit),
         hook_timeout=hook_timeout,
+        keep=keep,
     )
     session = (Tree if tree else Session)(Target.attach(pid), options)
     session.remember_texts()
@@ -103,6 +106,7 @@ def spawn(
     allowed_layouts: Sequence[str] = (),
     reinit: Sequence[str] = (),
     hook_timeout: float = 5.0,
+    keep: int = 50,
 ) -> Session:
     """Start a program and open a session on it. The caller is its parent, and waits for it.
 
@@ -122,6 +126,7 @@ def spawn(
         allowed_layouts=allowed_layouts,
         reinit=tuple(reinit),
         hook_timeout=hook_timeout,
+        keep=keep,
     )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from patcher.image import Image
 from patcher.link.place import ArenaFull
-from patcher.patch.journal import GenerationRecord, Journal, Placed
+from patcher.patch.journal import FORMER, GenerationRecord, Journal, Placed
 from patcher.patch.ledger import Commit, Ledger
 
 STATE = "patcher_state"
@@ -116,7 +116,7 @@ def entries(journal: Journal, number: int) -> tuple[Entry, ...]:
 
 
 def _data_of(record: GenerationRecord) -> Sequence[Placed]:
-    return [p for p in record.placed if p.kind != "code"]
+    return [p for p in record.placed if p.kind not in ("code", FORMER)]
 
 
 class _Tables:

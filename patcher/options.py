@@ -24,3 +24,4 @@ class Options:
     reinit: tuple[str, ...] = ()  # variables that get their new initial value, if that changed
     allow_undefined: bool = False  # calls of functions that are nowhere abort when they are reached
     hook_timeout: float = 5.0  # seconds that each function which the program has for us to call may take
+    keep: int = 50  # how many generations stay recorded at least, for revert

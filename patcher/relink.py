@@ -8,7 +8,8 @@ target (to resolve an IFUNC it may ask the target's own resolver), and writes no
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
@@ -35,7 +36,18 @@ from patcher.live import THREAD_LOCAL, UNDEFINED, LiveFunction, base_name, threa
 from patcher.match import Status
 from patcher.part import Part
 from patcher.patch.arena import DOOR_SIZE, SLOT_COUNT, Arena, Usage
-from patcher.patch.journal import Allocation, Body, GenerationRecord, Initial, Placed, Redirect, Rewrite, Storage
+from patcher.patch.journal import (
+    Allocation,
+    Body,
+    GenerationRecord,
+    Initial,
+    Placed,
+    Redirect,
+    Rewrite,
+    Storage,
+    Stretch,
+    without,
+)
 from patcher.patch.ledger import Choice, Commit, Constructor, Fill, Ledger
 
 
@@ -125,6 +137,7 @@ class _Generation:
         self.used: dict[tuple[str, str], None] = {}
         self.allocations: dict[str, Allocation] = {}
         self.storages: list[Storage] = []
+        self.stretches: list[Stretch] = []
         self.fills: list[Fill] = []
         self.out_of_use: list[Extent] = []  # old code that nothing enters once the generation is live
 
@@ -147,6 +160,7 @@ class _Generation:
             initials=tuple(self.initials),
             rewrites=tuple(self.rewrites),
             storages=tuple(self.storages),
+            stretches=tuple(self.stretches),
         )
         constructors = tuple(c for _, c in sorted(self.constructors, key=lambda found: found[0]))
         commit = Commit(
@@ -299,7 +313,7 @@ class _Generation:
             space = replace(space, code=Region(end, max(end, space.code.end)))
         islands = {d.block: d.arena.island(d.index) for d in doors}
         originals = {d.block: d.live.address for d in doors if d.live is not None}
-        placement = place(found, space, islands, originals)
+        space, placement = self._place(home.bodies, found, space, islands, originals, linkage)
         self.writes += [(copy.address, copy.code) for copy in copies]
         self._allocate_copies(copies, near.start, linkage)
         self.quiet += [_body(e.live) for e in entries if e.displaced.reentries]
@@ -307,9 +321,54 @@ class _Generation:
         self._record_constructors(doors, placement)
         self._record_data(writing, placement)
         self._record_migrations(placement, linkage)
+        self._record_stretches(found, space, placement, linkage)
         self._use(home, placement.space, end, sum(1 for d in doors if d.fresh))
         placed = {block.object for block in found.placed}
         self.supplied += [p for p in linkage.supplied if p.blocks.object in placed or p.unit.key == UNDEFINED]
+
+    def _place(
+        self,
+        arena: Arena,
+        found: Plan,
+        space: Space,
+        islands: dict[Block, int],
+        originals: dict[Block, int],
+        linkage: Linkage,
+    ) -> tuple[Space, Placement]:
+        """Place a plan into memory that was freed, if there is enough in one piece, or into `space`."""
+        # What may run before the generation is live may hand out addresses, also should it then not become live.
+        early = linkage.renewed or any(self._starts_something(linkage.part_of(b), b) for b in found.code)
+        free = [] if early else self._free_in(arena)
+        for reused in _reused(space, free, arena.code_start, found):
+            with suppress(ArenaFull):
+                return reused, place(found, reused, islands, originals)
+        return space, place(found, space, islands, originals)
+
+    @staticmethod
+    def _starts_something(part: Part, block: Block) -> bool:
+        return bool(part.starters) or is_chosen(block)
+
+    def _free_in(self, arena: Arena) -> list[tuple[int, int]]:
+        own = sorted((s.start, s.end) for s in self.stretches)
+        usage = self._usage(arena)
+        return without([h for h in self.ledger.journal.free if arena.has_used(*h, usage)], own)
+
+    def _record_stretches(self, found: Plan, before: Space, placement: Placement, linkage: Linkage) -> None:
+        """Note which memory this took, and what in other stretches its code refers to."""
+        arenas = tuple(self.ledger.arenas.values())
+        bound = [b for b in (*found.bound.values(), *found.externals.values()) if isinstance(b, Bound)]
+        addresses = {b.address for b in bound if not b.thread_local}
+        used = tuple(sorted(a for a in addresses if any(arena.contains(a) for arena in arenas)))
+        names = {source: linkage.part_with(source).name for source in placement.accounts}
+        accounts = [(names[source], account) for source, account in placement.accounts.items()]
+        constants = tuple(Allocation(n, read_only=a.read_only, cells=a.cells) for n, a in accounts)
+        text = tuple(Allocation(n, text=a.text, islands=a.jumps) for n, a in accounts)
+        start = before.read_only.start
+        if placement.space.read_only.start > start:
+            self.stretches.append(Stretch(self.number, start, placement.space.read_only.start, used, constants))
+            used = (*used, start)
+        if placement.space.code.start > before.code.start:
+            self.stretches.append(Stretch(self.number, before.code.start, placement.space.code.start, used, text))
 
     def _usage(self, arena: Arena) -> Usage:
         return self.usages.get(arena.base) or self.ledger.usages[arena.base]
@@ -318,10 +377,11 @@ class _Generation:
         """Note how far arenas are in use now."""
         entries = self._usage(home.entries)
         self.usages[home.entries.base] = replace(entries, code=end_of_copies, slots=entries.slots + slots)
+        bodies = self._usage(home.bodies)
         self.usages[home.bodies.base] = replace(
-            self._usage(home.bodies),
-            read_only=space.read_only.start,
-            code=space.code.start,
+            bodies,  # which end below what was placed, unless that is in memory that was freed
+            read_only=max(bodies.read_only, space.read_only.start),
+            code=max(bodies.code, space.code.start),
             data=space.data.start,
         )
 
@@ -667,6 +727,25 @@ def _contents(placement: Placement, block: Block) -> bytes:
     """Return the bytes of a block as they are linked."""
     start = placement.addresses[block]
     return next(data[start - at :][: block.size] for at, data in placement.writes if at <= start < at + len(data))
+
+
+def _reused(space: Space, free: Sequence[tuple[int, int]], code_start: int, found: Plan) -> Iterator[Space]:
+    """Yield spaces that have code and constants where something was freed: the closest fit first, then the largest."""
+    code = [hole for hole in free if hole[0] >= code_start]
+    constants = [hole for hole in free if hole[0] < code_start]
+    sizes = [sum(b.size + max(b.alignment, 16) for b in blocks) for blocks in (found.code, found.read_only)]
+    tried: set[Space] = {space}
+    for choose in (min, max):
+        at = [_hole(holes, size, choose) for holes, size in zip((code, constants), sizes, strict=True)]
+        reused = replace(space, code=at[0] or space.code, read_only=at[1] or space.read_only)
+        if reused not in tried:
+            tried.add(reused)
+            yield reused
+
+
+def _hole(holes: Sequence[tuple[int, int]], size: int, choose: Callable[..., tuple[int, int]]) -> Region | None:
+    fitting = [hole for hole in holes if hole[1] - hole[0] >= size]
+    return Region(*choose(fitting, key=lambda hole: hole[1] - hole[0])) if fitting else None
 
 
 def _filled(following: bytes, end: int) -> bytes:

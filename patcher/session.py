@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from patcher.link.place import FarData
     from patcher.part import Part
     from patcher.patch.ledger import Commit, Constructor, Ledger
+    from patcher.patch.reclaim import Policy
     from patcher.patch.transaction import FlipResult
     from patcher.relink import Linked
     from patcher.units import Changes, Source, Units
@@ -166,6 +167,7 @@ class Session:
         self._image: Image | None = None
         self._ledger: Ledger | None = None
         self._units: Units | None = None
+        self._policy: Policy | None = None
         self._spare: dict[ThreadBlock, int] = {}  # storage that was loaded for a change which then failed
         self.texts = Texts()
 
@@ -200,6 +202,19 @@ class Session:
 
             self._initials = Initials(self.options.reinit, self._told)
         return self._initials
+
+    @property
+    def policy(self) -> Policy:
+        """What becomes of old generations and their memory."""
+        if self._policy is None:
+            from patcher.patch.reclaim import Policy
+
+            self._policy = Policy(keep=self.options.keep)
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        self._policy = policy
 
     @property
     def ledger(self) -> Ledger:
@@ -338,8 +353,12 @@ class Session:
 
     def relink(self, sources: Sequence[Source]) -> Generation:
         """Match objects against the process, and link and commit what is new, as one generation."""
+        from patcher.patch.reclaim import reclaim
+
         units = self.units
         with self._transaction():
+            if not self.options.dry_run:
+                reclaim(self.ledger, self.policy)
             changes = units.changes(sources)
             if not changes.parts:
                 from patcher.relink import data_of_idle
@@ -557,8 +576,8 @@ class Session:
 
     def previous(self) -> int:
         """Return the generation before the live one; 0 when that is the first, or the program as it was started."""
-        lineage = self.ledger.journal.lineage(self.ledger.generation)
-        return lineage[-1].parent if lineage else 0
+        live = self.ledger.generation
+        return self.ledger.journal.before(live) if live else 0
 
     def _revert(self, live: int, generation: int) -> None:
         from patcher.hooks import reverting
@@ -582,6 +601,7 @@ class Session:
         live = ledger.generation
         placed = {p.address: p for p in ledger.journal.placed}
         current = ledger.view().bodies
+        free = ledger.journal.free
         made = {(a, i, body): g.number for g in ledger.journal.generations.values() for a, i, body in g.bodies}
         functions = []
         for redirect in ledger.journal.redirects:
@@ -592,7 +612,7 @@ class Session:
             file = redirect.unit.partition("#")[0] if known is None else known.unit.partition("#")[0]
             functions.append(PatchedFunction(redirect.name, redirect.module, file, redirect.original, where, number))
         arenas = tuple(
-            ArenaUse(a.base, a.end - a.base, a.bytes_used(ledger.usages[a.base])) for a in ledger.arenas.values()
+            ArenaUse(a.base, a.end - a.base, a.bytes_used(ledger.usages[a.base], free)) for a in ledger.arenas.values()
         )
         return Status(
             self.target.pid,

@@ -149,7 +149,7 @@ class Tree(Session):
         def back(session: Session) -> int:
             session.ledger.refresh()
             before, recorded = session.ledger.generation, session.ledger.journal.generations
-            own = session is self or number in recorded or not number
+            own = session is self or number in recorded or not number or session.ledger.journal.is_forgotten(number)
             found = number if own else max((n for n in recorded if n < number), default=0)
             Session.revert(session, found)
             done.append(_Done(session, before))

@@ -396,7 +396,7 @@ class Units:
         """Refuse new code that sees existing data in another layout."""
         self._compare_variables(parts)
         journal = self.ledger.journal
-        lineage = {g.number for g in journal.lineage(self.ledger.generation)}
+        lineage = journal.numbers_to(self.ledger.generation)
         migrated = migrate.taken_care_of(parts, journal.storages_at(self.ledger.generation))
         judged = []
         for part in parts:

@@ -45,6 +45,7 @@ class Common:
     best_effort: bool
     reinit: tuple[str, ...]
     hook_timeout: float
+    keep: int
 
     def options(self) -> Options:
         return Options(
@@ -62,6 +63,7 @@ class Common:
             best_effort=self.best_effort,
             reinit=self.reinit,
             hook_timeout=self.hook_timeout,
+            keep=self.keep,
         )
 
     def session(self, pid: int, reporter: Reporter, offer: Offer | None = None) -> Session:
@@ -129,6 +131,13 @@ def common(watch: bool) -> Callable[[F], F]:
                 metavar="SECONDS",
                 help="How long each hook and migration of the program may take (default: 5).",
             ),
+            click.option(
+                "--keep",
+                type=click.IntRange(min=1),
+                default=Options().keep,
+                metavar="N",
+                help="How many generations can be gone back to at least (default: 50).",
+            ),
             click.option("--every-function", is_flag=True, help="Replace functions that did not change as well."),
             click.option("--best-effort", is_flag=True, help="With --tree: change those processes that can be."),
             click.option("--tree", is_flag=True, help="Take the process and its descendants as one."),
@@ -183,4 +192,5 @@ def gather(arguments: dict[str, Any]) -> Common:
         best_effort=arguments["best_effort"],
         reinit=tuple(arguments["reinit"]),
         hook_timeout=arguments["hook_timeout"],
+        keep=arguments["keep"],
     )

@@ -7,7 +7,7 @@ storage. What a controller that attaches later cannot know is what earlier ones 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,7 +76,7 @@ class Admission:
         return module.by_name if module is not None else None
 
     def verdicts(
-        self, part: Part, lineage: Collection[int], migrated: Sequence[str] = ()
+        self, part: Part, lineage: Container[int], migrated: Sequence[str] = ()
     ) -> tuple[LayoutVerdict, ...] | None:
         """Judge what a part changes in its module, which is open; None when it has no debug information.
 
@@ -104,7 +104,7 @@ class Admission:
         self._checked[part.delta.blocks.object] = _Checked(declared, not found)
         return tuple(found)
 
-    def _judged(self, module: _Module, part: Part, lineage: Collection[int], new: Declared) -> list[LayoutVerdict]:
+    def _judged(self, module: _Module, part: Part, lineage: Container[int], new: Declared) -> list[LayoutVerdict]:
         layers = module.layers.get(part.unit.key, [])
         live = [la for la in reversed(layers) if la.generation in lineage]
         gone = [la for la in reversed(layers) if la.generation not in lineage]

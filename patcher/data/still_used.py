@@ -22,6 +22,7 @@ from patcher.errors import PatcherError, UnsafeChange
 from patcher.image import Image, LoadedModule
 from patcher.live import base_name
 from patcher.part import is_migration
+from patcher.patch.journal import FORMER
 
 if TYPE_CHECKING:
     from patcher.patch.journal import ArenaView, Placed, Redirect
@@ -53,7 +54,7 @@ class Holders:
         self._image = image
         self._view = view
         self._replaced = tuple(replaced)
-        self._placed = sorted((p for p in view.journal.placed if p.kind == "code"), key=lambda p: p.address)
+        self._placed = sorted((p for p in view.journal.placed if p.kind in ("code", FORMER)), key=lambda p: p.address)
         self._redirects = {r.original: r for r in view.journal.redirects if not r.born}
         self._texts: dict[tuple[int, int], bytes] = {}
 
@@ -161,6 +162,8 @@ class Holders:
         if is_migration(placed.name):
             return None  # it ran, and has no entry for anybody
         extent = Extent(placed.name, placed.address, placed.address + placed.size)
+        if placed.kind == FORMER:
+            return extent
         out_of_use = self._out_of_use()
         record = next(g for g in self._view.journal.generations.values() if placed in g.placed)
         own = [p for p in record.placed if p.kind == "code" and p.unit == placed.unit]
@@ -189,7 +192,8 @@ class Holders:
         """Tell whether a word is there for code to go through it, and for nothing else."""
         if self._view.contains(address):
             return not any(
-                p.kind != "code" and p.address <= address < p.address + p.size for p in self._view.journal.placed
+                p.kind not in ("code", FORMER) and p.address <= address < p.address + p.size
+                for p in self._view.journal.placed
             )
         module = self._image.module_at(address)
         return module is not None and bool(module.module.offset_tables) and module.in_offset_table(address)

@@ -44,6 +44,7 @@ SLOT_COUNT = 8192
 _SLOTS_OFFSET = PAGE
 _JOURNAL_OFFSET = _SLOTS_OFFSET + 8 * SLOT_COUNT
 JOURNAL_SIZE = 8 << 20
+_JOURNAL_HALF = JOURNAL_SIZE // 2
 _DATA_OFFSET = _JOURNAL_OFFSET + JOURNAL_SIZE
 _ISLANDS_SIZE = ISLAND_SIZE * SLOT_COUNT
 _SWITCHES_SIZE = SWITCH_SIZE * SLOT_COUNT
@@ -52,6 +53,7 @@ _SWITCHES_SIZE = SWITCH_SIZE * SLOT_COUNT
 _HEADER = struct.Struct("<8sQQQQQQQQQ")
 _USED = struct.Struct("<QQQQQ")
 _USED_OFFSET = 24
+_JOURNAL_USED_OFFSET = _USED_OFFSET + 32
 _LOCK = struct.Struct("<QQ")
 _LOCK_OFFSET = 64
 _COMING_OFFSET = 128
@@ -124,6 +126,12 @@ class Arena:
     def contains(self, address: int) -> bool:
         return self.base <= address < self.end
 
+    @property
+    def without_words(self) -> tuple[tuple[int, int], ...]:
+        """What is no memory of the program's: all but slots and data."""
+        journal = (self.journal, self.journal + JOURNAL_SIZE)
+        return (self.base, self.slots), journal, (self.stub, self.end)
+
     def island(self, index: int) -> int:
         return self.code_start + ISLAND_SIZE * index
 
@@ -188,14 +196,20 @@ class Arena:
             Region(usage.data, self.stub),
         )
 
+    def has_used(self, start: int, end: int, usage: Usage) -> bool:
+        """Tell whether a range lies in the part of the constants or of the code that is in use."""
+        code = self.code_start + _ISLANDS_SIZE
+        return self.base <= start < end <= usage.read_only or code <= start < end <= usage.code
+
     def entry_space(self, usage: Usage) -> Region:
         """Return the memory that is still free for displaced entries."""
         return Region(usage.code, max(usage.code, self.switches))
 
-    def bytes_used(self, usage: Usage) -> int:
+    def bytes_used(self, usage: Usage, free: Iterable[tuple[int, int]] = ()) -> int:
         """Return the bytes of code, constants, data and islands, with their slots, that are in use."""
         return (
-            usage.read_only
+            -sum(end - start for start, end in free if self.contains(start))
+            + usage.read_only
             - self.base
             + usage.code
             - (self.code_start + _ISLANDS_SIZE)
@@ -218,6 +232,28 @@ class Arena:
         cell = SWITCH_CELLS + 8 * come
         inside = range(self.switches, self.header)
         return [self.target.memory.read_u64(body + cell) if body in inside else body for body in slots]
+
+    def is_choosing(self, pc: int) -> bool:
+        """Tell whether a thread is in a switch, of which it may have chosen nothing yet."""
+        return self.switches <= pc < self.header
+
+    # --- the journal ------------------------------------------------------------------------------------------
+
+    def journal_part(self, used: int) -> tuple[int, int]:
+        """Return where the half of the journal's area begins and ends that `used` bytes reach into: offsets."""
+        return (0, _JOURNAL_HALF) if used <= _JOURNAL_HALF else (_JOURNAL_HALF, JOURNAL_SIZE)
+
+    def read_journal(self, used: int) -> bytes:
+        start, _ = self.journal_part(used)
+        return self.target.memory.read(self.journal + start, used - start)
+
+    def replace_journal(self, used: int, contents: bytes) -> None:
+        """Have `contents` for a journal: written into the half that is not in use, which one word then makes it."""
+        start = 0 if self.journal_part(used)[0] else _JOURNAL_HALF
+        assert 0 < len(contents) <= _JOURNAL_HALF
+        self.target.memory.write(self.journal + start, contents)
+        end = (start + len(contents)).to_bytes(8, "little")
+        self.target.memory.write(self.header + _JOURNAL_USED_OFFSET, end)
 
     # --- one controller at a time -----------------------------------------------------------------------------
 

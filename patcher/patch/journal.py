@@ -2,8 +2,9 @@
 
 The journal lives inside the target, so that any later controller can list, undo and go on. It is a
 sequence of records, each a frame (length, CRC-32) around zlib-compressed JSON; a record is complete or,
-by its checksum, absent. Which generation is live is not in a record but in the arena's first slot,
-which flips in the same write as the functions do.
+by its checksum, absent. To become shorter, it is written anew into the other half of its area. Which
+generation is live is not in a record but in the arena's first slot, which flips in the same write as
+the functions do.
 
 What is read here was in the memory of another process: lengths are bounded, checksums checked,
 fields converted one by one, and nothing is evaluated.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -22,6 +23,9 @@ from patcher.errors import UnsafeChange
 
 _FRAME = struct.Struct("<II")
 _MAX_TEXT = 64 << 20  # of all records together, unpacked
+
+FORMER = "former code"
+"""The kind of code that no generation enters any more, and that a thread may still be in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,25 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
+class Stretch:
+    """Memory of code, or of read-only data, that a generation got in an arena; it is freed as a whole.
+
+    `uses`: what its contents refer to in other stretches; `taken`: what each object got of it. `searched`: a search for
+    references to it, when no generation needed it any more, has found some.
+    """
+
+    generation: int
+    start: int
+    end: int
+    uses: tuple[int, ...] = ()
+    taken: tuple[Allocation, ...] = ()
+    searched: bool = False
+
+    def __contains__(self, address: int) -> bool:
+        return self.start <= address < self.end
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRecord:
     """One generation: who its parent is, what it placed and where each function it changed now goes."""
 
@@ -155,6 +178,20 @@ class GenerationRecord:
     initials: tuple[Initial, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
     storages: tuple[Storage, ...] = ()
+    stretches: tuple[Stretch, ...] = ()
+    merged: tuple[tuple[int, int], ...] = ()  # first and last numbers of forgotten generations that are part of it
+    holes: tuple[tuple[int, int], ...] = ()  # memory that was free when the journal was written anew
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """Numbers of generations: some, and all of some ranges."""
+
+    single: frozenset[int]
+    ranges: tuple[tuple[int, int], ...]
+
+    def __contains__(self, number: object) -> bool:
+        return number in self.single or any(a <= number <= b for a, b in self.ranges if isinstance(number, int))
 
 
 @dataclass
@@ -162,9 +199,16 @@ class Journal:
     """Every record of one process, and the look-ups that the records give."""
 
     generations: dict[int, GenerationRecord] = field(default_factory=dict)
+    frames: dict[int, bytes] = field(default_factory=dict)  # the records as they stand in the target's memory
 
-    def add(self, record: GenerationRecord) -> None:
+    def add(self, record: GenerationRecord, frame: bytes = b"") -> None:
         self.generations[record.number] = record
+        self.frames[record.number] = frame
+
+    def frame(self, record: GenerationRecord) -> bytes:
+        """Return a record as it is to stand in the target's memory."""
+        known = self.generations.get(record.number)
+        return self.frames[record.number] if known == record and self.frames[record.number] else encode(record)
 
     @property
     def next_number(self) -> int:
@@ -211,6 +255,27 @@ class Journal:
             number = record.parent
         return found[::-1]
 
+    def numbers_to(self, number: int) -> Numbers:
+        """Return the generations that lead to `number`, forgotten ones included."""
+        records = self.lineage(number)
+        return Numbers(frozenset(g.number for g in records), tuple(r for g in records for r in g.merged))
+
+    def before(self, number: int) -> int:
+        """Return the generation before a recorded one, which may be forgotten; 0 when it is the first."""
+        record = self.lineage(number)[-1]
+        return record.merged[-1][1] if record.merged else record.parent
+
+    def is_forgotten(self, number: int) -> bool:
+        """Tell whether a generation has become a part of a later one."""
+        return any(number in Numbers(frozenset(), g.merged) for g in self.generations.values())
+
+    @property
+    def free(self) -> list[tuple[int, int]]:
+        """The memory that was freed and is not in use again: starts and ends, rising."""
+        holes = sorted(hole for g in self.generations.values() for hole in g.holes)
+        taken = sorted((s.start, s.end) for g in self.generations.values() for s in g.stretches) if holes else []
+        return without(_joined(holes), taken)
+
     def initials(self, *, written: bool) -> dict[int, Initial]:
         """Return the last initial value that each variable got, or (not `written`) that was told of, by address."""
         # What a variable was given it keeps, whichever generation is live.
@@ -251,6 +316,32 @@ class Journal:
         return frozenset(every - {s.address for s in self.storages_at(number)})
 
 
+def _joined(holes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join rising ranges that touch."""
+    found: list[tuple[int, int]] = []
+    for start, end in holes:
+        if found and start <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((start, end))
+    return found
+
+
+def without(holes: Sequence[tuple[int, int]], taken: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return what is left of some ranges without others; both rise."""
+    found = []
+    for hole_start, end in holes:
+        start = hole_start
+        for low, high in taken:
+            if low < end and high > start:
+                if low > start:
+                    found.append((start, low))
+                start = max(start, high)
+        if start < end:
+            found.append((start, end))
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class ArenaView:
     """What earlier generations made: the records, the current slot values and where islands stand."""
@@ -286,7 +377,7 @@ def decode(data: bytes) -> Journal:
         text = _unpack(body, room)
         room -= len(text)
         position += size
-        journal.add(_parse(text))
+        journal.add(_parse(text), data[position - size - _FRAME.size : position])
     return journal
 
 
@@ -334,6 +425,9 @@ def _record(raw: dict[str, Any]) -> GenerationRecord:
         initials=tuple(_initial(i) for i in raw.get("initials", ())),
         rewrites=tuple(_rewrite(r) for r in raw.get("rewrites", ())),
         storages=tuple(_storage(s) for s in raw.get("storages", ())),
+        stretches=tuple(_stretch(s) for s in raw.get("stretches", ())),
+        merged=tuple((_number(a), _number(b)) for a, b in raw.get("merged", ())),
+        holes=tuple((_number(a), _number(b)) for a, b in raw.get("holes", ())),
     )
 
 
@@ -383,6 +477,17 @@ def _placed(raw: dict[str, Any]) -> Placed:
         str(raw.get("type", "")),
         str(raw.get("scope", "")),
         bool(raw.get("moved", False)),
+    )
+
+
+def _stretch(raw: dict[str, Any]) -> Stretch:
+    return Stretch(
+        _number(raw["generation"]),
+        _number(raw["start"]),
+        _number(raw["end"]),
+        tuple(_number(a) for a in raw["uses"]),
+        tuple(_allocation(a) for a in raw["taken"]),
+        bool(raw["searched"]),
     )
 
 

@@ -15,7 +15,6 @@ from patcher.code.entry import DETOUR_SIZE, detour, island
 from patcher.errors import PatcherError, TargetBusy, UnsafeChange
 from patcher.patch import journal as records
 from patcher.patch.arena import (
-    JOURNAL_SIZE,
     Arena,
     Usage,
     arena_anywhere,
@@ -110,12 +109,13 @@ class Ledger:
         self.slots = {base: arena.led_to(found_slots[base]) for base, arena in self.arenas.items()}
         self._unsettled = self.slots != found_slots
         primary = self.primary
-        found = self.target.memory.read(primary.journal, self.usages[primary.base].journal) if primary else b""
+        found = primary.read_journal(self.usages[primary.base].journal) if primary else b""
         if found != self._journal_read:
             if not found.startswith(self._journal_read):
                 self._journal_read, self.journal = b"", Journal()
-            for record in records.decode(found[len(self._journal_read) :]).generations.values():
-                self.journal.add(record)
+            more = records.decode(found[len(self._journal_read) :])
+            for record in more.generations.values():
+                self.journal.add(record, more.frames[record.number])
             self._journal_read = found
         self._check()
 
@@ -295,7 +295,7 @@ class Ledger:
                 assert construct is not None
                 construct(self._begun(change.constructors, running))
             encoded = records.encode(change.record)
-            if start + len(encoded) > JOURNAL_SIZE:
+            if start + len(encoded) > primary.journal_part(start)[1]:
                 raise UnsafeChange(
                     "the journal in the process is full",
                     "restart the program with the new code",

@@ -76,6 +76,13 @@ class Memory:
         except (OSError, OverflowError):
             return b""
 
+    def read_into(self, address: int, buffer: memoryview) -> int:
+        """Read into a buffer; return how much could be read, as `read_available` does."""
+        try:
+            return os.preadv(self._descriptor, [buffer], address)
+        except (OSError, OverflowError):
+            return 0
+
     def read_u64(self, address: int) -> int:
         """Return the little-endian 8-byte word at `address`; raises as `read` does."""
         return int.from_bytes(self.read(address, 8), "little")

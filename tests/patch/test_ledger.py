@@ -84,7 +84,7 @@ def test_after_revert_0_every_byte_is_what_it_was(tmp_path):
 
 def test_two_hundred_generations_in_a_row(project, objects):
     with project.running() as program:
-        with patcher.attach(program.pid) as session:
+        with patcher.attach(program.pid, keep=100) as session:
             for count in range(200):
                 generation = session.apply(objects[count % 3])
                 assert generation.number == count + 1

@@ -24,12 +24,13 @@ RACER = """
 import sys
 from pathlib import Path
 from patcher.errors import PatcherError
+from patcher.options import Options
 from patcher.session import Session
 from patcher.target import Target
 
 pid, rounds, *objects = int(sys.argv[1]), int(sys.argv[2]), *map(Path, sys.argv[3:])
 made = reverted = locked = 0
-with Session(Target.attach(pid)) as session:
+with Session(Target.attach(pid), Options(keep=10_000)) as session:
     session.ledger, session.units
     print("ready", flush=True)
     sys.stdin.readline()
