@@ -162,6 +162,8 @@ class Session:
         self._initials: Initials | None = None
         self._offering = False
         self.options = options or Options()
+        if self.options.force:
+            target.trust_filters()
         self._reporter = reporter
         self._image: Image | None = None
         self._ledger: Ledger | None = None

@@ -7,7 +7,9 @@ interrupted. What the program could notice, and how it does not:
 - a signal that was on its way to a thread is given back in PTRACE_DETACH, with its siginfo;
 - a thread in a group stop (Ctrl-Z) falls back into it on detach;
 - a few system calls report EINTR after any stop: their result is turned into ERESTARTNOHAND, which makes
-  the kernel restart the call, unless a handler of the program is about to run, which sees EINTR as always.
+  the kernel restart the call, unless a handler of the program is about to run, which sees EINTR as always;
+- the kernel goes on with others (nanosleep, poll) by a system call of its own, restart_syscall, which a seccomp
+  filter may kill for: then the call is restarted in the same way, with all of its time.
 
 Specification: ptrace(2); signal(7), "Interruption of system calls and library functions by stop signals".
 """
@@ -22,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from patcher.errors import AttachDenied, PatcherError, TargetBusy, TargetGone
+from patcher.target.confined import may_resume_call
 from patcher.target.process import command_name, read_status, tracer_of
 from patcher.target.quiet import uninterrupted
 from patcher.target.tracing import Halt, Registers, Tracee, thread_state
@@ -138,7 +141,8 @@ def conceal_interruption(tracee: Tracee) -> None:
     if not tracee.read_registers():
         return
     registers = tracee.registers
-    if registers.rax == EINTR and registers.orig_rax in REPORTS_EINTR:
+    shown = registers.rax == EINTR and registers.orig_rax in REPORTS_EINTR
+    if shown or (registers.rax == ERESTART_RESTARTBLOCK and not may_resume_call(tracee)):
         registers.rax = ERESTARTNOHAND
         tracee.write_registers(registers)
 
