@@ -112,6 +112,7 @@ class Rewrite:
     address: int
     old: str
     new: str
+    module: str = ""  # not in the records of older versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,15 @@ class Storage:
 
 
 @dataclass(frozen=True, slots=True)
+class Instance:
+    """A module as it was when a generation was made: its path, an address in it, and the number of its file."""
+
+    path: str
+    address: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRecord:
     """One generation: who its parent is, what it placed and where each function it changed now goes."""
 
@@ -155,6 +165,8 @@ class GenerationRecord:
     initials: tuple[Initial, ...] = ()
     rewrites: tuple[Rewrite, ...] = ()
     storages: tuple[Storage, ...] = ()
+    instances: tuple[Instance, ...] = ()  # of the modules that it changed
+    departed: tuple[str, ...] = ()  # modules that were unloaded since: what is recorded of them before is void
 
 
 @dataclass
@@ -334,6 +346,8 @@ def _record(raw: dict[str, Any]) -> GenerationRecord:
         initials=tuple(_initial(i) for i in raw.get("initials", ())),
         rewrites=tuple(_rewrite(r) for r in raw.get("rewrites", ())),
         storages=tuple(_storage(s) for s in raw.get("storages", ())),
+        instances=tuple(_instance(i) for i in raw.get("instances", ())),
+        departed=_strings(raw.get("departed", [])),
     )
 
 
@@ -367,7 +381,8 @@ def _initial(raw: dict[str, Any]) -> Initial:
 
 
 def _rewrite(raw: dict[str, Any]) -> Rewrite:
-    return Rewrite(_number(raw["address"]), bytes.fromhex(raw["old"]).hex(), bytes.fromhex(raw["new"]).hex())
+    old, new = (bytes.fromhex(raw[name]).hex() for name in ("old", "new"))
+    return Rewrite(_number(raw["address"]), old, new, str(raw.get("module", "")))
 
 
 def _placed(raw: dict[str, Any]) -> Placed:
@@ -401,6 +416,10 @@ def _storage(raw: dict[str, Any]) -> Storage:
         str(raw["layout"]),
         str(raw["by"]),
     )
+
+
+def _instance(raw: dict[str, Any]) -> Instance:
+    return Instance(str(raw["path"]), _number(raw["address"]), _number(raw["inode"]))
 
 
 def _redirect(raw: dict[str, Any]) -> Redirect:
