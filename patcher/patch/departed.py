@@ -4,8 +4,8 @@ A library that is unloaded takes its patches with it: loaded again, here or else
 which modules have gone since they were patched, and what of the records is void with them. Nothing is erased: records
 of such a module do not count until the next generation says for good that those before it do not.
 
-What a module was is its path, its file's number and where it stood. One that came back to the very same place has none
-of the detours that the live generation needs; and where none is needed, another build of it has other entries.
+A module that came back to the very same place has none of the detours that it needs. Where none is needed, it is told
+by its path, where it stands, and the number and the time of its file.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from dataclasses import replace
 from patcher.patch.journal import GenerationRecord, Instance, Journal, Redirect
 from patcher.target import Mapping
 
+Stamp = Callable[[Mapping], int]
 
-def instances(record: GenerationRecord, mappings: Sequence[Mapping]) -> tuple[Instance, ...]:
+
+def instances(record: GenerationRecord, mappings: Sequence[Mapping], stamp: Stamp) -> tuple[Instance, ...]:
     """Return the modules that a generation has to do with, as they are now; without those that are not there."""
     found = {r.module: (r.module, r.original) for r in record.redirects if not r.born}
     for path in modules_of(record) - set(found):
         found.update((path, (path, m.start)) for m in mappings if m.path == path)
     return tuple(
-        Instance(path, address, m.inode)
+        Instance(path, address, m.inode, stamp(m))
         for path, address in sorted(found.values())
         for m in mappings
         if address in m and m.path == path
@@ -36,8 +38,9 @@ def missing(record: GenerationRecord, mappings: Sequence[Mapping]) -> set[str]:
     return {path for path in modules_of(record) if path.startswith("/")} - present
 
 
-def _is_there(instance: Instance, mappings: Sequence[Mapping]) -> bool:
-    return any(instance.address in m and (m.path, m.inode) == (instance.path, instance.inode) for m in mappings)
+def _is_there(instance: Instance, mappings: Sequence[Mapping], stamp: Stamp = lambda _: 0) -> bool:
+    found = (m for m in mappings if instance.address in m and (m.path, m.inode) == (instance.path, instance.inode))
+    return any(not instance.written or stamp(m) in (0, instance.written) for m in found)
 
 
 def modules_of(record: GenerationRecord) -> set[str]:
@@ -50,26 +53,24 @@ def find_departed(
     journal: Journal,
     live: int,
     mappings: Sequence[Mapping],
-    entry: int,
-    read: Callable[[int, int], bytes],
+    executable: str,
+    stamp: Stamp,
     in_place: Callable[[Redirect], bool],
 ) -> frozenset[str]:
-    """Return the modules that are not what they were when they were patched last.
+    """Return the modules that are not what they were when they were patched last; the executable never goes.
 
-    `live` is the live generation, `entry` an address in the executable, which never goes; `read` reads memory, and
-    `in_place` tells whether a detour stands.
+    `live` is the live generation; `stamp` tells when the file of a mapping was written, `in_place` whether a detour
+    stands.
     """
-    executable = next((m.path for m in mappings if entry in m), "")
     last = {i.path: i for g in journal.generations.values() for i in g.instances if i.path != executable}
-    gone = {i.path for i in last.values() if not _is_there(i, mappings)}
-    if gone == set(last):
-        return frozenset(gone)
-    needed = {r.module: r for g in journal.lineage(live) for r in g.redirects if not r.born and r.module in last}
-    gone |= {r.module for r in needed.values() if r.module not in gone and not in_place(r)}
-    for redirect in {r.module: r for r in journal.redirects if not r.born and r.module in last}.values():
-        original = bytes.fromhex(redirect.entry)
-        if redirect.module not in gone and read(redirect.original, len(original)) != original:
-            gone |= set() if in_place(redirect) else {redirect.module}
+    detoured = {r.module: r for r in journal.redirects if not r.born and r.module in last}
+    needed = {r.module for g in journal.lineage(live) for r in g.redirects if not r.born and r.module in last}
+    gone = set()
+    for path, instance in last.items():
+        if path in detoured and in_place(detoured[path]):
+            continue  # only one that we patched leads to our memory
+        if path in needed or not _is_there(instance, mappings, stamp):
+            gone.add(path)
     return frozenset(gone)
 
 

@@ -139,11 +139,13 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """A module as it was when a generation was made: its path, an address in it, and the number of its file."""
+    """A module as it was when a generation was made: its path, an address in it, the number of its file and when that
+    was written (0: not known)."""
 
     path: str
     address: int
     inode: int
+    written: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,7 +421,7 @@ def _storage(raw: dict[str, Any]) -> Storage:
 
 
 def _instance(raw: dict[str, Any]) -> Instance:
-    return Instance(str(raw["path"]), _number(raw["address"]), _number(raw["inode"]))
+    return Instance(str(raw["path"]), _number(raw["address"]), _number(raw["inode"]), _number(raw["written"]))
 
 
 def _redirect(raw: dict[str, Any]) -> Redirect:

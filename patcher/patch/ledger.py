@@ -142,9 +142,11 @@ class Ledger:
         self.journal = without_departed(self._recorded, self.departed)
 
     def _departed(self) -> frozenset[str]:
-        entry = self.target.auxv().get(_AT_ENTRY, 0)
-        read = self.target.memory.read_available
-        return find_departed(self.journal, self.generation, self.target.mappings(), entry, read, self.is_detoured)
+        mappings, entry = self.target.mappings(), self.target.auxv().get(_AT_ENTRY, 0)
+        executable = next((m.path for m in mappings if entry in m), "")
+        return find_departed(
+            self.journal, self.generation, mappings, executable, self.target.time_written, self.is_detoured
+        )
 
     @property
     def primary(self) -> Arena | None:
@@ -344,7 +346,7 @@ class Ledger:
 
     def _with_instances(self, change: Commit) -> Commit:
         record = change.record
-        found = instances(record, self.target.mappings())
+        found = instances(record, self.target.mappings(), self.target.time_written)
         return replace(change, record=replace(record, instances=found, departed=tuple(sorted(self.departed))))
 
     def _refuse_departed(self, change: Commit) -> None:

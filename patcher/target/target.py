@@ -18,7 +18,7 @@ from pathlib import Path
 
 from patcher.errors import PatcherError, TargetBusy, TargetGone, named_shortages
 from patcher.target.borrow import Borrowing, Terms
-from patcher.target.image import find_image
+from patcher.target.image import find_image, time_written
 from patcher.target.maps import Mapping, read_mappings
 from patcher.target.memory import Memory
 from patcher.target.process import await_program, check_attachable, command_name, permission_denied, read_stat
@@ -108,6 +108,10 @@ class Target:
     def open_image(self, mapping: Mapping) -> Path:
         """Return a path of ours by which the very file behind `mapping` can be read; raises ObjectError."""
         return find_image(self.pid, mapping)
+
+    def time_written(self, mapping: Mapping) -> int:
+        """Return when the very file behind `mapping` was written last (st_mtime in ns), 0 when that is not known."""
+        return time_written(self.pid, mapping)
 
     def auxv(self) -> MappingOf[int, int]:
         """Return the auxiliary vector, AT_ number -> value (getauxval(3)); raises TargetGone."""
