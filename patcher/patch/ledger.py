@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patcher.code.entry import DETOUR_SIZE, detour, island
-from patcher.errors import PatcherError, TargetBusy, UnsafeChange
+from patcher.errors import PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.patch import journal as records
 from patcher.patch.arena import (
     JOURNAL_SIZE,
@@ -336,7 +336,7 @@ class Ledger:
         except BaseException as error:
             with suppress(PatcherError, OSError):
                 self._take_back(change, before, exposed or bool(running))
-            if isinstance(error, PatcherError) and self.target.alive():
+            if isinstance(error, PatcherError) and not isinstance(error, TargetGone):
                 self._refuse_departed(change)  # which says more than that some memory is not there
             raise
         self._fresh.clear()
@@ -354,6 +354,9 @@ class Ledger:
         record = change.record
         gone = missing(record, self.target.mappings()) | (self._departed() & modules_of(record))
         if gone:
+            primary = self.primary
+            assert primary is not None
+            self.target.memory.read(primary.header, 1)  # raises, where all of the program has been replaced
             names = ", ".join(sorted(Path(path).name for path in gone))
             raise UnsafeChange(
                 f"{names} was unloaded by process {self.target.pid} while the change was made",

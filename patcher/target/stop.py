@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -160,7 +160,7 @@ def stopped_process(pid: int, lingering: Lingering, seconds: float = STOP_SECOND
     `seconds` or someone else traces it, AttachDenied when the kernel does not permit it.
     """
     lingering.settle()
-    _await_interruptible(pid, seconds)
+    _await_interruptible(pid, list_threads(pid), seconds)
     with uninterrupted():
         gathering = _Gathering(pid, lingering)
         try:
@@ -175,6 +175,7 @@ def stopped_process(pid: int, lingering: Lingering, seconds: float = STOP_SECOND
 def stopped_thread(pid: int, tid: int, lingering: Lingering, seconds: float = STOP_SECONDS) -> Iterator[Tracee]:
     """Stop one thread for the length of the block; raises as `stopped_process` does."""
     lingering.settle()
+    _await_interruptible(pid, [tid], seconds)
     with uninterrupted():
         gathering = _Gathering(pid, lingering)
         try:
@@ -321,11 +322,11 @@ def untraceable(pid: int, tid: int) -> PatcherError:
     return AttachDenied(f"the kernel does not permit to trace thread {tid} of process {pid}")
 
 
-def _await_interruptible(pid: int, seconds: float) -> None:
+def _await_interruptible(pid: int, threads: Sequence[int], seconds: float) -> None:
     # A thread that is seized and then does not stop cannot be let go: look before. A thread that leaves the
     # state D once is only busy with its disk and will stop; one that never does waits for something else.
     deadline = time.monotonic() + seconds
-    sleeping = [tid for tid in list_threads(pid) if thread_state(pid, tid) == "D"]
+    sleeping = [tid for tid in threads if thread_state(pid, tid) == "D"]
     while sleeping:
         if time.monotonic() > deadline:
             raise TargetBusy(
