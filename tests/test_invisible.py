@@ -173,8 +173,8 @@ def seen_from_outside(pid: int) -> dict[str, object]:
     """What others can see of a process and what it may not lose: its memory but for ours, descriptors, signals ..."""
     lines = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
     ends = {line[0].split("-")[1] for line in lines if "memfd:patcher" in " ".join(line)}
-    ours = [line for line in lines if "memfd:patcher" in " ".join(line) or line[0].split("-")[0] in ends]
-    maps = [line for line in lines if line not in ours]  # behind the arena is a page for stubs
+    stubs = [line for line in lines if line[0].split("-")[0] in ends and line[1] == "r-xp"]  # a page behind the arena
+    maps = [line for line in lines if line not in stubs and "memfd:patcher" not in " ".join(line)]
     limits = [Path(f"/proc/{pid}/{name}").read_text() for name in ("limits", "coredump_filter", "oom_score_adj")]
     fields = (
         "SigB",
