@@ -296,6 +296,7 @@ class Ledger:
         `construct` runs the generation's constructors in the target, or raises. What they may have handed out to the
         program by then is not used again, should the generation not become live. `inside` does the fills: see `Flip`.
         """
+        change = self._with_instances(change)
         running: list[Constructor] = []
         exposed = False  # whether the program may know of what was written
         before = {base: self.arenas[base].usage() for base in self.arenas}
@@ -315,7 +316,6 @@ class Ledger:
             if change.constructors:
                 assert construct is not None
                 construct(self._begun(change.constructors, running))
-            change = self._with_instances(change)
             encoded = records.encode(change.record)
             if start + len(encoded) > JOURNAL_SIZE:
                 raise UnsafeChange(
