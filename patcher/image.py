@@ -125,8 +125,9 @@ class Image:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self._known: dict[tuple[str, int, str], Module] = {}
+        self._known: dict[tuple[str, int, str, int], Module] = {}
         self._mappings: tuple[Mapping, ...] = ()
+        self._written: tuple[int, ...] = ()  # when their files were
         self.modules: tuple[LoadedModule, ...] = ()
         self._scopes: dict[LoadedModule, tuple[LoadedModule, ...]] = {}
         self._lists: Scopes | None = None
@@ -143,8 +144,11 @@ class Image:
         """Read the memory map again; modules that are still there are kept."""
         self._blocks = None  # a block that was nowhere yet may have got its place
         mappings = tuple(m for m in self.target.mappings() if m.inode and m.path.startswith("/") and not _ours(m))
-        if mappings != self._mappings:
+        # A library that is built again may get the number of the file that it replaces.
+        written = tuple(self.target.time_written(m) for m in mappings if m.executable)
+        if (mappings, written) != (self._mappings, self._written):
             self._read_modules(mappings)
+            self._written = written
         self._read_scopes()
 
     def _read_scopes(self) -> None:
@@ -164,9 +168,9 @@ class Image:
         for mapping in mappings:
             groups.setdefault((mapping.device, mapping.inode, mapping.path), []).append(mapping)
         loaded = []
-        for key, group in groups.items():
+        for group in groups.values():
             if any(m.executable for m in group):
-                loaded += self._load(key, group)
+                loaded += self._load(group)
         entry = self.target.auxv().get(9, 0)  # AT_ENTRY
         loaded.sort(key=lambda m: not m.contains(entry))
         if not loaded or not loaded[0].contains(entry):
@@ -178,8 +182,9 @@ class Image:
         self._imports.clear()
         self._ifuncs.clear()
 
-    def _load(self, key: tuple[str, int, str], group: list[Mapping]) -> list[LoadedModule]:
+    def _load(self, group: list[Mapping]) -> list[LoadedModule]:
         path = group[0].path
+        key = (group[0].device, group[0].inode, path, self.target.time_written(group[0]))
         try:
             file = self.target.open_image(group[0])
             module = self._known.get(key)

@@ -24,12 +24,14 @@ from patcher.elf.thread_module import NAMES, NUMBER_CELL, OFFSET_CELL, ThreadBlo
 from patcher.errors import ObjectError, PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.image import Image
 from patcher.safepoint import SafePoints
-from patcher.target import FunctionCall, Stopped, StoppedThread, SystemCall, Target, read_stat
+from patcher.target import FunctionCall, Result, Stopped, StoppedThread, SystemCall, Target, read_stat
 
 RTLD_NOW, RTLD_GLOBAL = 0x2, 0x100
 
 _RTLD_INTERNAL = 0x80000000  # __libc_dlopen_mode wants it, glibc's __RTLD_DLOPEN
 _CLOSE, _MMAP, _MPROTECT, _MUNMAP, _MEMFD_CREATE = 3, 9, 10, 11, 319
+# What glibc's loader asks of the kernel: openat, read, pread64, newfstatat, and these.
+_LOADING = tuple(SystemCall(number) for number in (257, 0, 17, 262, _CLOSE, _MMAP, _MPROTECT, _MUNMAP))
 _CLOEXEC = 1
 _OWN_NAME = b"patcher-threads\0"  # no longer than any path of a descriptor
 _PT_GNU_STACK = 0x6474E551
@@ -59,7 +61,9 @@ def workspace(target: Target, room: int = 0) -> Iterator[Workspace]:
     may point into the stack on which the function ran.
     """
     size = _WORKSPACE_SIZE + (room + _PAGE - 1 & -_PAGE)
-    (base,) = target.inject([SystemCall(_MMAP, (0, size, _NONE, _PRIVATE_ANONYMOUS, _NO_FD, 0))])
+    planned = [SystemCall(_MPROTECT, (Result(0), _PAGE, protection)) for protection in (_READ_WRITE, _READ_EXECUTE)]
+    mapped = SystemCall(_MMAP, (0, size, _NONE, _PRIVATE_ANONYMOUS, _NO_FD, 0))
+    (base,) = target.inject([mapped], planned=[*planned, SystemCall(_MUNMAP, (Result(0), size))])
     if -4095 <= base < 0:
         raise PatcherError(f"process {target.pid} cannot map memory for a call: error {-base}", code="no-memory")
     stack, code = base + _PAGE, base + _PAGE + _STACK_SIZE  # behind a page that catches an overflow
@@ -100,11 +104,13 @@ class Caller:
         self.timeout = timeout
         self._safe_points = SafePoints(image)
 
-    def call(self, calls: Sequence[FunctionCall], memory: Workspace | None = None) -> tuple[int, ...]:
+    def call(
+        self, calls: Sequence[FunctionCall], memory: Workspace | None = None, planned: Sequence[SystemCall] = ()
+    ) -> tuple[int, ...]:
         """Call functions one after another on one thread and return rax of each; raises as `Target.call` does."""
         if memory is None:
             with workspace(self.target) as memory:
-                return self.call(calls, memory)
+                return self.call(calls, memory, planned)
         self.image.refresh()
         return self.target.call(
             calls,
@@ -112,6 +118,7 @@ class Caller:
             objection=self._safe_points.objection,
             stack=memory.stack,
             errno_location=self._address("__errno_location") or 0,
+            planned=planned,
             wait=self.wait,
             timeout=self.timeout,
         )
@@ -192,7 +199,7 @@ class Caller:
         calls = [FunctionCall(opening[0], (name, opening[1]))]
         if told is not None:
             calls.append(FunctionCall(told))
-        handle, *message = self.call(calls, memory)
+        handle, *message = self.call(calls, memory, _LOADING)
         self.image.refresh()
         if not handle:
             # The text belongs to the thread that was borrowed and lives until its next call of the loader.

@@ -503,7 +503,9 @@ class _Generation:
         for address, new in written:
             if address in constants:
                 old = self.image.target.memory.read(address, len(new))
-                self.rewrites.append(Rewrite(address, old.hex(), new.hex()))
+                home = self.image.module_at(address)
+                module = home.path if home is not None else ""
+                self.rewrites.append(Rewrite(address, old.hex(), new.hex(), module))
         self.data += [c.datum() for c in writing.data.constants if c.holders]
         self.initials += [c.as_record(written=True) for c in writing.data.renewed]
         self.data += [c.datum(Fate.REINITIALISED) for c in writing.data.renewed]

@@ -163,12 +163,15 @@ class Session:
         self._initials: Initials | None = None
         self._offering = False
         self.options = options or Options()
+        if self.options.force:
+            target.trust_filters()
         self._reporter = reporter
         self._image: Image | None = None
         self._ledger: Ledger | None = None
         self._units: Units | None = None
         self._policy: Policy | None = None
         self._spare: dict[ThreadBlock, int] = {}  # storage that was loaded for a change which then failed
+        self._departed: frozenset[str] = frozenset()  # modules that were unloaded, as was told already
         self.texts = Texts()
 
     def __enter__(self) -> Self:
@@ -328,9 +331,15 @@ class Session:
         """Read the process and its ledger anew, and keep other controllers away."""
         self.image.refresh()
         with self.ledger.transaction():
+            self._tell_departed()
             self.image.asked |= self.ledger.journal.chosen
             self.image.stub_area = None if self.ledger.primary is None else self.ledger.primary.stub
             yield
+
+    def _tell_departed(self) -> None:
+        for path in sorted(self.ledger.departed - self._departed):
+            self.emit(Note(f"{path} was unloaded since it was patched, and its patches went with it"))
+        self._departed = self.ledger.departed
 
     def rehearse(self, sources: Sequence[Source]) -> set[str]:
         """Match and link objects as far as that goes without any effect; returns the modules that they are part of.

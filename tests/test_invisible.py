@@ -1,6 +1,7 @@
 """The program does not notice: a thousand patches in a row, with threads in every call that a stop could end early.
 
-programs/blocked.c counts what it should never see; tests/target has the same for single stops.
+programs/blocked.c counts what it should never see, programs/timers.c what has to come; tests/target has the same for
+single stops, and registers, restartable sequences and the red zone (test_unnoticed.py tells where).
 """
 
 from __future__ import annotations
@@ -143,3 +144,99 @@ def test_a_real_signal_still_interrupts(project, program):
     assert real(parent, HANDLED) == real(parent, INTERRUPTIONS) == list(signals.sent.values())
     *early, _ = parent.ask("report").split()
     assert early == []
+
+
+@pytest.fixture(scope="module")
+def timers(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    main = (Path(__file__).parent / "programs" / "timers.c").read_text()
+    return Project(tmp_path_factory.mktemp("timers") / "p", {"main.c": main, "unit.c": ANSWER}, link_flags=["-lrt"])
+
+
+def test_timers_and_errno(timers):
+    """Every expiration is seen, once, be it as a signal, by a read, or as one alarm."""
+    change = timers.object("unit.c", ("n + 1", "n + 100"))
+    with timers.running() as program:
+        patch_again_and_again(program.pid, change, 50)
+        while True:
+            due, signalled, read, most, alarms = map(int, program.ask("report").split())
+            assert due <= signalled <= most
+            assert due <= read <= most
+            assert alarms <= 1
+            if alarms:
+                break
+        assert due > 100
+        assert program.ask("errno") == "0"
+        assert_untouched(program.pid)
+
+
+def seen_from_outside(pid: int) -> dict[str, object]:
+    """What others can see of a process and what it may not lose: its memory but for ours, descriptors, signals ..."""
+    lines = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    ends = {line[0].split("-")[1] for line in lines if "memfd:patcher" in " ".join(line)}
+    stubs = [line for line in lines if line[0].split("-")[0] in ends and line[1] == "r-xp"]  # a page behind the arena
+    maps = [line for line in lines if line not in stubs and "memfd:patcher" not in " ".join(line)]
+    limits = [Path(f"/proc/{pid}/{name}").read_text() for name in ("limits", "coredump_filter", "oom_score_adj")]
+    fields = (
+        "SigB",
+        "SigP",
+        "SigI",
+        "SigC",
+        "Shd",
+        "Cap",
+        "NoNewPrivs",
+        "Seccomp",
+        "Uid",
+        "Threads",
+        "TracerPid",
+        "Umask",
+        "Tgid",
+        "THP_",
+    )
+    return {
+        "maps": maps,
+        "descriptors": {n: os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")},
+        "others": limits,
+        "threads": {
+            tid: [x for x in Path(f"/proc/{pid}/task/{tid}/status").read_text().splitlines() if x.startswith(fields)]
+            for tid in os.listdir(f"/proc/{pid}/task")
+        },
+    }
+
+
+def is_part(line: list[str], other: list[str]) -> bool:
+    (start, end), (low, high) = ([int(word, 16) for word in each[0].split("-")] for each in (line, other))
+    return low <= start < end <= high and line[1] == other[1] and line[5:] == other[5:]
+
+
+def test_protections_maps_and_descriptors(tmp_path):
+    """Apart from the arena all is as before, after patches that map, inject and call functions as well."""
+    main = (Path(__file__).parent / "programs" / "meanwhile.c").read_text()
+    project = Project(tmp_path / "p", {"main.c": main, "unit.c": ANSWER})
+    plain = project.object("unit.c", ("n + 1", "n + 100"))
+    calling = project.object(
+        "unit.c",
+        ("int answer(int n)", "extern int brought(int);\n__attribute__((noipa)) int brought(int n) { return n + 99; }\n"
+         "static __thread int mine = 3;\nint answer(int n)"),
+        ("return n + 1", "mine++;\n    return brought(n) + (mine > 1)"),
+    )  # fmt: skip
+    with project.running("threads", "blocked") as program:
+        pid = program.pid
+        while program.ask("wrong").split()[1] == "0":  # its thread is still being made
+            pass
+        before = seen_from_outside(pid)
+        with patcher.attach(pid) as session:
+            session.apply(plain)
+            assert seen_from_outside(pid) == before
+            for _ in range(5):
+                session.revert(0)
+                assert seen_from_outside(pid) == before
+                session.apply(plain)
+            assert seen_from_outside(pid) == before
+            session.apply(calling)
+        after = seen_from_outside(pid)
+        assert {k: after[k] for k in ("descriptors", "others", "threads")} == {
+            k: before[k] for k in ("descriptors", "others", "threads")
+        }
+        # The loader has mapped a module for the thread-local, and its bookkeeping may have made other memory longer.
+        assert [m for m in before["maps"] if not any(is_part(m, other) for other in after["maps"])] == []
+        assert program.ask(5) == "105"

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from patcher.code.entry import COPY_SIZE, SWITCH_CELLS, SWITCH_SIZE
-from patcher.errors import PatcherError, TargetBusy, TargetGone, UnsafeChange
+from patcher.errors import AttachDenied, PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.link.place import Region, Space
 from patcher.target import Mapping, Result, SystemCall, Target, read_stat
 
@@ -383,7 +383,9 @@ def _starts_with(target: Target, address: int, mark: bytes) -> bool:
 
 def _map_arena(target: Target, arena: Arena) -> None:
     flags = _PRIVATE | _ANONYMOUS | _FIXED_NOREPLACE | _NORESERVE
-    (result,) = target.inject([SystemCall(_MMAP, (arena.base, TOTAL_SIZE, _READ | _EXEC, flags, _NO_FD, 0))])
+    whole = SystemCall(_MMAP, (arena.base, TOTAL_SIZE, _READ | _EXEC, flags, _NO_FD, 0))
+    planned = [*_nameless(arena), SystemCall(_MUNMAP, (arena.base, TOTAL_SIZE))]
+    (result,) = target.inject([whole], planned=planned)
     if result != arena.base:
         raise TargetBusy(
             f"process {target.pid}: {TOTAL_SIZE >> 20} MiB cannot be mapped at {arena.base:#x}: errno {-result}",
@@ -396,22 +398,22 @@ def _map_arena(target: Target, arena: Arena) -> None:
 
 def _furnish(target: Target, arena: Arena) -> None:
     base = arena.base
-    parts = (
-        (arena.base, READ_ONLY_SIZE, _READ),
-        (arena.code_start, CODE_SIZE, _READ | _EXEC),
-        (arena.header, WRITABLE_SIZE, _READ | _WRITE),
-    )
     named = [
         SystemCall(_MEMFD_CREATE, (b"patcher\0", _CLOEXEC)),
         SystemCall(_FTRUNCATE, (Result(0), TOTAL_SIZE)),
-        *(_map(part, base, _PRIVATE | _FIXED, Result(0)) for part in parts),
+        *(_map(part, base, _PRIVATE | _FIXED, Result(0)) for part in _parts(arena)),
         SystemCall(_CLOSE, (Result(0),)),
     ]
-    results = target.inject(named, code=arena.stub)
+    try:
+        results = target.inject(named, code=arena.stub)
+    except AttachDenied as error:
+        if error.code != "seccomp":
+            raise
+        results = ()  # a filter that may kill for a memfd, where nameless memory is all right
     if len(results) != len(named) or results[-1] < 0:
         if results and results[0] >= 0:
             target.inject([SystemCall(_CLOSE, (results[0],))], code=arena.stub)
-        nameless = [_map(part, base, _PRIVATE | _FIXED | _ANONYMOUS, None) for part in parts]
+        nameless = _nameless(arena)
         results = target.inject(nameless, code=arena.stub)
         if len(results) != len(nameless) or results[-1] < 0:
             raise TargetBusy(
@@ -422,6 +424,18 @@ def _furnish(target: Target, arena: Arena) -> None:
     fresh = arena.fresh_usage()
     used = (fresh.read_only, fresh.code, fresh.data, fresh.slots, fresh.journal)
     target.memory.write(arena.header, _HEADER.pack(MAGIC, base, arena.primary, *used, 0, 0))
+
+
+def _parts(arena: Arena) -> tuple[tuple[int, int, int], ...]:
+    return (
+        (arena.base, READ_ONLY_SIZE, _READ),
+        (arena.code_start, CODE_SIZE, _READ | _EXEC),
+        (arena.header, WRITABLE_SIZE, _READ | _WRITE),
+    )
+
+
+def _nameless(arena: Arena) -> list[SystemCall]:
+    return [_map(part, arena.base, _PRIVATE | _FIXED | _ANONYMOUS, None) for part in _parts(arena)]
 
 
 def _map(part: tuple[int, int, int], base: int, flags: int, descriptor: Result | None) -> SystemCall:

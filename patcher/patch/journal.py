@@ -116,6 +116,7 @@ class Rewrite:
     address: int
     old: str
     new: str
+    module: str = ""  # not in the records of older versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,17 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
+class Instance:
+    """A module as it was when a generation was made: its path, an address in it, the number of its file and when that
+    was written (0: not known)."""
+
+    path: str
+    address: int
+    inode: int
+    written: int
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRecord:
     """One generation: who its parent is, what it placed and where each function it changed now goes."""
 
@@ -181,6 +193,8 @@ class GenerationRecord:
     stretches: tuple[Stretch, ...] = ()
     merged: tuple[tuple[int, int], ...] = ()  # first and last numbers of forgotten generations that are part of it
     holes: tuple[tuple[int, int], ...] = ()  # memory that was free when the journal was written anew
+    instances: tuple[Instance, ...] = ()  # of the modules that it changed
+    departed: tuple[str, ...] = ()  # modules that were unloaded since: what is recorded of them before is void
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,6 +442,8 @@ def _record(raw: dict[str, Any]) -> GenerationRecord:
         stretches=tuple(_stretch(s) for s in raw.get("stretches", ())),
         merged=tuple((_number(a), _number(b)) for a, b in raw.get("merged", ())),
         holes=tuple((_number(a), _number(b)) for a, b in raw.get("holes", ())),
+        instances=tuple(_instance(i) for i in raw.get("instances", ())),
+        departed=_strings(raw.get("departed", [])),
     )
 
 
@@ -461,7 +477,8 @@ def _initial(raw: dict[str, Any]) -> Initial:
 
 
 def _rewrite(raw: dict[str, Any]) -> Rewrite:
-    return Rewrite(_number(raw["address"]), bytes.fromhex(raw["old"]).hex(), bytes.fromhex(raw["new"]).hex())
+    old, new = (bytes.fromhex(raw[name]).hex() for name in ("old", "new"))
+    return Rewrite(_number(raw["address"]), old, new, str(raw.get("module", "")))
 
 
 def _placed(raw: dict[str, Any]) -> Placed:
@@ -506,6 +523,10 @@ def _storage(raw: dict[str, Any]) -> Storage:
         str(raw["layout"]),
         str(raw["by"]),
     )
+
+
+def _instance(raw: dict[str, Any]) -> Instance:
+    return Instance(str(raw["path"]), _number(raw["address"]), _number(raw["inode"]), _number(raw["written"]))
 
 
 def _redirect(raw: dict[str, Any]) -> Redirect:

@@ -10,9 +10,10 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from patcher.code.entry import DETOUR_SIZE, detour, island
-from patcher.errors import PatcherError, TargetBusy, UnsafeChange
+from patcher.errors import PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.patch import journal as records
 from patcher.patch.arena import (
     Arena,
@@ -24,6 +25,7 @@ from patcher.patch.arena import (
     half_made_arenas,
     remove_arena,
 )
+from patcher.patch.departed import find_departed, instances, missing, modules_of, without_departed
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
 from patcher.patch.transaction import Flip, FlipResult, Inside, TextWrite, flip
 from patcher.target import FunctionCall, Target, read_stat
@@ -82,6 +84,9 @@ class Commit:
 Construct = Callable[[Iterable[Constructor]], None]
 
 
+_AT_ENTRY = 9
+
+
 class Ledger:
     """What patcher has done to one process. `refresh` before looking."""
 
@@ -89,7 +94,9 @@ class Ledger:
         self.target = target
         self.arenas: dict[int, Arena] = {}
         self.usages: dict[int, Usage] = {}
-        self.journal = Journal()
+        self.journal = Journal()  # of what is still there
+        self.departed: frozenset[str] = frozenset()  # modules that were patched and are not there any more
+        self._recorded = Journal()
         self.slots: dict[int, list[int]] = {}
         self.least_number = 1  # of the next generation: processes of one tree count together
         self._planned: set[int] = set()  # arenas that are chosen and not mapped
@@ -112,12 +119,14 @@ class Ledger:
         found = primary.read_journal(self.usages[primary.base].journal) if primary else b""
         if found != self._journal_read:
             if not found.startswith(self._journal_read):
-                self._journal_read, self.journal = b"", Journal()
+                self._journal_read, self._recorded = b"", Journal()
             more = records.decode(found[len(self._journal_read) :])
             for record in more.generations.values():
-                self.journal.add(record, more.frames[record.number])
+                self._recorded.add(record, more.frames[record.number])
             self._journal_read = found
+        self.journal = self._recorded
         self._check()
+        self._leave_out_departed()
 
     def _check(self) -> None:
         """Raise `UnsafeChange` when the journal speaks of slots that are not there."""
@@ -126,6 +135,18 @@ class Ledger:
         for arena, index in named:
             if not 0 < index < len(self.slots.get(arena, ())):
                 raise records.damaged(f"it names slot {index} of an arena at {arena:#x}, which is not there")
+
+    def _leave_out_departed(self) -> None:
+        self.journal = without_departed(self._recorded, frozenset())
+        self.departed = self._departed() if any(g.instances for g in self.journal.generations.values()) else frozenset()
+        self.journal = without_departed(self._recorded, self.departed)
+
+    def _departed(self) -> frozenset[str]:
+        mappings, entry = self.target.mappings(), self.target.auxv().get(_AT_ENTRY, 0)
+        executable = next((m.path for m in mappings if entry in m), "")
+        return find_departed(
+            self.journal, self.generation, mappings, executable, self.target.time_written, self.is_detoured
+        )
 
     @property
     def primary(self) -> Arena | None:
@@ -156,7 +177,7 @@ class Ledger:
             return True
         arena = self.arenas[redirect.arena]
         expected = detour(redirect.original, arena.island(redirect.index))
-        return self.target.memory.read(redirect.original, DETOUR_SIZE) == expected
+        return self.target.memory.read_available(redirect.original, DETOUR_SIZE) == expected
 
     def _is_in_place(self, redirect: Redirect) -> bool:
         return not redirect.born and self.is_detoured(redirect)
@@ -275,6 +296,7 @@ class Ledger:
         `construct` runs the generation's constructors in the target, or raises. What they may have handed out to the
         program by then is not used again, should the generation not become live. `inside` does the fills: see `Flip`.
         """
+        change = self._with_instances(change)
         running: list[Constructor] = []
         exposed = False  # whether the program may know of what was written
         before = {base: self.arenas[base].usage() for base in self.arenas}
@@ -309,15 +331,38 @@ class Ledger:
                 self._fresh.clear()
             for address, data in change.published:
                 self.target.memory.write(address, data)
+            self._refuse_departed(change)
             result = flip(self.target, replace(self._flip(change), inside=inside if change.fills else None))
-        except BaseException:
+        except BaseException as error:
             with suppress(PatcherError, OSError):
                 self._take_back(change, before, exposed or bool(running))
+            if isinstance(error, PatcherError) and not isinstance(error, TargetGone):
+                self._refuse_departed(change)  # which says more than that some memory is not there
             raise
         self._fresh.clear()
         with suppress(PatcherError, OSError):  # it is live, whatever we can see of it just now
             self.refresh()
         return result
+
+    def _with_instances(self, change: Commit) -> Commit:
+        record = change.record
+        found = instances(record, self.target.mappings(), self.target.time_written)
+        return replace(change, record=replace(record, instances=found, departed=tuple(sorted(self.departed))))
+
+    def _refuse_departed(self, change: Commit) -> None:
+        """Raise `UnsafeChange` when a module that a change is made for was unloaded since it was looked at."""
+        record = change.record
+        gone = missing(record, self.target.mappings()) | (self._departed() & modules_of(record))
+        if gone:
+            primary = self.primary
+            assert primary is not None
+            self.target.memory.read(primary.header, 1)  # raises, where all of the program has been replaced
+            names = ", ".join(sorted(Path(path).name for path in gone))
+            raise UnsafeChange(
+                f"{names} was unloaded by process {self.target.pid} while the change was made",
+                "apply it again when the library is loaded",
+                code="unloaded",
+            )
 
     def _begun(self, constructors: Sequence[Constructor], running: list[Constructor]) -> Iterator[Constructor]:
         for constructor in constructors:
@@ -401,7 +446,7 @@ class Ledger:
         old = bytes.fromhex(redirect.entry)[:DETOUR_SIZE]
         write = TextWrite(redirect.original, old, detour(redirect.original, target))
         cells = [TextWrite(address, _cell(before), _cell(after)) for address, before, after in redirect.cells]
-        return write, [c for c in cells if self.target.memory.read(c.address, 8) == c.old]
+        return write, [c for c in cells if self.target.memory.read_available(c.address, 8) == c.old]
 
     def revert(self, number: int) -> FlipResult:
         """Go back to an earlier generation; 0 takes back every detour and GOT cell as well.
@@ -447,7 +492,7 @@ class Ledger:
             write, _ = self._detour_writes(redirect)
             text.append(TextWrite(write.address, write.new, write.old))
             for address, before, after in redirect.cells:
-                if self.target.memory.read(address, 8) == _cell(after):
+                if self.target.memory.read_available(address, 8) == _cell(after):
                     cells.append(TextWrite(address, _cell(after), _cell(before)))
         return Flip(tuple(text), tuple(cells), change.slots, change.quiet, restores=True)
 

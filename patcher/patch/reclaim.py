@@ -65,6 +65,9 @@ def reclaim(ledger: Ledger, policy: Policy) -> None:
     primary = ledger.primary
     if primary is None or not _is_due(ledger, policy):
         return
+    # What is void with a module that was unloaded is left out of the journal as it is read, and must not be lost.
+    if ledger.departed or any(g.departed for g in ledger.journal.generations.values()):
+        return
     forgetting, freed = _freed(ledger, _shortened(ledger, policy.keep), policy)
     contents = _encoded(forgetting, ledger.journal)
     if len(contents) > 2 * _COMFORTABLE:
@@ -166,6 +169,7 @@ def _heir(pending: Sequence[GenerationRecord], record: GenerationRecord, before:
         initials=_last(i for g in every for i in g.initials),
         stretches=tuple(s for g in every for s in g.stretches),
         holes=tuple(h for g in every for h in g.holes),
+        instances=tuple({i.path: i for g in every for i in g.instances}.values()),
     )
 
 

@@ -30,6 +30,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 from patcher.errors import AttachDenied, PatcherError, TargetBusy, TargetGone
+from patcher.target.confined import Call, confinement
 from patcher.target.frame import FRAME_SIZE, floating_frame, signal_frame
 from patcher.target.maps import Mapping
 from patcher.target.memory import Memory
@@ -90,12 +91,17 @@ class Unsuitable(Exception):
     """Why a thread cannot be borrowed just now."""
 
 
+class Confined(Unsuitable):
+    """Why a thread cannot be borrowed at all: what it may do is limited."""
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """On what terms a thread is borrowed; see Target.inject and Target.call.
 
     `wait` is how long to look for a thread, `timeout` how long the steps may take, both in seconds. `stack` is
     memory for the steps instead of the thread's own stack, `errno_location` the function that tells where errno is.
+    `system_calls` are those that the functions are known to make.
     """
 
     code: int | None
@@ -104,6 +110,7 @@ class Terms:
     objection: Callable[[StoppedThread], str] | None = None
     stack: tuple[int, int] | None = None
     errno_location: int = 0
+    planned: tuple[SystemCall, ...] = ()
 
     def uses_stack(self, sp: int) -> bool:
         """Whether a stack pointer is inside the memory for the steps."""
@@ -136,6 +143,7 @@ class Borrowing:
         self._pid = pid
         self._memory = memory
         self._lingering = lingering
+        self.trusts_filters = False  # of seccomp, where we cannot read them
         self._unused_code: set[int] = set()
         self._ways: dict[tuple[tuple[int, int, str, int], ...], _Way | None] = {}
 
@@ -150,7 +158,7 @@ class Borrowing:
         deadline = time.monotonic() + terms.wait
         pause, tries = _FIRST_PAUSE, 1
         while True:
-            reasons = []
+            reasons, confined = [], []
             for tid in self._candidates():
                 try:
                     if terms.code is not None and terms.code not in self._unused_code:
@@ -158,6 +166,9 @@ class Borrowing:
                     return self._run_on(tid, steps, mappings, terms, tries)
                 except Unsuitable as error:
                     reasons.append(f"thread {tid} {error}")
+                    confined += [reasons[-1]] if isinstance(error, Confined) else []
+            if confined and len(confined) == len(reasons):
+                raise _all_confined(self._pid, confined[0])
             if not reasons:
                 raise TargetGone(f"process {self._pid} has ended")
             if time.monotonic() > deadline:
@@ -183,8 +194,11 @@ class Borrowing:
         try:
             if tracee.signal or not tracee.standing:
                 raise Unsuitable("is about to handle a signal")
+            self._check_unconfined(tracee, steps, terms)
             self._check_suitable(tracee, mappings, terms)
             return _Loan(self._pid, self._memory, tracee, steps, terms).run_stub(mappings, terms.code)
+        except Confined as error:
+            raise _all_confined(self._pid, f"thread {tracee.tid} {error}") from None
         except Unsuitable as error:
             raise _none_to_borrow(self._pid, [f"thread {tracee.tid} {error}"]) from None
 
@@ -197,6 +211,7 @@ class Borrowing:
         way = self._find_way(mappings) if terms.code is None else None
         with self._standing(tid) as tracee:
             self._bring_to_event_stop(tracee)
+            self._check_unconfined(tracee, steps, terms)
             self._await_suitable(tracee, mappings, terms, tries)
             loan = _Loan(self._pid, self._memory, tracee, steps, terms)
             if terms.code is not None:
@@ -272,6 +287,12 @@ class Borrowing:
         if objection:
             raise Unsuitable(objection)
 
+    def _check_unconfined(self, tracee: Tracee, steps: Sequence[Step], terms: Terms) -> None:
+        calls = [_as_call(step) for step in (*steps, *terms.planned) if isinstance(step, SystemCall)]
+        reason = confinement(tracee, calls, trusted=self.trusts_filters)
+        if reason:
+            raise Confined(reason)
+
     def _has_control_block(self, base: int) -> bool:
         # The ABI's word at %fs:0 points to itself; a thread made by a raw clone may have none.
         return self._memory.read_available(base, 8) == struct.pack("<Q", base)
@@ -315,12 +336,7 @@ class Borrowing:
         self._unused_code.add(terms.code)
 
     def _refuse_confined(self) -> None:
-        status = read_status(self._pid)
-        if status.get("Seccomp") == "1":
-            raise AttachDenied(
-                f"process {self._pid} is under strict seccomp: any system call but read, write and exit kills it"
-            )
-        if "shstk" in status.get("x86_Thread_features", ""):
+        if "shstk" in read_status(self._pid).get("x86_Thread_features", ""):
             raise AttachDenied(
                 f"process {self._pid} runs with a shadow stack, which ends it when a borrowed thread returns",
                 "start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off",
@@ -575,6 +591,20 @@ class _Loan:
     def _still_there(self, answer: bool) -> None:
         if not answer:
             raise TargetGone(f"process {self.pid} ended during a borrowed call")
+
+
+def _as_call(step: SystemCall) -> Call:
+    return step.number, tuple(argument & _ALL_BITS if isinstance(argument, int) else None for argument in step.args)
+
+
+def _all_confined(pid: int, reason: str) -> AttachDenied:
+    return AttachDenied(
+        f"process {pid} cannot be made to do what is needed: {reason}",
+        "run patcher as root, who may read the filters; or try it all the same with --force"
+        if "may not read" in reason
+        else "let its filters allow that, or restart it with the new code",
+        code="seccomp",
+    )
 
 
 def _none_to_borrow(pid: int, reasons: Sequence[str]) -> TargetBusy:

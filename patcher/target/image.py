@@ -36,6 +36,22 @@ def find_image(pid: int, mapping: Mapping) -> Path:
     )
 
 
+def time_written(pid: int, mapping: Mapping) -> int:
+    """Return when the very file behind a mapping was written last (st_mtime in ns), 0 where that is not to be known.
+
+    A file's number may be given to another one as soon as it is gone, as with a library that is built again.
+    """
+    try:
+        return os.stat(f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}").st_mtime_ns
+    except OSError:
+        pass
+    try:
+        found = os.stat(f"/proc/{pid}/root{mapping.path}")
+    except OSError:
+        return 0
+    return found.st_mtime_ns if found.st_ino == mapping.inode else 0
+
+
 def _openable(path: Path) -> bool:
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))

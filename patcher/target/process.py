@@ -99,7 +99,6 @@ def check_attachable(pid: int) -> None:
             "attach before the main thread calls pthread_exit",
         )
     _refuse_thread(pid)
-    _refuse_traced(pid, name)
     program = _program_or_denied(pid, name)
     _refuse_machine(pid, program)
 
@@ -171,15 +170,6 @@ def _refuse_thread(pid: int) -> None:
         return
     owner = "patcher itself" if group == os.getpid() else f"process {group} ({command_name(group)})"
     raise AttachDenied(f"{pid} is a thread of {owner}, not a process", f"name the process: {group}")
-
-
-def _refuse_traced(pid: int, name: str) -> None:
-    tracer = tracer_of(pid)
-    if tracer:
-        raise AttachDenied(
-            f"process {pid} ({name}) is already being traced by process {tracer} ({command_name(tracer)})",
-            f"a process has one tracer at a time; detach or quit process {tracer}, then try again",
-        )
 
 
 def _program_or_denied(pid: int, name: str) -> str:

@@ -7,7 +7,9 @@ interrupted. What the program could notice, and how it does not:
 - a signal that was on its way to a thread is given back in PTRACE_DETACH, with its siginfo;
 - a thread in a group stop (Ctrl-Z) falls back into it on detach;
 - a few system calls report EINTR after any stop: their result is turned into ERESTARTNOHAND, which makes
-  the kernel restart the call, unless a handler of the program is about to run, which sees EINTR as always.
+  the kernel restart the call, unless a handler of the program is about to run, which sees EINTR as always;
+- the kernel goes on with others (nanosleep, poll) by a system call of its own, restart_syscall, which a seccomp
+  filter may kill for: then the call is restarted in the same way, with all of its time.
 
 Specification: ptrace(2); signal(7), "Interruption of system calls and library functions by stop signals".
 """
@@ -17,11 +19,12 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from patcher.errors import AttachDenied, PatcherError, TargetBusy, TargetGone
+from patcher.target.confined import may_resume_call
 from patcher.target.process import command_name, read_status, tracer_of
 from patcher.target.quiet import uninterrupted
 from patcher.target.tracing import Halt, Registers, Tracee, thread_state
@@ -138,7 +141,8 @@ def conceal_interruption(tracee: Tracee) -> None:
     if not tracee.read_registers():
         return
     registers = tracee.registers
-    if registers.rax == EINTR and registers.orig_rax in REPORTS_EINTR:
+    shown = registers.rax == EINTR and registers.orig_rax in REPORTS_EINTR
+    if shown or (registers.rax == ERESTART_RESTARTBLOCK and not may_resume_call(tracee)):
         registers.rax = ERESTARTNOHAND
         tracee.write_registers(registers)
 
@@ -156,7 +160,7 @@ def stopped_process(pid: int, lingering: Lingering, seconds: float = STOP_SECOND
     `seconds` or someone else traces it, AttachDenied when the kernel does not permit it.
     """
     lingering.settle()
-    _await_interruptible(pid, seconds)
+    _await_interruptible(pid, list_threads(pid), seconds)
     with uninterrupted():
         gathering = _Gathering(pid, lingering)
         try:
@@ -171,6 +175,7 @@ def stopped_process(pid: int, lingering: Lingering, seconds: float = STOP_SECOND
 def stopped_thread(pid: int, tid: int, lingering: Lingering, seconds: float = STOP_SECONDS) -> Iterator[Tracee]:
     """Stop one thread for the length of the block; raises as `stopped_process` does."""
     lingering.settle()
+    _await_interruptible(pid, [tid], seconds)
     with uninterrupted():
         gathering = _Gathering(pid, lingering)
         try:
@@ -317,11 +322,11 @@ def untraceable(pid: int, tid: int) -> PatcherError:
     return AttachDenied(f"the kernel does not permit to trace thread {tid} of process {pid}")
 
 
-def _await_interruptible(pid: int, seconds: float) -> None:
+def _await_interruptible(pid: int, threads: Sequence[int], seconds: float) -> None:
     # A thread that is seized and then does not stop cannot be let go: look before. A thread that leaves the
     # state D once is only busy with its disk and will stop; one that never does waits for something else.
     deadline = time.monotonic() + seconds
-    sleeping = [tid for tid in list_threads(pid) if thread_state(pid, tid) == "D"]
+    sleeping = [tid for tid in threads if thread_state(pid, tid) == "D"]
     while sleeping:
         if time.monotonic() > deadline:
             raise TargetBusy(

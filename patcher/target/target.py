@@ -18,11 +18,11 @@ from pathlib import Path
 
 from patcher.errors import PatcherError, TargetBusy, TargetGone, named_shortages
 from patcher.target.borrow import Borrowing, Terms
-from patcher.target.image import find_image
+from patcher.target.image import find_image, time_written
 from patcher.target.maps import Mapping, read_mappings
 from patcher.target.memory import Memory
 from patcher.target.process import await_program, check_attachable, command_name, permission_denied, read_stat
-from patcher.target.steps import FunctionCall, Step
+from patcher.target.steps import FunctionCall, Step, SystemCall
 from patcher.target.stop import (
     Lingering,
     Stopped,
@@ -53,10 +53,14 @@ class Target:
         self.memory = Memory(pid, memory, self._poke)
         self._borrowing = Borrowing(pid, self.memory, self._lingering)
 
+    def trust_filters(self) -> None:
+        """Borrow threads under seccomp filters that we may not read as well: at worst these kill the process."""
+        self._borrowing.trusts_filters = True
+
     @classmethod
     @named_shortages()
     def attach(cls, pid: int) -> Target:
-        """Open a process without stopping or tracing it.
+        """Open a process without stopping or tracing it; who traces it, if anybody, is no obstacle yet.
 
         Raises TargetGone when there is none (or a zombie), AttachDenied when it is none that we can or may
         work on; the message says why, with the numbers.
@@ -104,6 +108,10 @@ class Target:
     def open_image(self, mapping: Mapping) -> Path:
         """Return a path of ours by which the very file behind `mapping` can be read; raises ObjectError."""
         return find_image(self.pid, mapping)
+
+    def time_written(self, mapping: Mapping) -> int:
+        """Return when the very file behind `mapping` was written last (st_mtime in ns), 0 when that is not known."""
+        return time_written(self.pid, mapping)
 
     def auxv(self) -> MappingOf[int, int]:
         """Return the auxiliary vector, AT_ number -> value (getauxval(3)); raises TargetGone."""
@@ -171,13 +179,15 @@ class Target:
         code: int | None = None,
         timeout: float = 2.0,
         accept: Callable[[StoppedThread], bool] | None = None,
+        planned: Sequence[SystemCall] = (),
     ) -> tuple[int, ...]:
         """Run system calls and functions of the target on one of its threads, the others running on.
 
         Without `code` a single SystemCall, done with instructions the process has already. With `code`, the
         address of at least 1 KiB of r-x memory that is ours, any steps; they end at the first system call
         that fails. `accept` is asked, while a thread stands still, whether it may be borrowed: the caller's
-        proof that a function called there finds no lock held. `timeout` is in seconds.
+        proof that a function called there finds no lock held. `timeout` is in seconds. `planned` are system calls
+        that are asked for later: no thread is borrowed whose seccomp filters may kill it for one of them, or for these.
 
         Returns the results of the steps done: a system call's as a signed number (negative errno), a
         function's rax unsigned. Raises TargetBusy when no thread could be borrowed or a call did not come
@@ -186,7 +196,8 @@ class Target:
         """
         self.check_alive()
         objection = None if accept is None else lambda thread: "" if accept(thread) else "is not at a safe point"
-        return self._borrowing.run(tuple(steps), self.mappings(), Terms(code, timeout, timeout, objection))
+        terms = Terms(code, timeout, timeout, objection, planned=tuple(planned))
+        return self._borrowing.run(tuple(steps), self.mappings(), terms)
 
     def runs_stub(self, code: int) -> bool:
         """Whether some thread still runs steps that were put at `code`; raises as `inject`."""
@@ -201,6 +212,7 @@ class Target:
         objection: Callable[[StoppedThread], str],
         stack: tuple[int, int] | None = None,
         errno_location: int = 0,
+        planned: Sequence[SystemCall] = (),
         wait: float = 5.0,
         timeout: float = 10.0,
     ) -> tuple[int, ...]:
@@ -209,7 +221,9 @@ class Target:
         The other threads run on. `objection` is asked, while a thread stands still, why it is at no safe point ("is
         in malloc"; "" when it is at one); threads are looked at again and again for `wait` seconds. `code` is as for
         `inject`; `stack` is writable memory of ours, (low, high), to run on instead of the thread's own stack. With
-        `errno_location`, the address of the target's `__errno_location`, the thread's errno is kept.
+        `errno_location`, the address of the target's `__errno_location`, the thread's errno is kept. `planned` are
+        system calls that the functions make, with such arguments as are known: no thread is borrowed whose seccomp
+        filters may kill it for one of them.
 
         All but faults is blocked meanwhile for the thread, and delivered afterwards; a thread that a function
         creates inherits that mask. Should we be killed, the functions are called to their end and the thread goes
@@ -221,7 +235,7 @@ class Target:
         AttachDenied, and ValueError for calls that do not fit the stub or the stack.
         """
         self.check_alive()
-        terms = Terms(code, wait, timeout, objection, stack, errno_location)
+        terms = Terms(code, wait, timeout, objection, stack, errno_location, tuple(planned))
         return self._borrowing.run(tuple(calls), self.mappings(), terms)
 
     def call_standing(

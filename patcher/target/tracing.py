@@ -29,7 +29,7 @@ class Registers(user_regs_struct):  # type: ignore[misc]
 _POKEDATA, _GETREGS, _SETREGS, _SINGLESTEP, _CONT, _DETACH, _SYSCALL = 5, 12, 13, 9, 7, 17, 24
 _GETSIGINFO, _GETREGSET, _SETREGSET = 0x4202, 0x4204, 0x4205
 _SEIZE, _INTERRUPT = 0x4206, 0x4207
-_GETSIGMASK, _SETSIGMASK, _GET_RSEQ = 0x420A, 0x420B, 0x420F
+_GETSIGMASK, _SETSIGMASK, _SECCOMP_GET_FILTER, _GET_RSEQ = 0x420A, 0x420B, 0x420C, 0x420F
 _TRACESYSGOOD = 1
 _EVENT_STOP = 128
 _NT_X86_XSTATE = 0x202
@@ -180,6 +180,21 @@ class Tracee:
         running = _unless_gone(request, self.tid, 0, self.signal)
         self.signal, self.standing = 0, False
         return running
+
+    def seccomp_filters(self) -> tuple[bytes, ...]:
+        """Return the seccomp filters of the thread (struct sock_filter), the oldest first.
+
+        None either where it has none, or where we cannot read them all: that takes CAP_SYS_ADMIN.
+        """
+        found: list[bytes] = []
+        try:
+            while True:
+                count = ptrace(_SECCOMP_GET_FILTER, self.tid, len(found), 0)
+                program = ctypes.create_string_buffer(8 * count)
+                ptrace(_SECCOMP_GET_FILTER, self.tid, len(found), ctypes.addressof(program))
+                found.append(program.raw)
+        except PtraceError as error:
+            return tuple(found) if error.errno == errno.ENOENT else ()
 
     def _understand(self, status: int) -> Halt:
         if not os.WIFSTOPPED(status):

@@ -13,7 +13,7 @@ import pytest
 from patcher.target import Target
 
 PROGRAMS = Path(__file__).parent / "programs"
-FLAGS = {"bare": ("-static", "-nostdlib"), "vectors": ("-mavx2",)}
+FLAGS = {"bare": ("-static", "-nostdlib"), "vectors": ("-mavx2",), "wide": ("-mavx512f", "-mavx512bw")}
 
 
 class Program:

@@ -235,7 +235,7 @@ def test_a_32_bit_program(tmp_path):
 
 
 @pytest.mark.parametrize("tracer", ["strace", "gdb"])
-def test_a_traced_process_names_its_tracer(start, attach, tracer):
+def test_a_traced_process_can_be_looked_at_and_written_to_and_names_its_tracer(start, attach, tracer):
     if shutil.which(tracer) is None:
         pytest.skip(f"no {tracer} here")
     program = start("signals")
@@ -248,10 +248,13 @@ def test_a_traced_process_names_its_tracer(start, attach, tracer):
     try:
         while statuses(program.pid, "TracerPid") == {"0"}:
             time.sleep(0.005)
-        with pytest.raises(AttachDenied, match=rf"traced by process {process.pid} \({tracer}\)"):
-            Target.attach(program.pid)
-        with pytest.raises(TargetBusy, match=rf"traced by process {process.pid} \({tracer}\)"), target.stopped():
-            pass
+        for each in (target, attach(program.pid)):
+            text = next(m for m in each.mappings() if m.executable)
+            each.memory.write(text.end - 1, each.memory.read(text.end - 1, 1))
+            with pytest.raises(TargetBusy, match=rf"traced by process {process.pid} \({tracer}\)"), each.stopped():
+                pass
+            with pytest.raises(TargetBusy, match=rf"traced by process {process.pid} \({tracer}\)"):
+                each.inject([SystemCall(39)], timeout=0.1)
     finally:
         process.send_signal(signal.SIGINT if tracer == "gdb" else signal.SIGTERM)
         process.terminate()
