@@ -492,10 +492,9 @@ class _Generation:
         self.bodies.append((door.arena.base, door.index, body))
         if part.unit.key != UNDEFINED:
             self.statuses.append((block.name, part.module.path, _STATUSES[part.status(block)]))
+        pieces = tuple((piece.body, piece.body + piece.size) for piece in part.cold_pieces(block))
         if live is not None:
-            extents = [(live.body, live.body + live.size)]
-            extents += [(piece.body, piece.body + piece.size) for piece in part.cold_pieces(block)]
-            self.replaced.append(Replaced(live.name, tuple(extents)))
+            self.replaced.append(Replaced(live.name, ((live.body, live.body + live.size), *pieces)))
         if not door.fresh:
             return
         self._allocate(part, islands=DOOR_SIZE)
@@ -519,6 +518,8 @@ class _Generation:
                 copy=copy.address if copy is not None else 0,
                 entry=copy.displaced.hex() if copy is not None else "",
                 cells=self._cells(live, names, island),
+                pieces=pieces if live is not None else (),
+                copied=len(copy.code) if copy is not None else 0,
             )
         )
 

@@ -41,6 +41,21 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class OldFrame:
+    """A call of a function's old code that has not returned, and where its frame is.
+
+    `thread` is 0 where no thread is on that stack: a coroutine. `generation`: which one's code it is (0: the program's
+    own); `loops`: it is in a loop, and is not expected to return.
+    """
+
+    function: str
+    thread: int
+    stack: int
+    generation: int
+    loops: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Timings:
     """Milliseconds from the save to the new code. `stop` is how long the target stood still."""
 
