@@ -54,6 +54,10 @@ def attach(
     allowed_layouts: Sequence[str] = (),
     reinit: Sequence[str] = (),
     hook_timeout: float = 5.0,
+    active: str = "run-on",
+    consistency: str = "function",
+    timeout: float = 5.0,
+    coroutines: bool = True,
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
@@ -63,6 +67,10 @@ def attach(
     is nowhere aborts when it is reached. With `tree`, its descendants are changed with it: all or none, unless
     `best_effort`. `allowed_layouts` are types that may change, since nothing live has their old layout or the caller
     sees to it. `hook_timeout` is how long each function that the program has for patcher to call may take, in seconds.
+    `active` says what becomes of threads and coroutines that are in the code which a change replaces: they go on in it
+    ("run-on"), are waited for ("drain"), or make the change be refused ("refuse"); with `consistency` "generation"
+    they are waited for as well. `timeout` is how long, in seconds; then the change is given up.
+    Without `coroutines`, stacks that no thread is on are left out.
     Raises `TargetGone` or `AttachDenied`, with what to do about it.
     """
     from patcher.options import Options
@@ -83,6 +91,10 @@ def attach(
         allowed_layouts=tuple(allowed_layouts),
         reinit=tuple(reinit),
         hook_timeout=hook_timeout,
+        active=active,
+        consistency=consistency,
+        timeout=timeout,
+        coroutines=coroutines,
     )
     session = (Tree if tree else Session)(Target.attach(pid), options)
     session.remember_texts()
@@ -103,6 +115,10 @@ def spawn(
     allowed_layouts: Sequence[str] = (),
     reinit: Sequence[str] = (),
     hook_timeout: float = 5.0,
+    active: str = "run-on",
+    consistency: str = "function",
+    timeout: float = 5.0,
+    coroutines: bool = True,
 ) -> Session:
     """Start a program and open a session on it. The caller is its parent, and waits for it.
 
@@ -122,6 +138,10 @@ def spawn(
         allowed_layouts=allowed_layouts,
         reinit=tuple(reinit),
         hook_timeout=hook_timeout,
+        active=active,
+        consistency=consistency,
+        timeout=timeout,
+        coroutines=coroutines,
     )
 
 

@@ -7,7 +7,8 @@
 
 What is found is there or may be there, and what is there is found, save for coroutines whose stacks are part of a frame
 of a thread, and for addresses that a program hides (a `jmp_buf` has one, and its stack another that is not hidden).
-A stack below a coroutine's pointer keeps return addresses of calls that are over: they count.
+The stack of a thread that has ended, which the C library keeps, is nobody's. A coroutine's stack, and one for signals,
+keeps return addresses of calls that are over below its pointer, which nobody can tell from here: they count.
 
 Decides also which of those frames are loops that will not return. Does not decide what that means for a change.
 """
@@ -15,7 +16,7 @@ Decides also which of those frames are loops that will not return. Does not deci
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +39,10 @@ _PAGE = 4096
 _CHUNK = 4 << 20
 _PAGES_AT_ONCE = 1 << 20
 _RESIDENT = np.uint64(3 << 62)  # in memory, or swapped out (proc(5), pagemap)
+_COMPARED = 64
 _SAME_STACK = 16 << 10  # return addresses closer than this are of one coroutine
+_CONTROL_BLOCK = 16 << 10  # from the end of a thread's stack, there is its control block
+_LISTED_AT, _THREAD_AT = 0x2C0, 0x2D0  # in it: neighbours in the C library's list of stacks, number of the thread
 _BOTTOM = 2  # frames below the function that a thread starts with: start_thread, clone3
 
 
@@ -57,13 +61,14 @@ class Lookout:
     def standing(self, versions: Iterable[Version], stopped: Stopped, limit: int) -> tuple[OldFrame, ...]:
         """Return the frames of some code while all threads stand still.
 
-        Raises `TooMuchMemory` when what may hold coroutines has more than `limit` bytes.
+        Raises `TooMuchMemory` when what may hold coroutines has more than `limit` bytes; 0: they are not looked for.
         """
         look = _Look(self._target, versions)
         mappings = self._target.mappings()
         for thread in stopped.described():
             self._take(look, thread, _Stack.of(self._target, thread.sp, mappings), mappings)
-        look.search(mappings, limit)
+        if limit:
+            look.search(mappings, limit)
         return look.frames()
 
     def running(self, versions: Iterable[Version], limit: int) -> tuple[OldFrame, ...]:
@@ -80,7 +85,8 @@ class Lookout:
             for tid in self._target.threads():
                 self._take_running(look, tid, mappings)
             with suppress(TooMuchMemory):
-                look.search(self._target.mappings(), limit)
+                if limit:
+                    look.search(self._target.mappings(), limit)
         except TargetGone:
             pass
         return look.frames()
@@ -123,8 +129,7 @@ class Lookout:
             return True
         executable = self._image.executable
         return any(
-            s.address <= further[0] - executable.bias < s.address + s.size
-            for s in executable.module.symbols.named("main")
+            s.value <= further[0] - executable.bias < s.value + s.size for s in executable.module.symbols.named("main")
         )
 
 
@@ -165,8 +170,7 @@ class _Stack:
             return cls(low, words, low, False, target.memory)
         if home.path == "[stack]":
             return cls(low, words, home.start, True, target.memory)
-        guarded = any(m.end == home.start and not (m.readable or m.writable) for m in mappings)
-        own = guarded and _has_control_block(low, words)
+        own = _is_guarded(home, mappings) and bool(len(_control_blocks(low, words)))
         return cls(low, words, home.start if own else low, own, target.memory)
 
     def read_u64(self, address: int) -> int:
@@ -177,16 +181,36 @@ class _Stack:
         return int(self.words[offset // 8])
 
 
-def _has_control_block(low: int, words: Array) -> bool:
-    # Above a thread's stack stands its control block, which has its own address in its first and third word.
+def _is_guarded(mapping: Mapping, mappings: Sequence[Mapping]) -> bool:
+    return any(m.end == mapping.start and not (m.readable or m.writable) for m in mappings)
+
+
+def _control_blocks(low: int, words: Array) -> Array:
+    """Return where control blocks of threads may be, which stand above their stacks.
+
+    Each has its own address in its first and third word (psABI; glibc's `tcbhead_t`).
+    """
     own = np.uint64(low) + np.uint64(8) * np.arange(len(words), dtype=np.uint64)
     itself = words == own
-    return bool(np.any(itself[:-2] & (words[2:] == own[:-2])))
+    found: Array = own[:-2][itself[:-2] & (words[2:] == own[:-2])]
+    return found
 
 
-def _covered(
-    target: Target, trace: Backtrace, stack: _Stack, mappings: Sequence[Mapping]
-) -> Iterator[tuple[int, int]]:
+def _is_left(target: Target, mapping: Mapping, threads: Container[int]) -> bool:
+    """Tell whether memory is the stack of a thread that has ended, which the C library (glibc) keeps for another."""
+    memory, low = target.memory, max(mapping.start, mapping.end - _CONTROL_BLOCK)
+    found = memory.read_available(low, mapping.end - low)
+    for block in _control_blocks(low, np.frombuffer(found, np.uint64)).tolist():
+        entry = block + _LISTED_AT
+        with suppress(PatcherError):
+            following, before = memory.read_u64(entry), memory.read_u64(entry + 8)
+            listed = memory.read_u64(following + 8) == entry == memory.read_u64(before)
+            number = int.from_bytes(memory.read(block + _THREAD_AT, 4), "little", signed=True)
+            return listed and number not in threads
+    return False
+
+
+def _covered(target: Target, trace: Backtrace, stack: _Stack, mappings: Sequence[Mapping]) -> Iterator[tuple[int, int]]:
     """Yield the memory that a thread's frames are in: in several stacks, where a signal handler has one of its own."""
     groups: dict[Mapping, list[int]] = {}
     for pointer in trace.pointers:
@@ -324,29 +348,43 @@ class _Look:
         if not self.spans:
             return
         left = limit
-        last: dict[str, int] = {}
+        places: dict[str, list[int]] = {}
         for start, end in self._unclaimed(mappings):
             for low in range(start, end, _CHUNK):
                 left -= min(_CHUNK, end - low)
                 if left < 0:
                     raise TooMuchMemory
-                self._search_chunk(low, min(low + _CHUNK, end), last)
+                self._search_chunk(low, min(low + _CHUNK, end), places)
 
-    def _search_chunk(self, low: int, high: int, last: dict[str, int]) -> None:
+    def _search_chunk(self, low: int, high: int, places: dict[str, list[int]]) -> None:
         found = self._target.memory.read_available(low, high - low)
         words = np.frombuffer(found[: len(found) & -8], np.uint64)
         for position, word, version in self._spans.holding(words):
             if word not in self.returns(version):
                 continue
             place = low + 8 * position
-            if place - last.get(version.name, -_SAME_STACK) >= _SAME_STACK:
+            if position:
+                place = self._of_context(int(words[position - 1]), word, place)
+            known = places.setdefault(version.name, [])
+            if all(abs(place - other) >= _SAME_STACK for other in known[-_COMPARED:]):
+                known.append(place)
                 self.add(version, 0, place, False)
-            last[version.name] = place
+
+    def _of_context(self, pointer: int, word: int, place: int) -> int:
+        """Return where a return address stands on its stack, if a `ucontext_t` has it beside the stack pointer."""
+        below = pointer - 8
+        if below % 8 or below < 0:
+            return place
+        there = self._target.memory.read_available(below, 8)
+        return below if there == word.to_bytes(8, "little") else place
 
     def _unclaimed(self, mappings: Sequence[Mapping]) -> Iterator[tuple[int, int]]:
         claims = sorted(self._claims)
+        threads = frozenset(self._target.threads())
         for mapping in mappings:
             if not _may_hold_stacks(mapping):
+                continue
+            if _is_guarded(mapping, mappings) and _is_left(self._target, mapping, threads):
                 continue
             for start, end in _present(self._target.pid, mapping):
                 position = start

@@ -29,27 +29,29 @@ def condition(options: Options, lookout: Lookout, versions: Sequence[Version]) -
     """Return what has to hold before code goes out of use, if the user asks for anything."""
     if not versions or (options.active == "run-on" and options.consistency == "function"):
         return None
-    return Condition(lookout, versions, 0.0 if options.active == "refuse" else options.timeout)
+    seconds = 0.0 if options.active == "refuse" else options.timeout
+    return Condition(lookout, versions, seconds, _LIMIT if options.coroutines else 0)
 
 
 class Condition:
     """That nobody is in some code, within so many seconds from now."""
 
-    def __init__(self, lookout: Lookout, versions: Sequence[Version], seconds: float) -> None:
+    def __init__(self, lookout: Lookout, versions: Sequence[Version], seconds: float, limit: int) -> None:
         self._lookout = lookout
         self._versions = tuple(versions)
         self._seconds = seconds
+        self._limit = limit
         self._until = time.monotonic() + seconds
 
     def __call__(self, stopped: Stopped) -> str:
         """Say who is in the code, "" for nobody. Raises `UnsafeChange` when the time is over."""
         try:
-            found = self._lookout.standing(self._versions, stopped, _LIMIT)
+            found = self._lookout.standing(self._versions, stopped, self._limit)
         except TooMuchMemory:
             raise UnsafeChange(
-                f"the process has more than {_LIMIT >> 30} GiB of memory that may hold the stacks of coroutines: nobody "
-                "can tell in time whether one is in the code that is to be replaced",
-                "let it change with --active run-on",
+                f"the process has more than {self._limit >> 30} GiB of memory that may hold stacks of coroutines: it takes "
+                "too long to look whether one is in the code that is to be replaced",
+                "leave them out with --no-coroutines, or let it change with --active run-on",
                 code="active",
             ) from None
         if found and time.monotonic() >= self._until:
@@ -61,6 +63,12 @@ class Condition:
         more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         waited = f" after {self._seconds:g} s" if self._seconds else ""
         loop = next((f for f in found if f.loops), None)
+        if not any(f.thread for f in found):
+            hint = (
+                "if that stack is not in use, leave those that no thread is on out with --no-coroutines; "
+                "or let them go on in their old code: --active run-on"
+            )
+            return UnsafeChange(f"the code that is to be replaced is in use{waited}: {who}{more}", hint, code="active")
         if loop is not None:
             hint = f"move the body of the loop in `{loop.function}` into a function, which can be replaced then"
         elif self._seconds:

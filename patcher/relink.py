@@ -52,7 +52,6 @@ class Linked:
     """A generation that is linked; nothing of it is in the process yet."""
 
     commit: Commit
-    replaced: tuple[Replaced, ...]
     data: tuple[Datum, ...]  # what becomes of variables
     used: tuple[tuple[str, str], ...] = ()  # variables that new code goes on using: name, file
     supplied: tuple[Part, ...] = ()  # the parts that came in because something was missing
@@ -161,7 +160,6 @@ class _Generation:
         kept = tuple(name for part in parts for name in part.kept)
         return Linked(
             commit,
-            tuple(self.replaced),
             tuple(self.data),
             tuple(self.used),
             tuple(self.supplied),

@@ -150,6 +150,7 @@ class Applied(Event):
     undefined: tuple[str, ...] = ()  # functions that are nowhere
     kept: tuple[str, ...] = ()  # wanted to be relinked, and left as they are
     members: tuple[Member, ...] = ()  # the processes, where there are several
+    frames: tuple[OldFrame, ...] = ()  # who is in old code, and where
 
     def fields(self) -> dict[str, Any]:
         t = self.timings
@@ -162,6 +163,7 @@ class Applied(Event):
             "kept": list(self.kept),
             "processes": [asdict(m) for m in self.members],
             "active": list(dict.fromkeys(function for _, function in self.active)),
+            "frames": [asdict(f) for f in self.frames],
             "timings": {name: round(getattr(t, name), 3) for name in ("detect", "build", "link", "stop", "total")},
         }
 
@@ -169,9 +171,10 @@ class Applied(Event):
 @dataclass(frozen=True, slots=True)
 class Reverted(Event):
     generation: int
+    frames: tuple[OldFrame, ...] = ()  # who is in the code that it took out
 
     def fields(self) -> dict[str, Any]:
-        return {"generation": self.generation}
+        return {"generation": self.generation, "frames": [asdict(f) for f in self.frames]}
 
 
 @dataclass(frozen=True, slots=True)
