@@ -49,8 +49,8 @@ class Condition:
             found = self._lookout.standing(self._versions, stopped, self._limit)
         except TooMuchMemory:
             raise UnsafeChange(
-                f"the process has more than {self._limit >> 30} GiB of memory that may hold stacks of coroutines: it takes "
-                "too long to look whether one is in the code that is to be replaced",
+                f"the process has more than {self._limit >> 30} GiB of memory that may hold stacks of coroutines, too "
+                "much to look whether one is in the code that is to be replaced",
                 "leave them out with --no-coroutines, or let it change with --active run-on",
                 code="active",
             ) from None
