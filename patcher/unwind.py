@@ -73,15 +73,17 @@ class Unwinder:
     def backtrace(self, thread: StoppedThread, stack: Words | None = None) -> Backtrace:
         """Return the calls that a thread, stopped with its general registers, is in; raises TargetGone.
 
-        Where only its program counter and stack pointer are known, what needs others ends the walk. `stack` is what
-        the thread's stack held when it stood still, where it does no longer.
+        `stack` is what the thread's stack held at a moment, where it does not stand still any more; it may then be known
+        by its program counter and stack pointer only: where others are needed, the walk ends.
         """
         if self._modules is not self._image.modules:
             self._modules = self._image.modules
             self._tables.clear()
             self._frames.clear()
             self._rows.clear()
-        registers: Registers = tuple(thread.general) or _known_only(thread.pc, thread.sp)
+        registers: Registers = tuple(thread.general)
+        if not registers and stack is not None:
+            registers = tuple({_SP: thread.sp, _PC: thread.pc}.get(number) for number in range(_REGISTERS))
         words = stack if stack is not None else self._memory
         addresses: list[int] = []
         pointers: list[int] = []
@@ -380,10 +382,6 @@ class _Row:
     def with_rule(self, register: int, rule: _Rule | None) -> _Row:
         rest = tuple(pair for pair in self.rules if pair[0] != register)
         return replace(self, rules=rest if rule is None else (*rest, (register, rule)))
-
-
-def _known_only(pc: int, sp: int) -> Registers:
-    return tuple({_SP: sp, _PC: pc}.get(number) for number in range(_REGISTERS))
 
 
 def _caller(frame: _Frame, row: _Row, registers: Registers, memory: Words) -> Registers:
