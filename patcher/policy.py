@@ -21,7 +21,7 @@ from patcher.patch.bodies import Version
 from patcher.report import OldFrame
 from patcher.target import Stopped
 
-_LIMIT = 4 << 30  # bytes to look through for coroutines, at about 2 GB a second
+_LIMIT = 1 << 30  # bytes to look through for coroutines while all stand still, at about 1 GB a second
 _NAMED = 4
 
 

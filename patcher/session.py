@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from patcher.units import Changes, Source, Units
 
 
-_LOOKED_THROUGH = 128 << 20  # bytes for coroutines, after each generation: some 50 ms
+_LOOKED_THROUGH = 64 << 20  # bytes for coroutines, after each generation: some 60 ms
 _ROUNDS = 8  # of linking again: for an arena, for libraries, for objects compiled otherwise
 
 

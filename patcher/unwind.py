@@ -73,8 +73,8 @@ class Unwinder:
     def backtrace(self, thread: StoppedThread, stack: Words | None = None) -> Backtrace:
         """Return the calls that a thread, stopped with its general registers, is in; raises TargetGone.
 
-        `stack` is what the thread's stack held at a moment, where it does not stand still any more; it may then be known
-        by its program counter and stack pointer only: where others are needed, the walk ends.
+        `stack` is what the thread's stack held at a moment, where it does not stand still any more; it may be known
+        by its program counter and stack pointer only, then: where others are needed, the walk ends.
         """
         if self._modules is not self._image.modules:
             self._modules = self._image.modules

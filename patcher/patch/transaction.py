@@ -188,7 +188,8 @@ def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResul
             return FlipResult(stopped.duration_ns)
         if used:
             waits += 1
-            time.sleep(min(_IDLE_PAUSE * waits, _LONGEST_IDLE_PAUSE))
+            # However long it takes to look: most of the time the program runs.
+            time.sleep(max(min(_IDLE_PAUSE * waits, _LONGEST_IDLE_PAUSE), 4e-9 * stopped.duration_ns))
             continue
         attempt += 1
         if attempt > _TRIES and time.monotonic() > until:
