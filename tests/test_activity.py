@@ -535,3 +535,174 @@ def _requests(pid: int, file: Path, log: Path, *options: str) -> str:
     command = [sys.executable, "-m", "patcher", "apply", str(pid), str(file), *options]
     subprocess.run(["strace", "-f", "-e", "trace=ptrace", "-o", str(log), *command], check=True, timeout=60)
     return log.read_text()
+
+
+# --- functions that must agree ---
+
+AGREE = """\
+#include <pthread.h>
+#include <unistd.h>
+int first(void);
+static volatile int stop, wrong, rounds;
+static pthread_t threads[2];
+static void *run(void *unused)
+{
+    while (!stop) {
+        if (!first())
+            __atomic_add_fetch(&wrong, 1, __ATOMIC_SEQ_CST);
+        __atomic_add_fetch(&rounds, 1, __ATOMIC_SEQ_CST);
+        for (volatile int i = 0; i < 100000; i++)
+            ;
+    }
+    return unused;
+}
+int answer(int n)
+{
+    if (n == 0)
+        for (int i = 0; i < 2; i++)
+            pthread_create(&threads[i], NULL, run, NULL);
+    return n == 2 ? rounds : wrong;
+}
+"""
+FIRST = """\
+int second(void);
+int first(void)
+{
+    volatile int version = 1;
+    for (volatile int i = 0; i < 100000; i++)
+        ;
+    return second() == version;
+}
+"""
+SECOND = "int second(void)\n{\n    return 1;\n}\n"
+
+
+def _disagreements(project: Project, **options: str) -> int:
+    """How often two functions of different generations met, in twenty changes and as many ways back."""
+    changes = [
+        (project.object("first.c", ("version = 1", f"version = {n}")), project.object("second.c", ("1;", f"{n};")))
+        for n in (2, 3)
+    ]
+    with project.running() as program, patcher.attach(program.pid, timeout=60, **options) as session:  # type: ignore[arg-type]
+        program.ask(0)
+        for turn in range(20):
+            seen = int(program.ask(2))
+            session.apply(*changes[turn % 2])
+            while int(program.ask(2)) < seen + 4:
+                pass
+            if turn % 2:
+                session.revert()
+        assert_untouched(program.pid)
+        return int(program.ask(1))
+
+
+def test_functions_of_different_generations_meet_unless_they_must_not(tmp_path: Path) -> None:
+    sources = {"main.c": MAIN, "unit.c": AGREE, "first.c": FIRST, "second.c": SECOND}
+    project = Project(tmp_path / "p", sources)
+    assert _disagreements(project) > 0, "the test sees nothing"
+    assert _disagreements(project, consistency="generation") == 0
+
+
+SUMS = """\
+#include <pthread.h>
+int added(int *step);
+static volatile int rounds, wrong;
+static int sum_is_of_one_step(int *step)
+{
+    int sum = added(step);
+    return sum == *step * %d + %d;
+}
+static void *run(void *unused)
+{
+    for (int step;; rounds++) {
+        if (!sum_is_of_one_step(&step))
+            wrong++;
+        for (volatile int i = 0; i < 10000; i++)
+            ;
+    }
+    return unused;
+}
+int answer(int n)
+{
+    pthread_t thread;
+    int step;
+    if (n == 0)
+        return pthread_create(&thread, 0, run, 0);
+    if (n == 1)
+        return sum_is_of_one_step(&step) ? step : -1;
+    return n == 2 ? rounds : wrong;
+}
+"""
+ADDED = """\
+int added(int *step)
+{
+    int sum = 0;
+    *step = STEP;
+    for (int i = 0; i < %d; i++)
+        sum += table[i](1);
+    return sum;
+}
+"""
+
+
+def test_slots_on_more_than_one_page(tmp_path: Path) -> None:
+    """Their switches lead to old bodies until the last moment: nobody may be in one then."""
+    count = 520
+    table = "".join(f"int f{i}(int n)\n{{\n    return n * STEP + {i};\n}}\n" for i in range(count))
+    names = ", ".join(f"f{i}" for i in range(count))
+    project = Project(
+        tmp_path / "p",
+        {
+            "main.c": MAIN,
+            "unit.c": SUMS % (count, sum(range(count))),
+            "table.c": f"#define STEP 1\n{table}static int (*const table[])(int) = {{{names}}};\n" + ADDED % count,
+        },
+    )
+    edits = [project.object("table.c", ("#define STEP 1", f"#define STEP {n}")) for n in (3, 7)]
+    with project.running() as program, patcher.attach(program.pid, force=True, active="drain", timeout=60) as session:
+        program.ask(0)
+        for step, file in zip((3, 7), edits, strict=True):
+            assert len(session.apply(file).functions) == count + 1
+            assert program.ask(1) == str(step)
+        session.revert()
+        assert program.ask(1) == "3"
+        session.revert(0)
+        assert program.ask(1) == "1"
+        assert int(program.ask(2)) > 0, "the thread calls none of it"
+        assert program.ask(3) == "0", "functions of different generations met"
+        assert_untouched(program.pid)
+
+
+def test_the_commands_have_the_policies(work: Project, change: Path) -> None:
+    def patch(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "patcher", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    with work.running() as program:
+        program.ask(0)
+        until(program, 1, "2")
+        pid = str(program.pid)
+        refused = patch("apply", pid, str(change), "--active", "refuse")
+        assert refused.returncode == 1
+        assert "is in `outer`" in refused.stderr
+        assert "after 0.1 s" in patch("apply", pid, str(change), "--active", "drain", "--timeout", "0.1").stderr
+        assert patch("apply", pid, str(change), "--active", "sometimes").returncode == 2
+        done = patch("apply", pid, str(change))
+        assert done.returncode == 0
+        assert "still in old code until it returns" in done.stderr
+        assert "outer (thread" in done.stderr
+        assert program.ask(2) == "1001"
+        program.ask(0)
+        until(program, 1, "2")
+        refused = patch("revert", pid, "--active", "refuse")
+        assert refused.returncode == 1
+        assert "is in `outer`" in refused.stderr
+        back = patch("revert", pid)
+        assert back.returncode == 0
+        assert "still in old code until it returns" in back.stderr
+        assert program.ask(2) == "2001"
+
+
+def test_a_choice_that_is_none(work: Project) -> None:
+    with work.running() as program, pytest.raises(patcher.PatcherError, match="run-on, drain, refuse"):
+        patcher.attach(program.pid, active="later")
