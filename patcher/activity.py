@@ -16,6 +16,7 @@ Decides also which of those frames are loops that will not return. Does not deci
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -65,11 +66,11 @@ class Lookout:
         `limit` bytes; 0: they are not looked for.
         """
         look = _Look(self._target, versions)
-        mappings = self._target.mappings()
+        layout = _Layout(self._target.mappings())
         for thread in stopped.described():
-            self._take(look, thread, _Stack.of(self._target, thread.sp, mappings), mappings)
+            self._take(look, thread, _Stack.of(self._target, thread.sp, layout), layout)
         if limit and not look.frames():
-            look.search(mappings, limit)
+            look.search(layout, limit)
         return look.frames()
 
     def running(self, versions: Iterable[Version], limit: int) -> tuple[OldFrame, ...]:
@@ -82,28 +83,29 @@ class Lookout:
         if not look.spans:
             return ()
         try:
-            mappings = self._target.mappings()
+            layout = _Layout(self._target.mappings())
             for tid in self._target.threads():
-                self._take_running(look, tid, mappings)
+                self._take_running(look, tid, layout)
             with suppress(TooMuchMemory):
                 if limit:
-                    look.search(self._target.mappings(), limit)
+                    look.search(_Layout(self._target.mappings()), limit)
         except TargetGone:
             pass
         return look.frames()
 
-    def _take_running(self, look: _Look, tid: int, mappings: Sequence[Mapping]) -> None:
+    def _take_running(self, look: _Look, tid: int, layout: _Layout) -> None:
+        waiting = _waiting(self._target.pid, tid)
+        if waiting is not None:
+            self._take(look, waiting, _Stack.of(self._target, waiting.sp, layout), layout)
+            return
         try:
-            waiting = _waiting(self._target.pid, tid)
-            if waiting is not None:
-                return self._take(look, waiting, _Stack.of(self._target, waiting.sp, mappings), mappings)
             with self._target.sampled(tid) as thread:
-                stack = _Stack.of(self._target, thread.sp, mappings)
-        except (OSError, ValueError, PatcherError):
-            return None
-        return self._take(look, thread, stack, mappings)
+                stack = _Stack.of(self._target, thread.sp, layout)
+        except PatcherError:
+            return  # it has ended, or cannot be stopped just now
+        self._take(look, thread, stack, layout)
 
-    def _take(self, look: _Look, thread: StoppedThread, stack: _Stack, mappings: Sequence[Mapping]) -> None:
+    def _take(self, look: _Look, thread: StoppedThread, stack: _Stack, layout: _Layout) -> None:
         suspected = look.suspects(thread, stack)
         if not suspected and stack.is_own:
             look.claim(stack.bottom, stack.end)
@@ -120,7 +122,7 @@ class Lookout:
             if found is not None:
                 outer = found.name == "main" or self._is_outer(trace, index)
                 look.add(found, thread.tid, place, outer and look.loops(found, address))
-        for low, high in _covered(self._target, trace, stack, mappings):
+        for low, high in _covered(self._target, trace, stack, layout):
             look.claim(low, high)
 
     def _is_outer(self, trace: Backtrace, index: int) -> bool:
@@ -136,10 +138,31 @@ class Lookout:
 
 def _waiting(pid: int, tid: int) -> StoppedThread | None:
     # A thread that waits in a system call shows its registers without being stopped (proc(5), syscall).
-    fields = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
+    try:
+        fields = Path(f"/proc/{pid}/task/{tid}/syscall").read_text().split()
+    except OSError:
+        return None
     if len(fields) < 3 or fields[0] == "running":
         return None
     return StoppedThread(tid, int(fields[-1], 16), int(fields[-2], 16))
+
+
+class _Layout:
+    """What is mapped, for finding quickly what an address is in."""
+
+    def __init__(self, mappings: Sequence[Mapping]) -> None:
+        self.mappings = mappings
+        self._starts = [m.start for m in mappings]
+        self._guards = frozenset(m.end for m in mappings if not (m.readable or m.writable))
+
+    def at(self, address: int) -> Mapping | None:
+        """Return what holds an address."""
+        index = bisect_right(self._starts, address) - 1
+        return self.mappings[index] if index >= 0 and address in self.mappings[index] else None
+
+    def is_guarded(self, mapping: Mapping) -> bool:
+        """Tell whether nobody may go below a mapping."""
+        return mapping.start in self._guards
 
 
 # --- the stack that a thread is on --------------------------------------------------------------------------------
@@ -163,15 +186,15 @@ class _Stack:
         return self.low + 8 * len(self.words)
 
     @classmethod
-    def of(cls, target: Target, sp: int, mappings: Sequence[Mapping]) -> _Stack:
+    def of(cls, target: Target, sp: int, layout: _Layout) -> _Stack:
         low = sp & -8
-        words = read_stack(target, sp, mappings)
-        home = next((m for m in mappings if sp in m), None)
+        home = layout.at(sp)
+        words = read_stack(target, sp, () if home is None else (home,))
         if home is None:
             return cls(low, words, low, False, target.memory)
         if home.path == "[stack]":
             return cls(low, words, home.start, True, target.memory)
-        own = _is_guarded(home, mappings) and bool(len(_control_blocks(low, words)))
+        own = layout.is_guarded(home) and bool(len(_control_blocks(low, words)))
         return cls(low, words, home.start if own else low, own, target.memory)
 
     def read_u64(self, address: int) -> int:
@@ -180,10 +203,6 @@ class _Stack:
         if offset % 8 or not 0 <= offset < 8 * len(self.words):
             return self.memory.read_u64(address)
         return int(self.words[offset // 8])
-
-
-def _is_guarded(mapping: Mapping, mappings: Sequence[Mapping]) -> bool:
-    return any(m.end == mapping.start and not (m.readable or m.writable) for m in mappings)
 
 
 def _control_blocks(low: int, words: Array) -> Array:
@@ -211,16 +230,16 @@ def _is_left(target: Target, mapping: Mapping, threads: Container[int]) -> bool:
     return False
 
 
-def _covered(target: Target, trace: Backtrace, stack: _Stack, mappings: Sequence[Mapping]) -> Iterator[tuple[int, int]]:
+def _covered(target: Target, trace: Backtrace, stack: _Stack, layout: _Layout) -> Iterator[tuple[int, int]]:
     """Yield the memory that a thread's frames are in: in several stacks, where a signal handler has one of its own."""
     groups: dict[Mapping, list[int]] = {}
     for pointer in trace.pointers:
-        home = next((m for m in mappings if pointer in m), None)
+        home = layout.at(pointer)
         if home is not None:
             groups.setdefault(home, []).append(pointer)
     for pointers in groups.values():
         low, high = min(pointers), max(pointers)
-        part = stack if stack.low <= low < stack.end else _Stack.of(target, low, mappings)
+        part = stack if stack.low <= low < stack.end else _Stack.of(target, low, layout)
         yield part.bottom, high
 
 
@@ -344,13 +363,13 @@ class _Look:
 
     # --- coroutines -----------------------------------------------------------------------------------------------
 
-    def search(self, mappings: Sequence[Mapping], limit: int) -> None:
+    def search(self, layout: _Layout, limit: int) -> None:
         """Find return addresses in memory that no thread has claimed. Raises `TooMuchMemory`."""
         if not self.spans:
             return
         left = limit
         places: dict[str, list[int]] = {}
-        for start, end in self._unclaimed(mappings):
+        for start, end in self._unclaimed(layout):
             for low in range(start, end, _CHUNK):
                 left -= min(_CHUNK, end - low)
                 if left < 0:
@@ -379,13 +398,13 @@ class _Look:
         there = self._target.memory.read_available(below, 8)
         return below if there == word.to_bytes(8, "little") else place
 
-    def _unclaimed(self, mappings: Sequence[Mapping]) -> Iterator[tuple[int, int]]:
+    def _unclaimed(self, layout: _Layout) -> Iterator[tuple[int, int]]:
         claims = sorted(self._claims)
         threads = frozenset(self._target.threads())
-        for mapping in mappings:
+        for mapping in layout.mappings:
             if not _may_hold_stacks(mapping):
                 continue
-            if _is_guarded(mapping, mappings) and _is_left(self._target, mapping, threads):
+            if layout.is_guarded(mapping) and _is_left(self._target, mapping, threads):
                 continue
             for start, end in _present(self._target.pid, mapping):
                 position = start

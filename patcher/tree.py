@@ -157,6 +157,7 @@ class Tree(Session):
 
         with _all_or_none(done):
             self._each({}, back)
+        self.frames = tuple(frame for one in done for frame in one.session.frames)
         return number
 
     def statuses(self) -> list[Status]:

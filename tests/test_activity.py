@@ -480,6 +480,83 @@ def test_a_change_of_what_no_coroutine_is_in(tmp_path: Path) -> None:
         assert program.ask(10) == "110"
 
 
+RUNNING = """\
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+int enter(int n);
+int work(int n);
+int ends[2];
+ucontext_t main_context, context;
+static int result;
+static void body(void)
+{
+    result = work(3);
+}
+int answer(int n)
+{
+    return enter(n);
+}
+int begin(void)
+{
+    char *stack = mmap(NULL, 65536, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (stack == MAP_FAILED || pipe(ends))
+        abort();
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = 65536;
+    context.uc_link = &main_context;
+    makecontext(&context, body, 0);
+    swapcontext(&main_context, &context);
+    return result;
+}
+"""
+ENTER = "int begin(void);\nint enter(int n)\n{\n    return n + 1000 + begin();\n}\n"
+BLOCKED = """\
+#include <unistd.h>
+extern int ends[2];
+int work(int n)
+{
+    char byte;
+    return read(ends[0], &byte, 1) * 10 + n;
+}
+"""
+
+
+def test_a_thread_on_the_stack_of_a_coroutine_and_its_own_that_waits(tmp_path: Path) -> None:
+    sources = {"main.c": MAIN, "unit.c": RUNNING, "enter.c": ENTER, "work.c": BLOCKED}
+    project = Project(tmp_path / "p", sources)
+    changes = {
+        r"thread \d+ is in `work`": project.object("work.c", ("* 10", "* 30")),
+        r"a coroutine \(stack at 0x7ff[0-9a-f]+\) is in `enter`": project.object("enter.c", ("+ 1000", "+ 3000")),
+    }
+    before = [project.object("work.c", ("* 10", "* 20")), project.object("enter.c", ("+ 1000", "+ 2000"))]
+    with project.running() as program, patcher.attach(program.pid, active="refuse") as session:
+        assert session.apply(*before).frames == ()
+        program.tell(5)
+        while not re.match("0 0x[3-9] ", Path(f"/proc/{program.pid}/syscall").read_text()):
+            pass  # read(2) from a descriptor of its own
+        for who, change in changes.items():
+            with pytest.raises(UnsafeChange, match=who):
+                session.apply(change)
+        ending = os.open(f"/proc/{program.pid}/fd/4", os.O_WRONLY)
+        os.write(ending, b"x")
+        os.close(ending)
+        assert program.line() == "2028"
+
+
+def test_more_memory_than_can_be_looked_through(work: Project, change: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patcher.policy._LIMIT", 4096)
+    with work.running() as program, patcher.attach(program.pid, active="drain") as session:
+        with pytest.raises(UnsafeChange, match="too much to look") as refused:
+            session.apply(change)
+        assert "--no-coroutines" in refused.value.hint
+        assert session.status().generation == 0
+        with patcher.attach(program.pid, active="drain", coroutines=False) as without:
+            assert without.apply(change).number == 1
+
+
 # --- loops that do not return ---
 
 
