@@ -30,26 +30,34 @@ class Version:
     doors: tuple[tuple[Door, int], ...]
     entry: bytes = b""
 
-    def is_led_to(self, slots: Mapping[Door, int]) -> bool:
-        """Tell whether a call reaches it while the slots have these values."""
-        return any(slots.get(door) == body for door, body in self.doors)
-
-    def is_of(self, slots: Mapping[Door, int]) -> bool:
-        """Tell whether it is code of one of the functions that have these slots."""
-        return any(door in slots for door, _ in self.doors)
-
-
-def out_of_use(journal: Journal, slots: Mapping[Door, int]) -> tuple[Version, ...]:
-    """Return the code that no call reaches once slots have these values, of the functions that have these slots."""
-    return tuple(v for v in versions(journal) if v.is_of(slots) and not v.is_led_to(slots))
+    def is_unused(self, slots: Mapping[Door, int]) -> bool:
+        """Tell whether it is code of one of the functions that have these slots, and these values lead past it."""
+        concerned = False
+        for door, body in self.doors:
+            found = slots.get(door)
+            if found == body:
+                return False
+            concerned = concerned or found is not None
+        return concerned
 
 
-def versions(journal: Journal) -> Iterator[Version]:
-    """Yield all code of all functions that were ever patched."""
-    for record in journal.generations.values():
-        for redirect in record.redirects:
-            yield from _original(redirect)
-        yield from _placed(record)
+class Bodies:
+    """The code of all functions that were ever patched; what it made of a record it keeps."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[GenerationRecord, tuple[Version, ...]]] = {}
+
+    def out_of_use(self, journal: Journal, slots: Mapping[Door, int]) -> tuple[Version, ...]:
+        """Return the code that no call reaches once slots have these values, of the functions that have these slots."""
+        records = journal.generations.values()
+        return tuple(version for record in records for version in self._of(record) if version.is_unused(slots))
+
+    def _of(self, record: GenerationRecord) -> tuple[Version, ...]:
+        known = self._known.get(record.number)
+        if known is None or known[0] is not record:
+            originals = [version for redirect in record.redirects for version in _original(redirect)]
+            known = self._known[record.number] = record, (*originals, *_placed(record))
+        return known[1]
 
 
 def _original(redirect: Redirect) -> Iterator[Version]:

@@ -25,7 +25,7 @@ from patcher.patch.arena import (
     half_made_arenas,
     remove_arena,
 )
-from patcher.patch.bodies import Door, Version, out_of_use
+from patcher.patch.bodies import Bodies, Door, Version
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
 from patcher.patch.transaction import Flip, FlipResult, Inside, TextWrite, flip
 from patcher.target import FunctionCall, Target, read_stat
@@ -98,6 +98,7 @@ class Ledger:
         self._fresh: list[Arena] = []  # arenas that this transaction mapped, and that nothing refers to yet
         self._unsettled = False  # some slots hold switches
         self._journal_read = b""
+        self._code = Bodies()
         self._controller = (os.getpid(), read_stat(os.getpid()).start_time)
         self.refresh()
 
@@ -415,13 +416,13 @@ class Ledger:
     def unused_by(self, record: GenerationRecord) -> tuple[Version, ...]:
         """Return the code of the functions of a generation that is not of it: all that they had before."""
         slots = {(arena, index): body for arena, index, body in record.bodies}
-        return out_of_use(Journal({**self.journal.generations, record.number: record}), slots)
+        return self._code.out_of_use(Journal({**self.journal.generations, record.number: record}), slots)
 
     def unused_at(self, number: int) -> tuple[Version, ...]:
         """Return the code that a revert puts out of use."""
         before, after = self._bodies_at(self.generation), self._bodies_at(number)
         changed = {door: body for door, body in after.items() if before[door] != body}
-        return out_of_use(self.journal, changed)
+        return self._code.out_of_use(self.journal, changed)
 
     def _bodies_at(self, number: int) -> dict[Door, int]:
         bodies = self.journal.bodies_at(number)
@@ -429,7 +430,7 @@ class Ledger:
 
     def unused(self) -> tuple[Version, ...]:
         """Return all code that was ever in use, and is not now."""
-        return out_of_use(self.journal, self.view().bodies)
+        return self._code.out_of_use(self.journal, self.view().bodies)
 
     def revert(self, number: int, idle: Inside | None = None) -> FlipResult:
         """Go back to an earlier generation; 0 takes back every detour and GOT cell as well.
