@@ -32,7 +32,7 @@ from patcher.code.entry import switch
 from patcher.errors import PatcherError, TargetBusy
 from patcher.patch.arena import PAGE, Arena
 from patcher.patch.journal import Body
-from patcher.target import Mapping, Stopped, Target
+from patcher.target import Mapping, Stopped, StoppedThread, Target
 
 _STACK_LIMIT = 8 << 20  # a stack's usual limit; a body that is far up in a deep recursion counts too
 _NEW_STACK = 64 << 10  # of a thread whose stack was mapped after we looked
