@@ -55,6 +55,10 @@ def attach(
     reinit: Sequence[str] = (),
     hook_timeout: float = 5.0,
     keep: int = 50,
+    active: str = "run-on",
+    consistency: str = "function",
+    timeout: float = 5.0,
+    coroutines: bool = True,
 ) -> Session:
     """Open a session on a running process. Nothing is stopped or written before `apply`.
 
@@ -65,6 +69,10 @@ def attach(
     `best_effort`. `allowed_layouts` are types that may change, since nothing live has their old layout or the caller
     sees to it. `hook_timeout` is how long each function that the program has for patcher to call may take, in seconds;
     `keep`, how many generations can be gone back to at least.
+    `active` says what becomes of threads and coroutines that are in the code which a change replaces: they go on in it
+    ("run-on"), are waited for ("drain"), or make the change be refused ("refuse"); with `consistency` "generation"
+    they are waited for as well. `timeout` is how long, in seconds; then the change is given up.
+    Without `coroutines`, stacks that no thread is on are left out.
     Raises `TargetGone` or `AttachDenied`, with what to do about it.
     """
     from patcher.options import Options
@@ -86,6 +94,10 @@ def attach(
         reinit=tuple(reinit),
         hook_timeout=hook_timeout,
         keep=keep,
+        active=active,
+        consistency=consistency,
+        timeout=timeout,
+        coroutines=coroutines,
     )
     session = (Tree if tree else Session)(Target.attach(pid), options)
     session.remember_texts()
@@ -107,6 +119,10 @@ def spawn(
     reinit: Sequence[str] = (),
     hook_timeout: float = 5.0,
     keep: int = 50,
+    active: str = "run-on",
+    consistency: str = "function",
+    timeout: float = 5.0,
+    coroutines: bool = True,
 ) -> Session:
     """Start a program and open a session on it. The caller is its parent, and waits for it.
 
@@ -127,6 +143,10 @@ def spawn(
         reinit=tuple(reinit),
         hook_timeout=hook_timeout,
         keep=keep,
+        active=active,
+        consistency=consistency,
+        timeout=timeout,
+        coroutines=coroutines,
     )
 
 

@@ -64,7 +64,6 @@ class Linked:
     """A generation that is linked; nothing of it is in the process yet."""
 
     commit: Commit
-    replaced: tuple[Replaced, ...]
     data: tuple[Datum, ...]  # what becomes of variables
     used: tuple[tuple[str, str], ...] = ()  # variables that new code goes on using: name, file
     supplied: tuple[Part, ...] = ()  # the parts that came in because something was missing
@@ -175,7 +174,6 @@ class _Generation:
         kept = tuple(name for part in parts for name in part.kept)
         return Linked(
             commit,
-            tuple(self.replaced),
             tuple(self.data),
             tuple(self.used),
             tuple(self.supplied),
@@ -554,10 +552,9 @@ class _Generation:
         self.bodies.append((door.arena.base, door.index, body))
         if part.unit.key != UNDEFINED:
             self.statuses.append((block.name, part.module.path, _STATUSES[part.status(block)]))
+        pieces = tuple((piece.body, piece.body + piece.size) for piece in part.cold_pieces(block))
         if live is not None:
-            extents = [(live.body, live.body + live.size)]
-            extents += [(piece.body, piece.body + piece.size) for piece in part.cold_pieces(block)]
-            self.replaced.append(Replaced(live.name, tuple(extents)))
+            self.replaced.append(Replaced(live.name, ((live.body, live.body + live.size), *pieces)))
         if not door.fresh:
             return
         self._allocate(part, islands=DOOR_SIZE)
@@ -581,6 +578,8 @@ class _Generation:
                 copy=copy.address if copy is not None else 0,
                 entry=copy.displaced.hex() if copy is not None else "",
                 cells=self._cells(live, names, island),
+                pieces=pieces if live is not None else (),
+                copied=len(copy.code) if copy is not None else 0,
             )
         )
 

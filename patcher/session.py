@@ -29,12 +29,25 @@ from patcher.errors import (
     named_shortages,
 )
 from patcher.options import Options
-from patcher.report import Applied, Event, Explanation, Function, Member, Note, Reporter, Timings, Unchanged, Variable
+from patcher.report import (
+    Applied,
+    Event,
+    Explanation,
+    Function,
+    Member,
+    Note,
+    OldFrame,
+    Reporter,
+    Timings,
+    Unchanged,
+    Variable,
+)
 from patcher.target import Target
 from patcher.texts import Texts
 
 # What follows takes a third of a second to import (drgn, numpy, capstone), and `status` and `revert` need none of it.
 if TYPE_CHECKING:
+    from patcher.activity import Lookout
     from patcher.data.initial import Changed, Initials, Told
     from patcher.data.threads import NewBlock, NewThreadLocals, StaticModel
     from patcher.elf.thread_module import ThreadBlock
@@ -42,13 +55,16 @@ if TYPE_CHECKING:
     from patcher.image import Image
     from patcher.link.place import FarData
     from patcher.part import Part
+    from patcher.patch.bodies import Version
     from patcher.patch.ledger import Commit, Constructor, Ledger
     from patcher.patch.reclaim import Policy
     from patcher.patch.transaction import FlipResult
+    from patcher.policy import Condition
     from patcher.relink import Linked
     from patcher.units import Changes, Source, Units
 
 
+_LOOKED_THROUGH = 64 << 20  # bytes for coroutines, after each generation: some 60 ms
 _ROUNDS = 8  # of linking again: for an arena, for libraries, for objects compiled otherwise
 
 
@@ -59,6 +75,7 @@ class Generation:
     number: int
     functions: tuple[Function, ...] = ()
     active: tuple[tuple[int, str], ...] = ()  # threads, and the functions whose old code they are still in
+    frames: tuple[OldFrame, ...] = ()  # where they are in it
     timings: Timings = field(default_factory=Timings)
     line_only: tuple[str, ...] = ()
     variables: tuple[Variable, ...] = ()  # what became of data
@@ -88,6 +105,7 @@ class Generation:
             self.undefined,
             self.kept,
             self.members,
+            self.frames,
         )
 
 
@@ -170,6 +188,8 @@ class Session:
         self._ledger: Ledger | None = None
         self._units: Units | None = None
         self._policy: Policy | None = None
+        self._lookout: Lookout | None = None
+        self.frames: tuple[OldFrame, ...] = ()  # who was in old code after the last change
         self._spare: dict[ThreadBlock, int] = {}  # storage that was loaded for a change which then failed
         self._departed: frozenset[str] = frozenset()  # modules that were unloaded, as was told already
         self.texts = Texts()
@@ -226,6 +246,14 @@ class Session:
 
             self._ledger = Ledger(self.target)
         return self._ledger
+
+    @property
+    def lookout(self) -> Lookout:
+        if self._lookout is None:
+            from patcher.activity import Lookout
+
+            self._lookout = Lookout(self.image)
+        return self._lookout
 
     @property
     def units(self) -> Units:
@@ -482,8 +510,6 @@ class Session:
         self.image.stub_area = next(iter(self.ledger.arenas.values())).stub
 
     def _commit(self, linked: Linked) -> Generation:
-        from patcher.patch.active import find_active
-
         record = linked.commit.record
         functions = tuple(Function(*status) for status in record.statuses)
         variables = _variables(linked.data)
@@ -503,11 +529,11 @@ class Session:
         with self._with_hooks(applying(record, named)):
             result = self._made_live(commit)
         self._spare.clear()
-        bodies = [(r.name, r.extents) for r in linked.replaced]
-        active = find_active(self.target, bodies, result.threads)
+        self._look_around()
         return replace(
             outcome,
-            active=tuple((a.thread, a.function) for a in active),
+            active=tuple((f.thread, f.function) for f in self.frames),
+            frames=self.frames,
             timings=Timings(stop=result.stop_ns / 1e6),
         )
 
@@ -520,15 +546,31 @@ class Session:
         if not self.options.dry_run:
             self.initials.remember(linked.told)
 
+    def _look_around(self) -> None:
+        """Find who is in old code, now that a generation is live."""
+        from patcher.activity import seen_again
+
+        found: tuple[OldFrame, ...] = ()
+        with suppress(PatcherError, OSError):  # the change is live, whatever can be told of it
+            limit = _LOOKED_THROUGH if self.options.coroutines else 0
+            found = self.lookout.running(self.ledger.unused(), limit)
+        self.frames = seen_again(found, self.frames)
+
+    def _condition(self, versions: Sequence[Version]) -> Condition | None:
+        from patcher.policy import condition
+
+        return condition(self.options, self.lookout, versions)
+
     def _made_live(self, commit: Commit) -> FlipResult:
+        idle = self._condition(self.ledger.unused_by(commit.record))
         if not commit.fills:
-            return self.ledger.commit(commit, self._construct)
+            return self.ledger.commit(commit, self._construct, idle=idle)
         from patcher.filling import Filling
         from patcher.loader import workspace
 
         with workspace(self.target) as memory:
             filling = Filling(self.image, self.ledger.view(), commit.fills, memory, self.options.hook_timeout)
-            return self.ledger.commit(commit, self._construct, filling)
+            return self.ledger.commit(commit, self._construct, filling, idle)
 
     @contextmanager
     def _with_hooks(self, happening: Happening) -> Iterator[None]:
@@ -566,7 +608,8 @@ class Session:
     def revert(self, generation: int | None = None) -> int:
         """Go back to an earlier generation (default: the one before the live one; 0: the program as it was started).
 
-        Returns its number. Raises `UnsafeChange` when it is not recorded, or nothing has been patched.
+        Returns its number; `frames` says who is in the code that it took out. Raises `UnsafeChange` when it is not
+        recorded, nothing has been patched, or somebody is in that code and must not be.
         """
         self.target.check_alive()
         with self.ledger.transaction():
@@ -580,15 +623,22 @@ class Session:
             if generation is None:
                 generation = self.previous()
             if generation != live:
-                self._revert(live, generation)
+                self._revert(live, generation, self._condition(self.ledger.unused_at(generation)))
+                self._look_around()
         return generation
+
+    def take_back(self, generation: int) -> None:
+        """Undo what was done a moment ago, whoever is in that code."""
+        with self.ledger.transaction():
+            if self.ledger.generation != generation:
+                self._revert(self.ledger.generation, generation, None)
 
     def previous(self) -> int:
         """Return the generation before the live one; 0 when that is the first, or the program as it was started."""
         live = self.ledger.generation
         return self.ledger.journal.before(live) if live else 0
 
-    def _revert(self, live: int, generation: int) -> None:
+    def _revert(self, live: int, generation: int, idle: Condition | None) -> None:
         from patcher.hooks import reverting
 
         try:
@@ -596,10 +646,10 @@ class Session:
         except ObjectError as error:
             # Going back needs no file of the program; its hooks cannot be found without.
             self.emit(Note(f"hooks are not called: {error.message}"))
-            self.ledger.revert(generation)
+            self.ledger.revert(generation, idle)
             return
         with self._with_hooks(reverting(self.ledger.journal, live, generation)):
-            self.ledger.revert(generation)
+            self.ledger.revert(generation, idle)
 
     @named_shortages()
     def status(self) -> Status:

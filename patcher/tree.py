@@ -157,6 +157,7 @@ class Tree(Session):
 
         with _all_or_none(done):
             self._each({}, back)
+        self.frames = tuple(frame for one in done for frame in one.session.frames)
         return number
 
     def statuses(self) -> list[Status]:
@@ -187,7 +188,7 @@ def _all_or_none(done: list[_Done]) -> Iterator[None]:
     except PatcherError:
         for one in reversed(done):
             with suppress(TargetGone):
-                Session.revert(one.session, one.before)
+                one.session.take_back(one.before)
         raise
 
 
@@ -197,7 +198,8 @@ def _together(outcomes: dict[int, Generation], members: tuple[Member, ...], root
     first = outcomes[root] if outcomes[root].functions or not changed else changed[0]
     stop = max(outcome.timings.stop for outcome in outcomes.values())
     active = tuple(pair for outcome in outcomes.values() for pair in outcome.active)
-    return replace(first, active=active, timings=replace(first.timings, stop=stop), members=members)
+    frames = tuple(frame for outcome in outcomes.values() for frame in outcome.frames)
+    return replace(first, active=active, frames=frames, timings=replace(first.timings, stop=stop), members=members)
 
 
 def _named(error: PatcherError, pid: int, root: int) -> PatcherError:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,12 @@ _KNOWN_TABLE = b"\x01\x1b\x03\x3b"
 Registers = tuple[int | None, ...]  # by DWARF number; None for what is not known any more
 
 
+class Words(Protocol):
+    """Memory, as far as a stack is concerned."""
+
+    def read_u64(self, address: int, /) -> int: ...
+
+
 class _Unknown(Exception):
     """The call frame information does not tell."""
 
@@ -45,11 +51,12 @@ class _Unknown(Exception):
 class Backtrace:
     """The functions a thread is in, innermost first: an address inside each, that of the call and not behind it.
 
-    `complete` when the outermost was reached: what there is, is all there is.
+    `complete` when the outermost was reached: what there is, is all there is. `pointers`: the stack pointer in each.
     """
 
     addresses: tuple[int, ...]
     complete: bool
+    pointers: tuple[int, ...] = ()
 
 
 class Unwinder:
@@ -63,30 +70,39 @@ class Unwinder:
         self._rows: dict[int, tuple[_Frame, _Row]] = {}
         self._modules = image.modules
 
-    def backtrace(self, thread: StoppedThread) -> Backtrace:
-        """Return the calls that a thread, stopped with its general registers, is in; raises TargetGone."""
+    def backtrace(self, thread: StoppedThread, stack: Words | None = None) -> Backtrace:
+        """Return the calls that a thread, stopped with its general registers, is in; raises TargetGone.
+
+        `stack` is what the thread's stack held at a moment, where it does not stand still any more; it may be known
+        by its program counter and stack pointer only, then: where others are needed, the walk ends.
+        """
         if self._modules is not self._image.modules:
             self._modules = self._image.modules
             self._tables.clear()
             self._frames.clear()
             self._rows.clear()
         registers: Registers = tuple(thread.general)
+        if not registers and stack is not None:
+            registers = tuple({_SP: thread.sp, _PC: thread.pc}.get(number) for number in range(_REGISTERS))
+        words = stack if stack is not None else self._memory
         addresses: list[int] = []
+        pointers: list[int] = []
         interrupted = True  # the address is that of the next instruction to be executed, not one behind a call
         while len(addresses) < _MOST_FRAMES and len(registers) == _REGISTERS:
             pc = registers[_PC]
             if pc is None:
-                return Backtrace(tuple(addresses), True)
+                return Backtrace(tuple(addresses), True, tuple(pointers))
             address = pc if interrupted else pc - 1
             addresses.append(address)
+            pointers.append(registers[_SP] or 0)
             try:
                 frame, row = self._description(address)
-                registers, interrupted = _caller(frame, row, registers, self._memory), frame.signal
+                registers, interrupted = _caller(frame, row, registers, words), frame.signal
             except TargetGone:
                 raise
             except (_Unknown, PatcherError, struct.error, LookupError, ValueError):
                 break
-        return Backtrace(tuple(addresses), False)
+        return Backtrace(tuple(addresses), False, tuple(pointers))
 
     def function_start(self, address: int) -> int | None:
         """Return where the function that holds a live address starts, or None when its module does not tell."""
@@ -368,7 +384,7 @@ class _Row:
         return replace(self, rules=rest if rule is None else (*rest, (register, rule)))
 
 
-def _caller(frame: _Frame, row: _Row, registers: Registers, memory: Memory) -> Registers:
+def _caller(frame: _Frame, row: _Row, registers: Registers, memory: Words) -> Registers:
     if row.expression:
         cfa = _evaluate(row.expression, registers, memory, [])
     else:
@@ -384,7 +400,7 @@ def _caller(frame: _Frame, row: _Row, registers: Registers, memory: Memory) -> R
     return tuple(before)
 
 
-def _recover(rule: _Rule, register: int, registers: Registers, cfa: int, memory: Memory) -> int | None:
+def _recover(rule: _Rule, register: int, registers: Registers, cfa: int, memory: Words) -> int | None:
     match rule.kind:
         case "undefined":
             return None
@@ -498,14 +514,14 @@ def _rule(opcode: int, reader: _Reader, factor: int) -> _Rule:
 # --- expressions --------------------------------------------------------------------------------------------------
 
 
-def _evaluate(expression: bytes, registers: Registers, memory: Memory, stack: list[int]) -> int:
+def _evaluate(expression: bytes, registers: Registers, memory: Words, stack: list[int]) -> int:
     reader = _Reader(expression)
     while reader:
         _operate(reader.fixed(1), reader, registers, memory, stack)
     return stack.pop() & _ALL_BITS
 
 
-def _operate(opcode: int, reader: _Reader, registers: Registers, memory: Memory, stack: list[int]) -> None:
+def _operate(opcode: int, reader: _Reader, registers: Registers, memory: Words, stack: list[int]) -> None:
     if 0x70 <= opcode <= 0x8F:  # breg0 ... breg31
         stack.append(_known(registers, opcode - 0x70) + reader.signed())
     elif 0x30 <= opcode <= 0x4F:  # lit0 ... lit31

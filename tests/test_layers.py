@@ -69,6 +69,9 @@ ALLOWED: dict[str, set[str]] = {
     "directory": {"image", "link.place", "patch"},
     # What fills new storage runs while all stand still, when nobody refers to the old any more.
     "filling": {"data.still_used", "errors", "image", "loader", "patch", "target"},
+    # Who is in old code, and whether it may go out of use all the same.
+    "activity": {"code", "errors", "image", "patch", "report", "target", "unwind"},
+    "policy": {"activity", "errors", "options", "patch", "report", "target"},
     "hooks": {"errors", "image", "live", "loader", "part", "patch", "target"},
     "options": {"errors"},
     "texts": {"errors", "build"},
@@ -78,6 +81,8 @@ ALLOWED: dict[str, set[str]] = {
     "explain": {"errors", "match", "part", "relink", "units", "report"},
     "session": MATCHING
     | {
+        "activity",
+        "policy",
         "explain",
         "match",
         "part",

@@ -11,7 +11,7 @@ import pytest
 
 from patcher.loop import Loop
 from patcher.options import Options
-from patcher.report import Applied, BuildFailed, Event, Note, Saved
+from patcher.report import Applied, BuildFailed, Event, Note, Refused, Saved
 from patcher.session import Session
 from patcher.target import Target
 
@@ -89,3 +89,14 @@ def test_a_saved_header_is_told_to_touch_nothing(loop: tuple[Loop, Seen, Path]) 
     assert isinstance(saved, Saved)
     assert isinstance(note, Note)
     assert "unit.h: no source file" in note.text
+
+
+def test_a_busy_process_ends_no_watch(loop: tuple[Loop, Seen, Path]) -> None:
+    watching, seen, source = loop
+    with Target.attach(watching.session.target.pid) as other, other.memory.claimed():
+        save(watching, source, TEXT.replace("return 1", "return 2"))
+    (_, refused) = seen.take()
+    assert isinstance(refused, Refused)
+    assert refused.reason == "locked"
+    save(watching, source, TEXT.replace("return 1", "return 3"))
+    assert Applied in [type(e) for e in seen.take()]

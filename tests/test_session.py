@@ -189,13 +189,14 @@ def test_threads_in_old_code_are_named(tmp_path):
         assert {thread for thread, _ in generation.active} == threads
         again = session.apply(second)
         assert [f.name for f in again.functions] == ["block"]
-        assert again.active == (), "nobody entered the body of generation 1"
+        assert {(f.function, f.generation) for f in again.frames} == {("block", 0), ("spin", 0)}
+        assert all(f.loops for f in again.frames), "they were there before as well"
         assert program.ask(1) == "1"
         assert program.ask(0) == "0"
         while program.ask(2) != "4":
             pass
         last = session.apply(first)
-        assert {function for _, function in last.active} == {"block"}
+        assert {(f.function, f.generation) for f in last.frames} == {("block", 2)}
         assert program.ask(1) == "1"
         assert_untouched(program.pid)
 

@@ -56,7 +56,7 @@ def revert(pid: int, generation: int | None, as_json: bool, **rest: Any) -> int:
     asked = gather(rest)
     with asked.reporter() as reporter, asked.session(pid, reporter) as session:
         number = session.revert(generation)
-        event = Reverted(number)
+        event = Reverted(number, session.frames)
         reporter.emit(event)
         if as_json:
             click.echo(json.dumps(event.as_json()))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from patcher.errors import PatcherError
-from patcher.options import Options
+from patcher.options import CHOICES, Options
 from patcher.report.console import ConsoleReport
 from patcher.report.events import EventStream, Reporter, Reporters
 from patcher.session import Offer, Session
@@ -46,6 +46,10 @@ class Common:
     reinit: tuple[str, ...]
     hook_timeout: float
     keep: int
+    active: str
+    consistency: str
+    timeout: float
+    coroutines: bool
 
     def options(self) -> Options:
         return Options(
@@ -64,6 +68,10 @@ class Common:
             reinit=self.reinit,
             hook_timeout=self.hook_timeout,
             keep=self.keep,
+            active=self.active,
+            consistency=self.consistency,
+            timeout=self.timeout,
+            coroutines=self.coroutines,
         )
 
     def session(self, pid: int, reporter: Reporter, offer: Offer | None = None) -> Session:
@@ -138,6 +146,30 @@ def common(watch: bool) -> Callable[[F], F]:
                 metavar="N",
                 help="How many generations can be gone back to at least (default: 50).",
             ),
+            click.option(
+                "--coroutines/--no-coroutines",
+                default=True,
+                help="Look for old code on stacks that no thread is on (default), or not.",
+            ),
+            click.option(
+                "--timeout",
+                type=click.FloatRange(min=0),
+                default=Options().timeout,
+                metavar="SECONDS",
+                help="How long to wait until nobody is in old code (default: 5).",
+            ),
+            click.option(
+                "--consistency",
+                type=click.Choice(CHOICES["consistency"]),
+                default=Options().consistency,
+                help="Change functions each by itself, or while nobody is in any of them.",
+            ),
+            click.option(
+                "--active",
+                type=click.Choice(CHOICES["active"]),
+                default=Options().active,
+                help="Who is in old code goes on there, is waited for, or makes it be refused.",
+            ),
             click.option("--every-function", is_flag=True, help="Replace functions that did not change as well."),
             click.option("--best-effort", is_flag=True, help="With --tree: change those processes that can be."),
             click.option("--tree", is_flag=True, help="Take the process and its descendants as one."),
@@ -193,4 +225,8 @@ def gather(arguments: dict[str, Any]) -> Common:
         reinit=tuple(arguments["reinit"]),
         hook_timeout=arguments["hook_timeout"],
         keep=arguments["keep"],
+        active=arguments["active"],
+        consistency=arguments["consistency"],
+        timeout=arguments["timeout"],
+        coroutines=arguments["coroutines"],
     )

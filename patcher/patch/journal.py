@@ -44,6 +44,8 @@ class Redirect:
     copy: int  # the displaced copy, which is the old body; 0 for a function born in a patch
     entry: str  # hex of the bytes the detour replaces; "" for a function born in a patch
     cells: tuple[tuple[int, int, int], ...] = ()  # GOT cells: address, original value, island
+    pieces: tuple[tuple[int, int], ...] = ()  # extents of what the compiler split off the original
+    copied: int = 0  # the copy's length; 0 in the records of older versions
 
     @property
     def born(self) -> bool:
@@ -543,4 +545,6 @@ def _redirect(raw: dict[str, Any]) -> Redirect:
         _number(raw["copy"]),
         bytes.fromhex(raw["entry"]).hex(),
         _cells(raw["cells"]),
+        tuple((_number(start), _number(end)) for start, end in raw.get("pieces", ())),
+        _number(raw.get("copied", 0)),
     )

@@ -25,6 +25,7 @@ from patcher.patch.arena import (
     half_made_arenas,
     remove_arena,
 )
+from patcher.patch.bodies import Bodies, Door, Version
 from patcher.patch.departed import find_departed, instances, missing, modules_of, without_departed
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
 from patcher.patch.transaction import Flip, FlipResult, Inside, TextWrite, flip
@@ -103,6 +104,7 @@ class Ledger:
         self._fresh: list[Arena] = []  # arenas that this transaction mapped, and that nothing refers to yet
         self._unsettled = False  # some slots hold switches
         self._journal_read = b""
+        self._code = Bodies()
         self._controller = (os.getpid(), read_stat(os.getpid()).start_time)
         self.refresh()
 
@@ -290,11 +292,18 @@ class Ledger:
 
     # --- changing ---------------------------------------------------------------------------------------------
 
-    def commit(self, change: Commit, construct: Construct | None = None, inside: Inside | None = None) -> FlipResult:
+    def commit(
+        self,
+        change: Commit,
+        construct: Construct | None = None,
+        inside: Inside | None = None,
+        idle: Inside | None = None,
+    ) -> FlipResult:
         """Make a generation live, or leave everything as it was and raise.
 
         `construct` runs the generation's constructors in the target, or raises. What they may have handed out to the
-        program by then is not used again, should the generation not become live. `inside` does the fills: see `Flip`.
+        program by then is not used again, should the generation not become live. `inside` does the fills, `idle` says
+        who is in the old code: see `Flip`.
         """
         change = self._with_instances(change)
         running: list[Constructor] = []
@@ -332,7 +341,8 @@ class Ledger:
             for address, data in change.published:
                 self.target.memory.write(address, data)
             self._refuse_departed(change)
-            result = flip(self.target, replace(self._flip(change), inside=inside if change.fills else None))
+            decided = replace(self._flip(change), inside=inside if change.fills else None, idle=idle)
+            result = flip(self.target, decided)
         except BaseException as error:
             with suppress(PatcherError, OSError):
                 self._take_back(change, before, exposed or bool(running))
@@ -448,7 +458,26 @@ class Ledger:
         cells = [TextWrite(address, _cell(before), _cell(after)) for address, before, after in redirect.cells]
         return write, [c for c in cells if self.target.memory.read_available(c.address, 8) == c.old]
 
-    def revert(self, number: int) -> FlipResult:
+    def unused_by(self, record: GenerationRecord) -> tuple[Version, ...]:
+        """Return the code of the functions of a generation that is not of it: all that they had before."""
+        slots = {(arena, index): body for arena, index, body in record.bodies}
+        return self._code.out_of_use(Journal({**self.journal.generations, record.number: record}), slots)
+
+    def unused_at(self, number: int) -> tuple[Version, ...]:
+        """Return the code that a revert puts out of use."""
+        before, after = self._bodies_at(self.generation), self._bodies_at(number)
+        changed = {door: body for door, body in after.items() if before[door] != body}
+        return self._code.out_of_use(self.journal, changed)
+
+    def _bodies_at(self, number: int) -> dict[Door, int]:
+        bodies = self.journal.bodies_at(number)
+        return {(r.arena, r.index): bodies.get((r.arena, r.index), r.copy) for r in self.journal.redirects}
+
+    def unused(self) -> tuple[Version, ...]:
+        """Return all code that was ever in use, and is not now."""
+        return self._code.out_of_use(self.journal, self.view().bodies)
+
+    def revert(self, number: int, idle: Inside | None = None) -> FlipResult:
         """Go back to an earlier generation; 0 takes back every detour and GOT cell as well.
 
         Raises `UnsafeChange` for a generation that is not recorded.
@@ -466,7 +495,7 @@ class Ledger:
         change = self._assemble(values, number, kept, self._quiet_between(self.generation, number))
         if number == 0:
             change = self._restoring(change)
-        change = replace(change, data=self._rewrites_to(number))
+        change = replace(change, data=self._rewrites_to(number), idle=idle)
         result = flip(self.target, change)
         with suppress(PatcherError, OSError):
             self.refresh()

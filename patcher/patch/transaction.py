@@ -23,7 +23,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
@@ -41,6 +41,8 @@ _PATIENT_TRIES, _PATIENCE = 1000, 5.0  # where more than the entries has to be c
 _STEPS = 16
 _TOGETHER = 1 << 20  # bytes of stacks that are searched at once
 _GAP = 256  # bytes between writes to the text that are written as one
+
+_IDLE_PAUSE, _LONGEST_IDLE_PAUSE = 0.002, 0.05  # between two stops that find somebody in old code; in seconds
 
 Words = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
@@ -66,7 +68,8 @@ class Flip:
     to their own entry and would come out in the new code in the middle of their work; `restores`: the text goes back
     to what it was at first, after the slots; `data`: what the program's own data becomes (address, contents),
     whatever it is by then. `inside` is called while all stand still, before anything is written: it says why that has
-    to wait ("" when it has not), or raises, and nothing is changed.
+    to wait ("" when it has not), or raises, and nothing is changed. `idle` is asked likewise, before all else; what it
+    names is waited for until it raises.
     """
 
     text: tuple[TextWrite, ...]
@@ -76,10 +79,18 @@ class Flip:
     restores: bool = False
     data: tuple[tuple[int, bytes], ...] = ()
     inside: Inside | None = None
+    idle: Inside | None = None
 
     @property
     def needs_stop(self) -> bool:
-        return bool(self.text or self.cells or self.quiet or self.data or self.inside)
+        return bool(self.text or self.cells or self.quiet or self.data or self.inside or self.idle)
+
+    @property
+    def switches(self) -> tuple[tuple[int, int], ...]:
+        """What a thread may be in that is about to enter an old body, where nobody may do that any more."""
+        if self.in_one_write or not (self.quiet or self.idle):
+            return ()
+        return tuple((arena.switches, arena.switch(max(values) + 1)) for arena, values in self.slots)
 
     @property
     def in_one_write(self) -> bool:
@@ -89,10 +100,9 @@ class Flip:
 
 @dataclass(frozen=True)
 class FlipResult:
-    """How long the target stood still (0: not at all), and the threads as they were then."""
+    """How long the target stood still (0: not at all)."""
 
     stop_ns: int
-    threads: tuple[StoppedThread, ...] = field(default=())
 
 
 def flip(target: Target, change: Flip) -> FlipResult:
@@ -161,21 +171,30 @@ def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResul
         return FlipResult(0)
     detours = _Guard(((w.address, w.address + len(w.new)) for w in change.text), include_start=False)
     bodies = _Guard(((b.start, b.end) for b in change.quiet), include_start=True)
+    switches = _Guard(change.switches, include_start=True)
     reason = ""
     until = time.monotonic() + _PATIENCE
-    for attempt in range(_TRIES if change.inside is None else _PATIENT_TRIES):
+    attempt = waits = 0
+    while attempt < (_TRIES if change.inside is None else _PATIENT_TRIES):
         mappings = target.mappings()
         with target.stopped() as stopped:
-            done = _is_clear(target, stopped, mappings, (detours, bodies))
+            used = change.idle(stopped) if change.idle is not None else ""
+            done = not used and _is_clear(target, stopped, mappings, (switches, detours, bodies))
             reason = change.inside(stopped) if done and change.inside is not None else ""
             done = done and not reason
             if done:
                 _write_all(target, change, slots)
         if done:
-            return FlipResult(stopped.duration_ns, stopped.threads)
-        if attempt >= _TRIES and time.monotonic() > until:
+            return FlipResult(stopped.duration_ns)
+        if used:
+            waits += 1
+            # However long it takes to look: most of the time the program runs.
+            time.sleep(max(min(_IDLE_PAUSE * waits, _LONGEST_IDLE_PAUSE), 4e-9 * stopped.duration_ns))
+            continue
+        attempt += 1
+        if attempt > _TRIES and time.monotonic() > until:
             break
-        time.sleep(0.001 * min(attempt + 1, _TRIES))
+        time.sleep(0.001 * min(attempt, _TRIES))
     if reason:
         raise TargetBusy(
             f"process {target.pid}: data with another layout cannot be filled just now: {reason}",

@@ -15,6 +15,7 @@ from patcher.report.events import (
     Exited,
     Member,
     Note,
+    OldFrame,
     Ready,
     Refused,
     Reverted,
@@ -62,7 +63,7 @@ class ConsoleReport:
             self._unchanged(event)
         elif isinstance(event, Reverted):
             what = "the program as it was started" if event.generation == 0 else f"generation {event.generation}"
-            self._say(f"back to {what}")
+            self._say("\n".join([f"back to {what}", *_frames(event.frames)]))
         elif isinstance(event, Exited) and event.signal is not None:
             self._say(f"the program was killed by signal {event.signal}")
 
@@ -85,9 +86,7 @@ class ConsoleReport:
             lines.append(f"  kept, no room for a jump at their entry: {_escape(self._some(event.kept))}")
         if event.line_only:
             lines.append(f"  only line numbers differ, left as they are: {_escape(self._some(event.line_only))}")
-        if event.active:
-            still = ", ".join(f"{function} (thread {thread})" for thread, function in event.active[:_LISTED])
-            lines.append(f"  [yellow]still in old code until it returns[/]: {_escape(still)}")
+        lines += _frames(event.frames)
         t = event.timings
         lines.append(
             f"  [dim]detect {t.detect:.0f}, build {t.build:.0f}, link {t.link:.0f}, "
@@ -158,6 +157,24 @@ def _told(variables: tuple[Variable, ...]) -> list[str]:
         if found:
             lines.append(f"  {words}: {_escape(_listed(named))}")
     return lines
+
+
+def _frames(frames: tuple[OldFrame, ...]) -> list[str]:
+    """Return who is in old code: those that will return, and loops."""
+    lines = []
+    staying = list(dict.fromkeys(_frame(f) for f in frames if not f.loops))
+    if staying:
+        lines.append(f"  [yellow]still in old code until it returns[/]: {_escape(_listed(staying))}")
+    loops = list(dict.fromkeys(_frame(f) for f in frames if f.loops))
+    if loops:
+        lines.append(f"  [yellow]in old code, in a loop that does not return[/]: {_escape(_listed(loops))}")
+        lines.append("  move the body of the loop into a function, which can be replaced then")
+    return lines
+
+
+def _frame(frame: OldFrame) -> str:
+    where = f"thread {frame.thread}" if frame.thread else f"in a coroutine (stack at {frame.stack:#x})"
+    return f"{frame.function} ({where})"
 
 
 def _members(members: tuple[Member, ...]) -> list[str]:

@@ -41,6 +41,21 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class OldFrame:
+    """A call of a function's old code that has not returned, and where its frame is.
+
+    `thread` is 0 where no thread is on that stack: a coroutine. `generation`: which one's code it is (0: the program's
+    own); `loops`: it is in a loop, and is not expected to return.
+    """
+
+    function: str
+    thread: int
+    stack: int
+    generation: int
+    loops: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Timings:
     """Milliseconds from the save to the new code. `stop` is how long the target stood still."""
 
@@ -135,6 +150,7 @@ class Applied(Event):
     undefined: tuple[str, ...] = ()  # functions that are nowhere
     kept: tuple[str, ...] = ()  # wanted to be relinked, and left as they are
     members: tuple[Member, ...] = ()  # the processes, where there are several
+    frames: tuple[OldFrame, ...] = ()  # who is in old code, and where
 
     def fields(self) -> dict[str, Any]:
         t = self.timings
@@ -147,6 +163,7 @@ class Applied(Event):
             "kept": list(self.kept),
             "processes": [asdict(m) for m in self.members],
             "active": list(dict.fromkeys(function for _, function in self.active)),
+            "frames": [asdict(f) for f in self.frames],
             "timings": {name: round(getattr(t, name), 3) for name in ("detect", "build", "link", "stop", "total")},
         }
 
@@ -154,9 +171,10 @@ class Applied(Event):
 @dataclass(frozen=True, slots=True)
 class Reverted(Event):
     generation: int
+    frames: tuple[OldFrame, ...] = ()  # who is in the code that it took out
 
     def fields(self) -> dict[str, Any]:
-        return {"generation": self.generation}
+        return {"generation": self.generation, "frames": [asdict(f) for f in self.frames]}
 
 
 @dataclass(frozen=True, slots=True)

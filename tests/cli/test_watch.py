@@ -220,8 +220,19 @@ TABLE = {
     "build_failed": {"file", "diagnostics"},
     "refused": {"reason", "message", "hint", "file"},
     "unchanged": {"files", "data"},
-    "applied": {"generation", "functions", "data", "supplied", "undefined", "kept", "processes", "active", "timings"},
-    "reverted": {"generation"},
+    "applied": {
+        "generation",
+        "functions",
+        "data",
+        "supplied",
+        "undefined",
+        "kept",
+        "processes",
+        "active",
+        "frames",
+        "timings",
+    },
+    "reverted": {"generation", "frames"},
     "exited": {"status"},
 }
 

@@ -15,10 +15,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+import patcher.activity
 import patcher.data
 import patcher.loader
 import patcher.match
-import patcher.patch.active
 import patcher.relink
 import patcher.session
 import patcher.units

@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 
+import patcher.activity
 import patcher.match
-import patcher.patch.active
 import patcher.relink
 import patcher.session
 from patcher.target import Memory

@@ -16,6 +16,7 @@ from patcher.report import (
     Exited,
     Function,
     Note,
+    OldFrame,
     Ready,
     Refused,
     Reverted,
@@ -38,6 +39,7 @@ APPLIED = Applied(
     supplied=("/usr/lib/libx.a(y.o)",),
     undefined=("z",),
     kept=("tiny",),
+    frames=(OldFrame("main", 11, 4096, 0, True), OldFrame("loop", 12, 8192, 2), OldFrame("co", 0, 12288, 0)),
 )
 EVENTS: list[tuple[Event, dict[str, object]]] = [
     (Ready(5, "/bin/p", ("src",)), {"event": "ready", "pid": 5, "program": "/bin/p", "watching": ["src"]}),
@@ -66,10 +68,22 @@ EVENTS: list[tuple[Event, dict[str, object]]] = [
             "kept": ["tiny"],
             "processes": [],
             "active": ["main", "loop"],
+            "frames": [
+                {"function": "main", "thread": 11, "stack": 4096, "generation": 0, "loops": True},
+                {"function": "loop", "thread": 12, "stack": 8192, "generation": 2, "loops": False},
+                {"function": "co", "thread": 0, "stack": 12288, "generation": 0, "loops": False},
+            ],
             "timings": {"detect": 1.5, "build": 20.25, "link": 3.0, "stop": 0.123, "total": 24.9},
         },
     ),
-    (Reverted(0), {"event": "reverted", "generation": 0}),
+    (
+        Reverted(0, (OldFrame("f", 1, 16, 1),)),
+        {
+            "event": "reverted",
+            "generation": 0,
+            "frames": [{"function": "f", "thread": 1, "stack": 16, "generation": 1, "loops": False}],
+        },
+    ),
     (Exited(status=3), {"event": "exited", "status": 3}),
     (Exited(signal=9), {"event": "exited", "signal": 9}),
 ]
@@ -107,8 +121,9 @@ def test_what_was_applied_is_told_with_everything_that_matters():
         "undefined, a call aborts: z",
         "kept, no room for a jump at their entry: tiny",
         "h",
-        "main (thread 11)",
-        "loop (thread 12)",
+        "in a loop that does not return: main (thread 11)\n",
+        "move the body of the loop into a function",
+        "still in old code until it returns: loop (thread 12), co (in a coroutine (stack at 0x3000))\n",
         "stop 0.12",
     ):
         assert part in text
