@@ -58,6 +58,7 @@ class Admission:
         self._modules: dict[str, _Module | None] = {}
         self._latest: dict[str, tuple[Declared, ...]] = {}
         self._checked: WeakKeyDictionary[ObjectFile, _Checked] = WeakKeyDictionary()
+        self._seen: set[int] = set()  # generations that were applied by this controller
 
     def open(self, path: str, file: Path) -> bool:
         """Read a module's debug information, once; tell whether it has any. Raises `PatcherError` for damaged ones."""
@@ -111,7 +112,9 @@ class Admission:
         texts = [*(la.declared for la in live), module.program.units_of(new.file), *(la.declared for la in gone)]
         known = [tuple(d for d in each if d.file == new.file) for each in texts]
         current = [*known[: min(1, len(live))], known[len(live)]]
-        judgement = Judgement(known, current, new, module.program, lambda: keeps_values(part))
+        others = [layers for key, layers in module.layers.items() if key != part.unit.key]
+        patched = [d for layers in others for layer in layers for d in layer.declared]
+        judgement = Judgement(known, current, new, module.program, lambda: keeps_values(part), patched)
         return [*judgement.verdicts(), *self._by_name(module, part, judgement.unknown())]
 
     def _by_name(self, module: _Module, part: Part, names: Collection[str] | None) -> list[LayoutVerdict]:
@@ -126,8 +129,22 @@ class Admission:
         changes = changed_types(layouts, data, part.source, names)
         return [LayoutVerdict(c.name, c.details, Standing.HEAP) for c in changes]
 
+    def files(self, part: Part) -> tuple[str, ...]:
+        """Return the files that the debug information of a part, which was judged, is of."""
+        checked = self._checked.get(part.delta.blocks.object)
+        return tuple(dict.fromkeys(d.file for d in checked.declared)) if checked is not None else ()
+
+    def knows(self, lineage: Collection[int]) -> bool:
+        """Tell whether what all of these generations declare is known here."""
+        return self._seen.issuperset(lineage)
+
+    def is_spared(self, verdict: LayoutVerdict) -> bool:
+        """Tell whether a change of layout is made on the user's word."""
+        return _is_allowed(verdict.type, self._allowed)
+
     def applied(self, generation: int, parts: Sequence[Part]) -> None:
         """Remember what a generation's parts declare: the process has it now."""
+        self._seen.add(generation)
         for part in parts:
             module, checked = self._modules.get(part.module.path), self._checked.pop(part.delta.blocks.object, None)
             if module is None or checked is None:
