@@ -87,7 +87,7 @@ class Filling:
         if called and chosen is None:
             return f"thread {threads[0].tid} {self._caller.objection(threads[0])}"
         names = ", ".join(f.name for f in self._fills)
-        ends = [f.old + f.old_size for f in self._fills if f.moved is not None]
+        ends = [end for f in self._fills if f.moved is not None and self._is_bare(end := f.old + f.old_size)]
         refuse_words(self._image, self._view, names, self._ranges, [t.sp for t in threads], ends)
         if called and chosen is not None:
             self._fill(stopped, chosen.tid, called)
@@ -96,6 +96,13 @@ class Filling:
                 self._move(fill, fill.moved)
             self._check_addresses(fill)
         return ""
+
+    def _is_bare(self, address: int) -> bool:
+        """Tell whether nothing begins where a variable ends, which an address there would rather lead to."""
+        module = self._image.module_at(address)
+        if module is None or module.symbols_at(address):
+            return False
+        return all(s.address <= address - module.bias < s.end for s in [*module.module.segments][-1:])
 
     def _move(self, fill: Fill, moved: Callable[[bytes], Sequence[tuple[int, bytes]]]) -> None:
         """Copy what is carried over into the new storage, which has its initial value."""

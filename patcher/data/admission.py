@@ -114,7 +114,8 @@ class Admission:
         current = [*known[: min(1, len(live))], known[len(live)]]
         others = [layers for key, layers in module.layers.items() if key != part.unit.key]
         patched = [d for layers in others for layer in layers for d in layer.declared]
-        judgement = Judgement(known, current, new, module.program, lambda: keeps_values(part), patched)
+        reverted = [d for layer in gone for d in layer.declared]
+        judgement = Judgement(known, current, new, module.program, lambda: keeps_values(part), patched, reverted)
         return [*judgement.verdicts(), *self._by_name(module, part, judgement.unknown())]
 
     def _by_name(self, module: _Module, part: Part, names: Collection[str] | None) -> list[LayoutVerdict]:
@@ -164,9 +165,13 @@ def check(source: str, verdicts: Sequence[LayoutVerdict]) -> None:
     names = ", ".join(f"`{v.type}`" for v in refused[:_SHOWN])
     more = f"; and {len(refused) - _SHOWN} more types" if len(refused) > _SHOWN else ""
     said = [v.describe() + (f" ({concerns})" if (concerns := v.concerns()) else "") for v in refused[:_SHOWN]]
+    said += dict.fromkeys(v.reason for v in refused[:_SHOWN] if v.obstacles)
+    filled = [v.type.rpartition(" ")[2].rpartition("::")[2] for v in refused[:_SHOWN] if v.obstacles]
+    functions = ", ".join(dict.fromkeys(f"`void patcher_migrate_{name}(void *, const void *)`" for name in filled))
     raise UnsafeChange(
         f"{source} changes the layout of data that the process has: {'; '.join(said)}{more}",
-        f"restart the program; or, if nothing live is {names} any more, "
+        (f"write {functions}, which fills the new one; or " if functions else "")
+        + f"restart the program; or, if nothing live is {names} any more, "
         + " ".join(f"--allow-layout-change '{v.type}'" for v in refused[:_SHOWN]),
         code="layout",
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from patcher.data.layouts import LayoutVerdict, Restructured, Standing
-from patcher.data.shapes import Move, Obstacle, Shape, copy_plan, told
+from patcher.data.shapes import Form, Move, Obstacle, Shape, copy_plan, told
 from patcher.part import Part
 
 
@@ -81,6 +81,8 @@ def _obstacles(v: LayoutVerdict, files: set[str], defined: set[str], history_kno
     unsaved = [f for f in v.elsewhere or () if f not in files]
     yield from (f"{file} knows it and is not part of the change" for file in unsaved)
     yield from (f"`{name}` is gone" for name in v.lost)
+    if v.past:
+        yield "it is of a change that was taken back"
     if not history_known and not v.fresh:
         yield "an earlier change was made by another controller"
     for variable in v.variables:
@@ -94,9 +96,19 @@ def _of_variable(variable: Restructured) -> Iterator[str]:
         yield f"`{variable.name}` is a static variable of a function"
     elif variable.constant:
         yield f"`{variable.name}` is constant"
+    elif _is_virtual(variable.old) or _is_virtual(variable.new):
+        yield f"`{variable.name}` has virtual functions or base classes"
     else:
         plan = copy_plan(variable.old, variable.new)
         yield from (f"`{variable.name}{o.path}`: {o.reason}" for o in plan if isinstance(o, Obstacle))
+
+
+def _is_virtual(shape: Shape) -> bool:
+    """Tell whether the class of a value, or of a part of it, counts when it runs: a copy would keep the old one."""
+    if shape.element is not None:
+        return _is_virtual(shape.element)
+    dynamic = shape.form is Form.OTHER and shape.text.startswith(("struct ", "class "))
+    return dynamic or any(p.name.startswith("_vptr") or _is_virtual(p.shape) for p in shape.parts)
 
 
 def carried_by(judged: Judged) -> dict[str, Carried]:

@@ -60,8 +60,9 @@ class LayoutVerdict:
 
     `variables` have it within themselves; `leading` are those that lead to it by pointers; `functions` name it. For a
     type that only variables have: `elsewhere` are the files of other units that know it, or know one of the variables
-    (None: that is not known), `lost` are variables that the unit does not have any more, and `fresh` says whether the
-    new code too declares no pointer to it. `carried`: the values are carried over, `obstacles` say why they are not.
+    (None: that is not known), `lost` are variables that the unit does not have any more, `fresh` says whether the new
+    code too declares no pointer to it, and `past` whether only a change that was taken back had it. `carried`: the
+    values are carried over, `obstacles` say why they are not.
     """
 
     type: str
@@ -76,6 +77,7 @@ class LayoutVerdict:
     elsewhere: tuple[str, ...] | None = ()
     lost: tuple[str, ...] = ()
     fresh: bool = True
+    past: bool = False
     carried: bool = False
     obstacles: tuple[str, ...] = ()
 
@@ -199,10 +201,12 @@ class Judgement:
         program: Program,
         keeping: Callable[[], bool],
         patched: Sequence[Declared] = (),
+        reverted: Sequence[Declared] = (),
     ) -> None:
-        """`patched` is what earlier changes brought of other units."""
+        """`patched` is what earlier changes brought of other units, `reverted` the layers that count last."""
         self.new = new
         self._patched = patched
+        self._reverted = reverted
         self._current = current
         self._layers = [layer for layer in layers if layer]
         self._program = program
@@ -293,9 +297,8 @@ class Judgement:
             elsewhere = None
         lost = tuple(v.name for v in had.variables if v.name not in self.new.variables)
         fresh = not (has.escaping or has.leading or has.local)
-        return LayoutVerdict(
-            name, details, standing, *concerned, file=self.new.file, elsewhere=elsewhere, lost=lost, fresh=fresh
-        )
+        verdict = LayoutVerdict(name, details, standing, *concerned, file=self.new.file, elsewhere=elsewhere)
+        return replace(verdict, lost=lost, fresh=fresh, past=old in self._reverted)
 
     def _standing(self, name: str, had: Holders, elsewhere: tuple[str, ...] | None) -> Standing:
         enum = had.unit.node(had.type).kind is Kind.ENUM

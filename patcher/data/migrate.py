@@ -82,6 +82,10 @@ class Comparison:
         return self.old.count != self.new.count or not same(self.old.spec, self.new.spec)
 
     @property
+    def is_same(self) -> bool:
+        return self.old is not None and self.new is not None and not self.differs
+
+    @property
     def elements_differ(self) -> bool:
         return self.old is not None and self.new is not None and not same(self.old.spec, self.new.spec)
 
@@ -196,7 +200,7 @@ def taken_care_of(parts: Sequence[Part], storages: Sequence[Storage]) -> tuple[s
 def _is_as_stored(parts: Sequence[Part], storage: Storage) -> bool:
     """Tell whether a variable that was carried over has the layout that it got then."""
     known = [c for p in parts for name in storage.names if (c := p.layouts.get(name)) is not None]
-    return any(c.old and c.new for c in known) and not any(c.differs for c in known)
+    return any(c.is_same for c in known) and not any(c.differs for c in known)
 
 
 def migrations(
@@ -249,6 +253,8 @@ def _migration(
     if old is None and (comparison.old is not None or carried is not None):
         raise _taken_apart(part, plain_name(block.name))
     fillable = {plain_name(block.name), *(comparison.new.types if comparison.new is not None else ())}
+    if old is not None and carried is not None and old.size == block.size and comparison.is_same:
+        return None  # an earlier change gave it this layout
     if old is not None and carried is not None and not functions.keys() & fillable:
         return _carried(part, block, old, comparison, carried)
     if old is None or not ((old.size and block.size and old.size != block.size) or comparison.differs):
