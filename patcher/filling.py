@@ -87,7 +87,7 @@ class Filling:
         if called and chosen is None:
             return f"thread {threads[0].tid} {self._caller.objection(threads[0])}"
         names = ", ".join(f.name for f in self._fills)
-        ends = [end for f in self._fills if f.moved is not None and self._is_bare(end := f.old + f.old_size)]
+        ends = [end for f in self._fills if f.moved is not None and self._is_inner(end := f.old + f.old_size)]
         refuse_words(self._image, self._view, names, self._ranges, [t.sp for t in threads], ends)
         if called and chosen is not None:
             self._fill(stopped, chosen.tid, called)
@@ -97,12 +97,10 @@ class Filling:
             self._check_addresses(fill)
         return ""
 
-    def _is_bare(self, address: int) -> bool:
-        """Tell whether nothing begins where a variable ends, which an address there would rather lead to."""
+    def _is_inner(self, address: int) -> bool:
+        """Tell whether the place behind a variable is within its module: that one's own end, others know as well."""
         module = self._image.module_at(address)
-        if module is None or module.symbols_at(address):
-            return False
-        return all(s.address <= address - module.bias < s.end for s in [*module.module.segments][-1:])
+        return module is not None and address - module.bias not in {s.end for s in module.module.segments}
 
     def _move(self, fill: Fill, moved: Callable[[bytes], Sequence[tuple[int, bytes]]]) -> None:
         """Copy what is carried over into the new storage, which has its initial value."""

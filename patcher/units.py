@@ -402,16 +402,19 @@ class Units:
         migrated = migrate.taken_care_of(parts, journal.storages_at(self.ledger.generation))
         # Code that stays the same sees data as what runs now does.
         new = [p for p in parts if p.supplied or any(p.status(b) is not Status.SAME for b in p.wanted())]
-        judged = [j for part in new if (j := self._judged(part, lineage, migrated)) is not None]
+        stored = migrate.stored_variables(parts, journal.storages_at(self.ledger.generation))
+        judged = [j for part in new if (j := self._judged(part, lineage, migrated, stored)) is not None]
         if may_be_carried(judged) and not any(p.supplied for p in parts):
             judged = self._carried(parts, idle, judged, lineage)
         self.layouts += [v for j in judged for v in j.verdicts]
         for one in judged:
             check_layouts(one.part.source, one.verdicts)
 
-    def _judged(self, part: Part, lineage: Collection[int], migrated: Sequence[str]) -> Judged | None:
+    def _judged(
+        self, part: Part, lineage: Collection[int], migrated: Sequence[str] = (), stored: Sequence[str] = ()
+    ) -> Judged | None:
         known = self.know_layouts(part.module)
-        found = self.admission.verdicts(part, lineage, migrated) if known else None
+        found = self.admission.verdicts(part, lineage, migrated, stored) if known else None
         if found is None:
             self._say_unchecked(part, not known)
             return None
@@ -426,7 +429,7 @@ class Units:
         """
         types = {v.type for j in judged for v in j.verdicts}
         seen = {j.part for j in judged}
-        silent = [j for p in (*parts, *idle) if p not in seen and (j := self._judged(p, lineage, ())) is not None]
+        silent = [j for p in (*parts, *idle) if p not in seen and (j := self._judged(p, lineage)) is not None]
         silent = [replace(j, verdicts=tuple(v for v in j.verdicts if v.type in types)) for j in silent]
         known = self.admission.knows(lineage)
         decided = carry_over([*judged, *silent], self.admission.is_spared, history_known=known)

@@ -77,12 +77,13 @@ class Admission:
         return module.by_name if module is not None else None
 
     def verdicts(
-        self, part: Part, lineage: Collection[int], migrated: Sequence[str] = ()
+        self, part: Part, lineage: Collection[int], migrated: Sequence[str] = (), stored: Sequence[str] = ()
     ) -> tuple[LayoutVerdict, ...] | None:
         """Judge what a part changes in its module, which is open; None when it has no debug information.
 
-        `lineage` are the generations that are live; `migrated` are types and variables that may change, since the
-        change carries their values over. Raises `PatcherError` when the debug information is damaged.
+        `lineage` are the generations that are live; `migrated` are types and variables that may change, since functions
+        fill them, or `stored` variables that an earlier change gave the layout that they have. Raises `PatcherError`
+        when the debug information is damaged.
         """
         module = self._modules[part.module.path]
         data = bytes(part.delta.blocks.object.contents)
@@ -100,7 +101,11 @@ class Admission:
             declared, found = (), []
         if not declared:
             found = self._by_name(module, part, None)
-        found = [replace(v, allowed=_is_allowed(v.type, (*self._allowed, *migrated))) for v in dict.fromkeys(found)]
+        allowed = (*self._allowed, *migrated)
+        known = [
+            (v, _is_allowed(v.type, allowed) or (v.of_variable and v.type in stored)) for v in dict.fromkeys(found)
+        ]
+        found = [replace(v, allowed=is_allowed) for v, is_allowed in known]
         self._latest[part.unit.key] = declared
         self._checked[part.delta.blocks.object] = _Checked(declared, not found)
         return tuple(found)

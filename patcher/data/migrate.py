@@ -187,7 +187,6 @@ def taken_care_of(parts: Sequence[Part], storages: Sequence[Storage]) -> tuple[s
     """
     functions = functions_of(parts)
     found = {name for s in storages if s.by or _is_as_stored(parts, s) for name in s.types} | set(functions)
-    found |= {s.name for s in storages if not s.by and _is_as_stored(parts, s)}
     for part in parts:
         for name, comparison in part.layouts.items():
             if comparison.new is not None and (
@@ -195,6 +194,11 @@ def taken_care_of(parts: Sequence[Part], storages: Sequence[Storage]) -> tuple[s
             ):
                 found |= set(comparison.new.types)
     return tuple(sorted(found))
+
+
+def stored_variables(parts: Sequence[Part], storages: Sequence[Storage]) -> tuple[str, ...]:
+    """Return the variables that were carried over and have now the layout that they got then."""
+    return tuple(s.name for s in storages if not s.by and _is_as_stored(parts, s))
 
 
 def _is_as_stored(parts: Sequence[Part], storage: Storage) -> bool:

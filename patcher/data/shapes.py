@@ -228,7 +228,7 @@ def _joined(moves: list[Move]) -> tuple[Move, ...]:
 def told(old: Shape, new: Shape) -> str:
     """Return how a variable is carried over, in a few words: `members copied by name; new: limit`."""
     inner_old, inner_new = _innermost(old), _innermost(new)
-    if inner_new.form is Form.STRUCT:
+    if inner_new.form is Form.STRUCT and inner_old != inner_new:
         fresh, gone = (list(_only_in(a, b, "")) for a, b in ((inner_new, inner_old), (inner_old, inner_new)))
         how = "members copied by name"
         how += f"; new: {_listed(fresh)}" if fresh else ""

@@ -217,9 +217,15 @@ def refuse_words(
     for low, high in (*ranges, *((end, end + 1) for end in ends)):
         for at in words_into(image.target, mappings, low, high):
             inside = any(start <= at < end for start, end in ranges)
-            if not inside and not holders.is_cell(at):
+            if not inside and not holders.is_cell(at) and not (low in ends and _is_of_linker(image, at)):
                 what = "the address behind its end" if low in ends else "its address"
                 raise _still_used(name, f"{_word(image, view, mappings, at)}, which holds {what}")
+
+
+def _is_of_linker(image: Image, at: int) -> bool:
+    """Tell whether a word of a module is part of no variable: where sections end, linkers have words of their own."""
+    module = image.module_at(at)
+    return module is not None and module.module.symbols.covering(at - module.bias) is None
 
 
 def _word(image: Image, view: ArenaView, mappings: Sequence[Mapping], at: int) -> str:

@@ -98,7 +98,7 @@ def test_what_is_told() -> None:
     assert (
         told(OLD, struct(("b", 0, INT), ("limit", 8, LONG), size=16)) == "members copied by name; new: limit; gone: a"
     )
-    assert told(array(2, OLD), array(3, OLD)) == "members copied by name"
+    assert told(array(2, OLD), array(3, OLD)) == "elements copied by index"
     assert told(array(2, INT), array(3, INT)) == "elements copied by index"
     assert told(INT, LONG) == "value kept"
 
