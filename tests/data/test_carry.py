@@ -306,3 +306,34 @@ def test_without_debug_information_it_is_refused(tmp_path):
             session.apply(rewrite(project, "unit.c", LARGER))
         assert caught.value.code == "layout"
         assert program.ask(0) == "1"
+
+
+SCOPED = """\
+struct point { int x, y; };
+int grid[2][3] = {{1, 2, 3}, {4, 5, 6}};
+int answer(int n)
+{
+    static struct point last = {3, 4};
+    last.x += n;
+    return last.x + last.y + grid[1][0];
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("int x, y;", "int x, tag, y;", r"`answer::last` is a static variable of a function"),
+        ("grid[2][3] = {{1, 2, 3}, {4, 5, 6}}", "grid[3][2]", r"array bounds \[2\]\[3\] -> \[3\]\[2\]"),
+    ],
+    ids=["function's own", "rows"],
+)
+def test_what_is_not_done_says_so(tmp_path, old, new, named):
+    project = single(tmp_path, SCOPED)
+    with project.running() as program, patcher.attach(program.pid, watched=[project.sources]) as session:
+        assert program.ask(1) == "12"
+        with pytest.raises(UnsafeChange, match=named) as caught:
+            session.apply(rewrite(project, "unit.c", SCOPED.replace(old, new).replace("+= n", "+= 2 * n")))
+        assert caught.value.code == "layout"
+        assert program.ask(1) == "13"
+        assert_untouched(program.pid)
