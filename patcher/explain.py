@@ -29,7 +29,7 @@ def explain(units: Units, sources: Sequence[Source], link: Callable[[Changes], L
         if not changes.parts:
             return found
         found = replace(found, outlook=Outlook.LIVE)
-        units.check_layouts(changes.parts)
+        units.check_layouts(changes.parts, changes.idle)
         linked = link(changes)
     except TargetError:
         raise

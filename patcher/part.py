@@ -18,6 +18,7 @@ from patcher.live import LiveFunction
 from patcher.match import Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
 
 if TYPE_CHECKING:
+    from patcher.data.carry import Carried
     from patcher.data.migrate import Comparison
 
 _MIGRATION = re.compile(r"(?:_ZL?\d+)?patcher_migrate_")
@@ -49,6 +50,7 @@ class Part:
         self.every = every
         self.kept: list[str] = []
         self.layouts: Mapping[str, Comparison] = {}  # of variables, where some are migrated
+        self.carried: Mapping[str, Carried] = {}  # variables whose values need no function to be migrated
         self._left: set[Block] = set()
         self._required: set[Block] = set()
         self.unit = delta.unit
@@ -68,6 +70,7 @@ class Part:
 
     def _with_layouts(self, part: Part) -> Part:
         part.layouts = self.layouts
+        part.carried = self.carried
         return part
 
     @property

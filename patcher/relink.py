@@ -19,7 +19,7 @@ from patcher.constructors import Starter, belonging, touched
 from patcher.convention import Registers
 from patcher.data.constants import unbound_constants
 from patcher.data.initial import Changed, Initials, first_value
-from patcher.data.migrate import Migration, migrations, require_users, users
+from patcher.data.migrate import ByFunction, ByMoves, How, Migration, migrations, require_users, users
 from patcher.data.names import spelling
 from patcher.data.outcome import Datum, Fate
 from patcher.data.statics import Found
@@ -199,7 +199,8 @@ class _Generation:
         wanted = {part: tuple(b for b in part.wanted() if b not in starts[part].left) for part in parts}
         wanted |= {part: part.required_doors() for part in waiting}
         for migration in renewed:
-            wanted[migration.how.part] = (*wanted[migration.how.part], migration.how.function)
+            if isinstance(migration.how, ByFunction):
+                wanted[migration.how.part] = (*wanted[migration.how.part], migration.how.function)
         writing = self._writing(linkage, (*parts, *waiting))
         wanted = {part: (*blocks, *writing.copies(part)) for part, blocks in wanted.items()}
         found = _planned(linkage, wanted, starts)
@@ -232,7 +233,8 @@ class _Generation:
         """Return the variables that get new storage, and have all that refers to them new."""
         if not any(part.layouts for part in parts):
             return ()
-        found = migrations(parts, linkage.living, linkage.denoted_variable)
+        concerned = [*parts, *(part for part in waiting if part.carried)]
+        found = migrations(concerned, linkage.living, linkage.denoted_variable)
         linkage.renewed = {m.variable: m for m in found}
         if found:
             require_users([*parts, *waiting], found)
@@ -247,11 +249,8 @@ class _Generation:
             layout, types = (m.layout.as_text(), m.layout.types) if m.layout is not None else ("", ())
             where = (placed.module, placed.unit, placed.local, start, placed.size, m.old.address, m.old.size)
             self.storages.append(Storage(m.name, placed.names, *where, types, layout, m.how.name))
-            filled = (start, placed.size, m.old.address, m.old.size)
-            steps = (m.how.count, m.how.new_step, m.how.old_step)
-            self.fills.append(
-                Fill(m.name, m.part.source, *filled, m.how.name, placement.addresses[m.how.function], *steps)
-            )
+            fill = Fill(m.name, m.part.source, start, placed.size, m.old.address, m.old.size)
+            self.fills.append(_filled_by(fill, m.how, placement))
             self.data.append(Datum(m.name, m.part.source, Fate.MIGRATED, m.note))
         for part in dict.fromkeys(linkage.part_of(b) for b in placement.addresses) if renewed else ():
             self._record_out_of_use(part)
@@ -747,6 +746,13 @@ def _reused(space: Space, free: Sequence[tuple[int, int]], code_start: int, foun
 def _hole(holes: Sequence[tuple[int, int]], size: int, choose: Callable[..., tuple[int, int]]) -> Region | None:
     fitting = [hole for hole in holes if hole[1] - hole[0] >= size]
     return Region(*choose(fitting, key=lambda hole: hole[1] - hole[0])) if fitting else None
+
+
+def _filled_by(fill: Fill, how: How, placement: Placement) -> Fill:
+    if isinstance(how, ByMoves):
+        return replace(fill, moved=how.moved)
+    called = replace(fill, by=how.name, function=placement.addresses[how.function])
+    return replace(called, count=how.count, new_step=how.new_step, old_step=how.old_step)
 
 
 def _filled(following: bytes, end: int) -> bytes:

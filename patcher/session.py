@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -568,7 +568,8 @@ class Session:
         from patcher.filling import Filling
         from patcher.loader import workspace
 
-        with workspace(self.target) as memory:
+        calls = any(f.moved is None for f in commit.fills)
+        with workspace(self.target) if calls else nullcontext() as memory:
             filling = Filling(self.image, self.ledger.view(), commit.fills, memory, self.options.hook_timeout)
             return self.ledger.commit(commit, self._construct, filling, idle)
 

@@ -10,9 +10,9 @@ Decides which functions are new and whether they may be; linking them is `relink
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -33,6 +33,7 @@ from patcher.build import (
 from patcher.data import migrate
 from patcher.data.admission import Admission
 from patcher.data.admission import check as check_layouts
+from patcher.data.carry import Judged, carried_by, carry_over, may_be_carried
 from patcher.data.layouts import LayoutVerdict
 from patcher.data.prepare import has_types
 from patcher.elf import ObjectFile, read_object, read_objects
@@ -228,7 +229,7 @@ class Units:
     def changes(self, sources: Sequence[Source]) -> Changes:
         """Match objects against the process, and compare types. Raises `UnsafeChange` for what cannot be proven."""
         found = self.matched(sources)
-        self.check_layouts(found.parts)
+        self.check_layouts(found.parts, found.idle)
         return found
 
     def matched(self, sources: Sequence[Source]) -> Changes:
@@ -380,9 +381,6 @@ class Units:
 
     def _compare_variables(self, parts: Sequence[Part]) -> None:
         """Note how the variables of units are laid out, where some have, or get, storage of a new layout."""
-        view = self.ledger.view()
-        if not migrate.concerned(parts, view):
-            return
         from patcher.data.dwarf import Layouts
         from patcher.data.layout import comparisons
 
@@ -392,25 +390,54 @@ class Units:
             old = self.admission.by_name(part.module.path) if self.know_layouts(part.module) else None
             part.layouts = comparisons(part, old, new)
 
-    def check_layouts(self, parts: Sequence[Part]) -> None:
-        """Refuse new code that sees existing data in another layout."""
-        self._compare_variables(parts)
+    def check_layouts(self, parts: Sequence[Part], idle: Sequence[Part] = ()) -> None:
+        """Refuse new code that sees existing data in another layout, unless all of that can be carried over.
+
+        `idle` are the units of the change without new code.
+        """
         journal = self.ledger.journal
+        if migrate.concerned(parts, self.ledger.view()):
+            self._compare_variables(parts)
         lineage = journal.numbers_to(self.ledger.generation)
         migrated = migrate.taken_care_of(parts, journal.storages_at(self.ledger.generation))
-        judged = []
-        for part in parts:
-            if not part.supplied and all(part.status(b) is Status.SAME for b in part.wanted()):
-                continue  # what runs now sees it in the same way
-            known = self.know_layouts(part.module)
-            found = self.admission.verdicts(part, lineage, migrated) if known else None
-            if found is None:
-                self._say_unchecked(part, not known)
-                continue
-            self.layouts += found
-            judged.append((part.source, found))
-        for source, found in judged:
-            check_layouts(source, found)
+        # Code that stays the same sees data as what runs now does.
+        new = [p for p in parts if p.supplied or any(p.status(b) is not Status.SAME for b in p.wanted())]
+        stored = migrate.stored_variables(parts, journal.storages_at(self.ledger.generation))
+        judged = [j for part in new if (j := self._judged(part, lineage, migrated, stored)) is not None]
+        if may_be_carried(judged) and not any(p.supplied for p in parts):
+            judged = self._carried(parts, idle, judged, lineage)
+        self.layouts += [v for j in judged for v in j.verdicts]
+        for one in judged:
+            check_layouts(one.part.source, one.verdicts)
+
+    def _judged(
+        self, part: Part, lineage: Container[int], migrated: Sequence[str] = (), stored: Sequence[str] = ()
+    ) -> Judged | None:
+        known = self.know_layouts(part.module)
+        found = self.admission.verdicts(part, lineage, migrated, stored) if known else None
+        if found is None:
+            self._say_unchecked(part, not known)
+            return None
+        return Judged(part, self.admission.files(part), found)
+
+    def _carried(
+        self, parts: Sequence[Part], idle: Sequence[Part], judged: Sequence[Judged], lineage: Container[int]
+    ) -> list[Judged]:
+        """Have the values of variables carried over whose layout changes, where that is possible.
+
+        Units without new code count as well: they know types, and have variables.
+        """
+        types = {v.type for j in judged for v in j.verdicts}
+        seen = {j.part for j in judged}
+        silent = [j for p in (*parts, *idle) if p not in seen and (j := self._judged(p, lineage)) is not None]
+        silent = [replace(j, verdicts=tuple(v for v in j.verdicts if v.type in types)) for j in silent]
+        known = self.admission.knows(lineage)
+        decided = carry_over([*judged, *silent], self.admission.is_spared, history_known=known)
+        for one in decided:
+            one.part.carried = carried_by(one)
+        if any(one.part.carried for one in decided):
+            self._compare_variables([one.part for one in decided])
+        return list(decided)
 
     def know_layouts(self, module: LoadedModule) -> bool:
         """Read a module's debug information for the checks to come; tell whether it has any."""

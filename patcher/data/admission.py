@@ -58,6 +58,7 @@ class Admission:
         self._modules: dict[str, _Module | None] = {}
         self._latest: dict[str, tuple[Declared, ...]] = {}
         self._checked: WeakKeyDictionary[ObjectFile, _Checked] = WeakKeyDictionary()
+        self._seen: set[int] = set()  # generations that were applied by this controller
 
     def open(self, path: str, file: Path) -> bool:
         """Read a module's debug information, once; tell whether it has any. Raises `PatcherError` for damaged ones."""
@@ -76,12 +77,13 @@ class Admission:
         return module.by_name if module is not None else None
 
     def verdicts(
-        self, part: Part, lineage: Container[int], migrated: Sequence[str] = ()
+        self, part: Part, lineage: Container[int], migrated: Sequence[str] = (), stored: Sequence[str] = ()
     ) -> tuple[LayoutVerdict, ...] | None:
         """Judge what a part changes in its module, which is open; None when it has no debug information.
 
-        `lineage` are the generations that are live; `migrated` are types and variables that may change, since the
-        change carries their values over. Raises `PatcherError` when the debug information is damaged.
+        `lineage` are the generations that are live; `migrated` are types and variables that may change, since functions
+        fill them, or `stored` variables that an earlier change gave the layout that they have. Raises `PatcherError`
+        when the debug information is damaged.
         """
         module = self._modules[part.module.path]
         data = bytes(part.delta.blocks.object.contents)
@@ -99,7 +101,11 @@ class Admission:
             declared, found = (), []
         if not declared:
             found = self._by_name(module, part, None)
-        found = [replace(v, allowed=_is_allowed(v.type, (*self._allowed, *migrated))) for v in dict.fromkeys(found)]
+        allowed = (*self._allowed, *migrated)
+        known = [
+            (v, _is_allowed(v.type, allowed) or (v.of_variable and v.type in stored)) for v in dict.fromkeys(found)
+        ]
+        found = [replace(v, allowed=is_allowed) for v, is_allowed in known]
         self._latest[part.unit.key] = declared
         self._checked[part.delta.blocks.object] = _Checked(declared, not found)
         return tuple(found)
@@ -111,7 +117,10 @@ class Admission:
         texts = [*(la.declared for la in live), module.program.units_of(new.file), *(la.declared for la in gone)]
         known = [tuple(d for d in each if d.file == new.file) for each in texts]
         current = [*known[: min(1, len(live))], known[len(live)]]
-        judgement = Judgement(known, current, new, module.program, lambda: keeps_values(part))
+        others = [layers for key, layers in module.layers.items() if key != part.unit.key]
+        patched = [d for layers in others for layer in layers for d in layer.declared]
+        reverted = [d for layer in gone for d in layer.declared]
+        judgement = Judgement(known, current, new, module.program, lambda: keeps_values(part), patched, reverted)
         return [*judgement.verdicts(), *self._by_name(module, part, judgement.unknown())]
 
     def _by_name(self, module: _Module, part: Part, names: Collection[str] | None) -> list[LayoutVerdict]:
@@ -126,8 +135,22 @@ class Admission:
         changes = changed_types(layouts, data, part.source, names)
         return [LayoutVerdict(c.name, c.details, Standing.HEAP) for c in changes]
 
+    def files(self, part: Part) -> tuple[str, ...]:
+        """Return the files that the debug information of a part, which was judged, is of."""
+        checked = self._checked.get(part.delta.blocks.object)
+        return tuple(dict.fromkeys(d.file for d in checked.declared)) if checked is not None else ()
+
+    def knows(self, lineage: Container[int]) -> bool:
+        """Tell whether what all of these generations declare is known here."""
+        return self._seen.issuperset(lineage)
+
+    def is_spared(self, verdict: LayoutVerdict) -> bool:
+        """Tell whether a change of layout is made on the user's word."""
+        return _is_allowed(verdict.type, self._allowed)
+
     def applied(self, generation: int, parts: Sequence[Part]) -> None:
         """Remember what a generation's parts declare: the process has it now."""
+        self._seen.add(generation)
         for part in parts:
             module, checked = self._modules.get(part.module.path), self._checked.pop(part.delta.blocks.object, None)
             if module is None or checked is None:
@@ -147,9 +170,13 @@ def check(source: str, verdicts: Sequence[LayoutVerdict]) -> None:
     names = ", ".join(f"`{v.type}`" for v in refused[:_SHOWN])
     more = f"; and {len(refused) - _SHOWN} more types" if len(refused) > _SHOWN else ""
     said = [v.describe() + (f" ({concerns})" if (concerns := v.concerns()) else "") for v in refused[:_SHOWN]]
+    said += dict.fromkeys(v.reason for v in refused[:_SHOWN] if v.obstacles)
+    filled = [v.type.rpartition(" ")[2].rpartition("::")[2] for v in refused[:_SHOWN] if v.obstacles]
+    functions = ", ".join(dict.fromkeys(f"`void patcher_migrate_{name}(void *, const void *)`" for name in filled))
     raise UnsafeChange(
         f"{source} changes the layout of data that the process has: {'; '.join(said)}{more}",
-        f"restart the program; or, if nothing live is {names} any more, "
+        (f"write {functions}, which fills the new one; or " if functions else "")
+        + f"restart the program; or, if nothing live is {names} any more, "
         + " ".join(f"--allow-layout-change '{v.type}'" for v in refused[:_SHOWN]),
         code="layout",
     )

@@ -73,6 +73,8 @@ class Comparison:
     def _of_arrays(self, a: Node, b: Node) -> Iterator[str]:
         if a.bound != b.bound and None not in (a.bound, b.bound):
             yield f"array bound {a.bound} -> {b.bound}"
+        elif a.bounds != b.bounds and a.bound is not None and b.bound is not None:
+            yield f"array bounds {_bounds(a)} -> {_bounds(b)}"
         if not self.alike(a.of, b.of):
             yield f"elements {self.old.text(a.of)} -> {self.new.text(b.of)}"
 
@@ -107,6 +109,10 @@ class Comparison:
             before, after = self.old.text(m.type), self.new.text(n.type)
             kinds = f": {before} -> {after}" if before != after else ""
             yield f"{_called(m)} at offset {place(m.offset)} has another type{kinds}"
+
+
+def _bounds(array: Node) -> str:
+    return "".join(f"[{bound}]" for bound in array.bounds)
 
 
 def _of_sizes(a: Node, b: Node) -> Iterator[str]:

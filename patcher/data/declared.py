@@ -55,6 +55,8 @@ class Node(NamedTuple):
     bound: int | None = None
     enumerators: tuple[tuple[str, int], ...] = ()
     virtuals: tuple[tuple[int, str, str], ...] = ()  # slot, symbol, name
+    bounds: tuple[int | None, ...] = ()  # of an array of arrays, one by one
+    signed: bool | None = None  # of a whole number that is no truth value
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class Variable:
     type: int
     defined: bool
     constant: bool = False
+    external: bool = False
 
 
 _NAMES = {Tag.STRUCTURE: "struct ", Tag.CLASS: "class ", Tag.UNION: "union ", Tag.ENUMERATION: "enum "}
@@ -82,6 +85,7 @@ _KINDS = {
 }
 _SEEN_THROUGH = frozenset((Tag.TYPEDEF, Tag.CONST, Tag.VOLATILE, Tag.RESTRICT, Tag.ATOMIC))
 _FLOATS = (0x03, 0x04, 0x09, 0x0F)  # DW_ATE_complex_float, float, imaginary_float, decimal_float
+_SIGNED = {5: True, 6: True, 7: False, 8: False}  # DW_ATE_signed, signed_char, unsigned, unsigned_char
 _ADDRESS, _ADDRESS_INDEX, _GNU_ADDRESS_INDEX = 0x03, 0xA1, 0xFB  # DW_OP_addr, addrx, GNU_addr_index
 _THREAD_LOCAL = (0x9B, 0xE0)  # DW_OP_form_tls_address, GNU_push_tls_address
 _PIECE = 0x93  # DW_OP_piece
@@ -153,13 +157,15 @@ class Declared:
             return None
         name = self._qualified(entry)
         place: int | None = entry.offset
+        external = At.EXTERNAL in raw
         while place and At.TYPE not in raw:
             place = self._reference(raw, At.SPECIFICATION) or self._reference(raw, At.ABSTRACT_ORIGIN)
             raw = self._dies.attributes(place) if place else raw
+            external = external or At.EXTERNAL in raw
         if not name or not place:
             return None
         found = self._reference(raw, At.TYPE)
-        return Variable(name, found, defined, self._is_constant(found))
+        return Variable(name, found, defined, self._is_constant(found), external)
 
     def _is_constant(self, offset: int) -> bool:
         """Tell whether a type is const: itself, or the elements of an array."""
@@ -288,8 +294,9 @@ class Declared:
         size = _int(raw.get(At.BYTE_SIZE, 0))
         name = self.type_name(offset)
         if tag == Tag.BASE:
-            whole = _int(raw.get(At.ENCODING, 0)) not in _FLOATS
-            return Node(Kind.WHOLE if whole else Kind.FLOAT, self._dies.text(raw.get(At.NAME)), size)
+            encoding = _int(raw.get(At.ENCODING, 0))
+            kind = Kind.FLOAT if encoding in _FLOATS else Kind.WHOLE
+            return Node(kind, self._dies.text(raw.get(At.NAME)), size, signed=_SIGNED.get(encoding))
         kind = _KINDS.get(tag, Kind.OTHER)
         if kind in (Kind.STRUCT, Kind.UNION, Kind.ENUM) and At.DECLARATION in raw:
             return Node(Kind.INCOMPLETE, name)
@@ -341,7 +348,7 @@ class Declared:
         for each in counts:
             count = None if count is None or each is None else count * each
         size = (count or 0) * self.node(element).size
-        return Node(Kind.ARRAY, size=size, of=element, bound=count)
+        return Node(Kind.ARRAY, size=size, of=element, bound=count, bounds=tuple(counts))
 
     def _count(self, offset: int) -> int | None:
         raw = self._dies.attributes(offset)

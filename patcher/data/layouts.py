@@ -7,8 +7,8 @@ objects applied since. A type that differs is judged by who can have a value of 
   storage has it or leads to it, no pointer or reference to it (or to what contains it) is declared, no function
   takes or returns it, no other unit knows it, and the old code of every function that changed stores into its own
   frame only and takes no address of that. A function whose code stays the same cannot tell the layouts apart.
-- *variables*, if only variables with static storage have it, and again nobody declares a pointer to it, has it as a
-  local variable, or knows it in another unit.
+- *variables*, if only variables with static storage have it, and again nobody declares a pointer to it or has it as a
+  local variable. Where other units know it, that has to hold for each: the verdict names them.
 - *the heap*, for all else. An enum's values are numbers, and numbers go anywhere.
 
 Types that a unit had no knowledge of, and the process has, are compared by name through `dwarf`.
@@ -19,12 +19,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
 from patcher.data.compare import Comparison
-from patcher.data.declared import Declared, Kind
+from patcher.data.declared import Declared, Kind, Variable
 from patcher.data.dies import Elsewhere, Header, NotUnderstood, Sections, units
 from patcher.data.prepare import reading, sections
 from patcher.data.shapes import Form, Part, Shape
@@ -44,18 +44,25 @@ class Standing(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Restructured:
-    """A variable with static storage whose type changed."""
+    """A variable with static storage whose type changed; `defined`: by this unit, and `scoped`: within a function."""
 
     name: str
     old: Shape
     new: Shape
+    defined: bool = True
+    scoped: bool = False
+    constant: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutVerdict:
     """A type (or the type of one variable: then `type` is its name) whose layout changed, and who has values of it.
 
-    `variables` have it within themselves; `leading` are those that lead to it by pointers; `functions` name it.
+    `variables` have it within themselves; `leading` are those that lead to it by pointers; `functions` name it. For a
+    type that only variables have: `elsewhere` are the files of other units that know it, or know one of the variables
+    (None: that is not known), `lost` are variables that the unit does not have any more, `fresh` says whether the new
+    code too declares no pointer to it, and `past` whether only a change that was taken back had it. `carried`: the
+    values are carried over, `obstacles` say why they are not.
     """
 
     type: str
@@ -65,14 +72,26 @@ class LayoutVerdict:
     leading: tuple[str, ...] = ()
     functions: tuple[str, ...] = ()
     allowed: bool = False
+    of_variable: bool = False
+    file: str = ""
+    elsewhere: tuple[str, ...] | None = ()
+    lost: tuple[str, ...] = ()
+    fresh: bool = True
+    past: bool = False
+    carried: bool = False
+    obstacles: tuple[str, ...] = ()
 
     @property
     def accepted(self) -> bool:
-        return self.allowed or self.kind is Standing.DEAD
+        return self.allowed or self.carried or self.kind is Standing.DEAD
 
     @property
     def reason(self) -> str:
         """Why it is accepted, or what stands against it."""
+        if self.carried:
+            return "its values are carried over"
+        if self.obstacles and not self.allowed:
+            return f"its values cannot be carried over: {_listed(self.obstacles, '; ')}"
         return "--allow-layout-change" if self.allowed and self.kind is not Standing.DEAD else self.kind.value
 
     def describe(self) -> str:
@@ -181,8 +200,13 @@ class Judgement:
         new: Declared,
         program: Program,
         keeping: Callable[[], bool],
+        patched: Sequence[Declared] = (),
+        reverted: Sequence[Declared] = (),
     ) -> None:
+        """`patched` is what earlier changes brought of other units, `reverted` the layers that count last."""
         self.new = new
+        self._patched = patched
+        self._reverted = reverted
         self._current = current
         self._layers = [layer for layer in layers if layer]
         self._program = program
@@ -246,8 +270,15 @@ class Judgement:
                 continue
             old, v = pairs[0]
             details = tuple(self._compared(old).differences(v.type, variable.type))
-            shapes = Restructured(name, shape_of(old, v.type), shape_of(self.new, variable.type))
-            yield LayoutVerdict(name, details, Standing.STATIC, (shapes,), (), self._users_of(name))
+            shapes = (self._restructured(old, v, variable),)
+            verdict = LayoutVerdict(name, details, Standing.STATIC, shapes, (), self._users_of(name))
+            elsewhere = self._elsewhere("", [variable]) if self._is_single() else None
+            yield replace(verdict, of_variable=True, file=self.new.file, elsewhere=elsewhere)
+
+    def _restructured(self, old: Declared, before: Variable, after: Variable) -> Restructured:
+        shapes = shape_of(old, before.type), shape_of(self.new, after.type)
+        scoped = bool(self._users_of(before.name))
+        return Restructured(before.name, *shapes, after.defined, scoped, before.constant or after.constant)
 
     def _users_of(self, variable: str) -> tuple[str, ...]:
         function = variable.rpartition("::")[0]
@@ -257,28 +288,42 @@ class Judgement:
 
     def _judged(self, name: str, old: Declared, before: int, after: int, details: tuple[str, ...]) -> LayoutVerdict:
         had, has = Holders(old, before), Holders(self.new, after)
-        variables = tuple(
-            Restructured(v.name, shape_of(old, v.type), shape_of(self.new, found[0].type))
-            for v in had.variables
-            if (found := self.new.variables.get(v.name))
-        )
-        return LayoutVerdict(
-            name, details, self._standing(name, had), variables, had.leading, has.functions or had.functions
-        )
+        pairs = [(v, found) for v in had.variables for found in self.new.variables.get(v.name, ())[:1]]
+        variables = tuple(self._restructured(old, v, found) for v, found in pairs)
+        concerned = variables, had.leading, has.functions or had.functions
+        elsewhere = self._elsewhere(name, had.variables)
+        standing = self._standing(name, had, elsewhere)
+        if standing is Standing.STATIC and not self._is_single():
+            elsewhere = None
+        lost = tuple(v.name for v in had.variables if v.name not in self.new.variables)
+        fresh = not (has.escaping or has.leading or has.local)
+        verdict = LayoutVerdict(name, details, standing, *concerned, file=self.new.file, elsewhere=elsewhere)
+        return replace(verdict, lost=lost, fresh=fresh, past=old in self._reverted)
 
-    def _standing(self, name: str, had: Holders) -> Standing:
+    def _standing(self, name: str, had: Holders, elsewhere: tuple[str, ...] | None) -> Standing:
         enum = had.unit.node(had.type).kind is Kind.ENUM
-        if enum or had.escaping or had.leading or not self._is_private(name, had):
+        if enum or had.escaping or had.leading or elsewhere is None or not self._is_confined(name, had):
             return Standing.HEAP
         if had.variables:
             return Standing.HEAP if had.local else Standing.STATIC
-        return Standing.HEAP if self._keeping() else Standing.DEAD
+        return Standing.HEAP if elsewhere or self._keeping() else Standing.DEAD
 
-    def _is_private(self, name: str, had: Holders) -> bool:
-        """Tell whether no other unit of the program has a type, and what else the process has of this one neither."""
+    def _is_single(self) -> bool:
+        """Tell whether the program has no more than one unit of this source file."""
+        return len(self._program.units_of(self.new.file)) < 2
+
+    def _elsewhere(self, type_: str, variables: Sequence[Variable]) -> tuple[str, ...] | None:
+        """Return the files of other units that know a type, or one of some variables; None if these are too many."""
         others = self._program.others(self.new.file)
-        if others is None or any(name in other.types for other in others):
-            return False
+        if others is None:
+            return None
+        names = [v.name for v in variables if v.external]
+        every = (*others, *self._patched)
+        knowing = (o for o in every if type_ in o.types or any(_has_external(o, name) for name in names))
+        return tuple(dict.fromkeys(o.file for o in knowing))
+
+    def _is_confined(self, name: str, had: Holders) -> bool:
+        """Tell whether nothing else that the process has of this unit has a pointer to a type."""
         rest = [
             Holders(o, p) for layer in self._layers for o in layer if o is not had.unit for p in o.types.get(name, ())
         ]
@@ -293,6 +338,10 @@ def _typedefs(unit: Declared) -> Mapping[str, tuple[int, ...]]:
     return unit.plain_typedefs
 
 
+def _has_external(unit: Declared, name: str) -> bool:
+    return any(v.external for v in unit.variables.get(name, ()))
+
+
 class Holders:
     """Who has values of a type in one unit."""
 
@@ -301,7 +350,7 @@ class Holders:
         self.type = unit.bare(type_)
         self._within: dict[int, bool] = {}
         every = [v for each in unit.variables.values() for v in each]
-        self.variables = tuple(v for v in every if v.defined and self.contains(v.type))
+        self.variables = tuple(v for v in every if self.contains(v.type))
         self.leading = tuple(
             dict.fromkeys(v.name for v in every if v not in self.variables and self._leads(v.type, set()))
         )
@@ -357,8 +406,14 @@ def shape_of(unit: Declared, place: int) -> Shape:
     form = _FORMS.get(node.kind, Form.OTHER)
     text = unit.text(place) if form is not Form.ARRAY else ""
     if form is Form.ARRAY:
-        return Shape(node.size, form, "", (), node.bound or 0, shape_of(unit, node.of))
+        return _array(shape_of(unit, node.of), [bound or 0 for bound in node.bounds])
     if any("(virtual" in m.name for m in node.members):
         return Shape(node.size, Form.OTHER, text)  # where such a part begins is known at run time only
     parts = tuple(Part(m.name, m.offset, m.bits, shape_of(unit, m.type)) for m in node.members)
-    return Shape(node.size, form, text, parts)
+    return Shape(node.size, form, text, parts, signed=node.signed)
+
+
+def _array(element: Shape, bounds: Sequence[int]) -> Shape:
+    for bound in reversed(bounds):
+        element = Shape(bound * element.size, Form.ARRAY, "", (), bound, element)
+    return element

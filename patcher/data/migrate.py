@@ -4,7 +4,8 @@ A variable of static storage whose size or type differs from what the process ha
 new storage, initialised as the new source says, which is filled from the old before any new code runs. All code that
 refers to it must be new (`holders` sees to that). The old storage is never written: it is what a revert goes back to.
 
-Decides which variables, by which function of the new source. How it is run is `filling`'s business.
+Decides which variables, and whether a function of the new source fills one, or bytes are moved (`carry` says where).
+How that is done is `filling`'s business.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from patcher.blocks import Block, External, Kind, Place
+from patcher.data.carry import Carried, symbols_of
+from patcher.data.shapes import Form, Move, Shape
 from patcher.errors import UnsafeChange
 from patcher.live import LiveVariable, base_name, numbered
 from patcher.match import Status, is_private_piece
@@ -79,6 +82,10 @@ class Comparison:
         return self.old.count != self.new.count or not same(self.old.spec, self.new.spec)
 
     @property
+    def is_same(self) -> bool:
+        return self.old is not None and self.new is not None and not self.differs
+
+    @property
     def elements_differ(self) -> bool:
         return self.old is not None and self.new is not None and not same(self.old.spec, self.new.spec)
 
@@ -116,7 +123,20 @@ class ByFunction:
         return plain_name(self.function.name)
 
 
-How = ByFunction
+@dataclass(frozen=True, slots=True)
+class ByMoves:
+    """Bytes of the old storage go to places in the new one."""
+
+    moves: tuple[Move, ...]
+    told: str
+    name: str = ""
+
+    def moved(self, old: bytes) -> list[tuple[int, bytes]]:
+        """Return what stands where in the new storage. Raises `OverflowError` for a number that has no room there."""
+        return [(m.target, m.carried(old)) for m in self.moves]
+
+
+How = ByFunction | ByMoves
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +155,11 @@ class Migration:
 
     @property
     def note(self) -> str:
-        return f"{self.old.size} -> {self.variable.size} bytes, by {self.how.name}"
+        return self.how.told if isinstance(self.how, ByMoves) else f"{self.sizes}, by {self.how.name}"
+
+    @property
+    def sizes(self) -> str:
+        return f"{self.old.size} -> {self.variable.size} bytes"
 
 
 Functions = dict[str, list[tuple["Part", Block]]]
@@ -157,9 +181,12 @@ def concerned(parts: Sequence[Part], view: ArenaView) -> bool:
 
 
 def taken_care_of(parts: Sequence[Part], storages: Sequence[Storage]) -> tuple[str, ...]:
-    """Return the types that may differ from the program's, since every variable that has them is compared by itself."""
+    """Return the types that may differ from the program's, since every variable that has them is compared by itself.
+
+    Those of a variable that was carried over are as that has them.
+    """
     functions = functions_of(parts)
-    found = {name for s in storages for name in s.types} | set(functions)
+    found = {name for s in storages if s.by or _is_as_stored(parts, s) for name in s.types} | set(functions)
     for part in parts:
         for name, comparison in part.layouts.items():
             if comparison.new is not None and (
@@ -167,6 +194,17 @@ def taken_care_of(parts: Sequence[Part], storages: Sequence[Storage]) -> tuple[s
             ):
                 found |= set(comparison.new.types)
     return tuple(sorted(found))
+
+
+def stored_variables(parts: Sequence[Part], storages: Sequence[Storage]) -> tuple[str, ...]:
+    """Return the variables that were carried over and have now the layout that they got then."""
+    return tuple(s.name for s in storages if not s.by and _is_as_stored(parts, s))
+
+
+def _is_as_stored(parts: Sequence[Part], storage: Storage) -> bool:
+    """Tell whether a variable that was carried over has the layout that it got then."""
+    known = [c for p in parts for name in storage.names if (c := p.layouts.get(name)) is not None]
+    return any(c.is_same for c in known) and not any(c.differs for c in known)
 
 
 def migrations(
@@ -182,24 +220,47 @@ def migrations(
     functions = functions_of(parts)
     found = []
     for part in parts:
+        carried = _carried_blocks(part)
         for block in part.blocks.data_blocks():
             if block.kind is Kind.DATA and block.symbols:
-                migration = _migration(part, block, functions, living)
+                migration = _migration(part, block, functions, carried.get(block), living)
                 found += [migration] if migration is not None else []
     _check_externals(parts, found, denoted)
     return tuple(found)
 
 
+def _carried_blocks(part: Part) -> dict[Block, Carried]:
+    """Return the blocks of the variables that are carried over. Raises `UnsafeChange` for one that is not whole."""
+    found = {}
+    for name, carried in part.carried.items():
+        wanted = symbols_of(name)
+        every = (b for b in part.blocks.data_blocks() if b.kind is Kind.DATA)
+        blocks = [b for b in every if any(s.name in wanted for s in b.symbols)]
+        if len(blocks) != 1 or blocks[0].size != carried.new.size:
+            raise _taken_apart(part, name)
+        found[blocks[0]] = carried
+    return found
+
+
 def _migration(
-    part: Part, block: Block, functions: Functions, living: Callable[[Part, Block], LiveVariable | None]
+    part: Part,
+    block: Block,
+    functions: Functions,
+    carried: Carried | None,
+    living: Callable[[Part, Block], LiveVariable | None],
 ) -> Migration | None:
     if numbered(block.name):
         _check_numbered(part, block, functions)
         return None
     old = living(part, block)
     comparison = part.layouts.get(block.name, Comparison(None, None))
-    if old is None and comparison.old is not None:
+    if old is None and (comparison.old is not None or carried is not None):
         raise _taken_apart(part, plain_name(block.name))
+    fillable = {plain_name(block.name), *(comparison.new.types if comparison.new is not None else ())}
+    if old is not None and carried is not None and old.size == block.size and comparison.is_same:
+        return None  # an earlier change gave it this layout
+    if old is not None and carried is not None and not functions.keys() & fillable:
+        return _carried(part, block, old, comparison, carried)
     if old is None or not ((old.size and block.size and old.size != block.size) or comparison.differs):
         return None
     name = plain_name(block.name)
@@ -209,6 +270,39 @@ def _migration(
         how = ByFunction(*function, 1, block.size, old.size)
         return Migration(part, block, old, comparison.new, how)
     return Migration(part, block, old, comparison.new, _by_type(part, block, old, comparison, functions))
+
+
+def _carried(part: Part, block: Block, old: LiveVariable, comparison: Comparison, carried: Carried) -> Migration:
+    if old.size != carried.old.size or not _fits(comparison.old, carried.old):
+        raise UnsafeChange(
+            f"`{plain_name(block.name)}` of {part.source} has {old.size} bytes in the process, and another layout than "
+            "its program was built with; what it is, only the controller knows that changed it",
+            f"write `void {PREFIX}{plain_name(block.name)}(void *new_object, const void *old_object)`, which fills the "
+            "new one; or restart the program",
+            code="layout",
+        )
+    return Migration(part, block, old, comparison.new, ByMoves(carried.moves, carried.note))
+
+
+def _fits(layout: Layout | None, shape: Shape) -> bool:
+    """Tell whether a layout, where it is known, is that of a shape."""
+    if layout is None:
+        return True
+    count = 1
+    while shape.element is not None:
+        count, shape = count * shape.count, shape.element
+    return count == layout.count and same(layout.spec, _spec(shape))
+
+
+_SPECS = {Form.NUMBER: "whole", Form.FLOAT: "float", Form.POINTER: "pointer"}
+
+
+def _spec(shape: Shape) -> Spec | None:
+    if shape.form in (Form.STRUCT, Form.UNION):
+        return ["record", shape.size, [[p.name, p.offset, p.bits, _spec(p.shape)] for p in shape.parts]]
+    if shape.element is not None:
+        return ["array", shape.count, _spec(shape.element)]
+    return [_SPECS[shape.form], shape.size] if shape.form in _SPECS else None
 
 
 def _by_type(part: Part, block: Block, old: LiveVariable, comparison: Comparison, functions: Functions) -> How:

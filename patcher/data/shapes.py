@@ -1,10 +1,11 @@
 """SHAPES: how the bytes of a variable are divided, and which of them carry over when that changes.
 
 A `Shape` is a value of its own: whoever has two can tell what to copy, without any debug information at hand. Members
-are the same by name, elements by index, and whatever has the kind and size that it had is copied as it is. New
-members and elements are left to the initialiser. What cannot be carried over without a decision (a number of another
-size, a pointer to something else, a bit-field that moved within its byte, a member that may be another one renamed)
-is said, and nothing is copied.
+are the same by name, elements by index, and whatever has the kind and size that it had is copied as it is. A whole
+number of another size keeps its value, if that fits. New members and elements are left to the initialiser. What cannot
+be carried over without a decision (a floating number that was a whole one, a pointer to something else, an array that
+became shorter, a bit-field that moved within its byte, a member that may be another one renamed) is said, and nothing
+is copied.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A type's size in bytes and what it is made of; `text` is its name, and for a pointer what it leads to."""
+    """A type's size in bytes and what it is made of; `text` is its name, and for a pointer what it leads to.
+
+    `signed` is known of whole numbers that are neither truth values nor of an enum.
+    """
 
     size: int
     form: Form
@@ -46,15 +50,34 @@ class Shape:
     parts: tuple[Part, ...] = ()
     count: int = 0
     element: Shape | None = None
+    signed: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Conversion:
+    """How a whole number is written with another size: its new size, and which of the two have a sign."""
+
+    size: int
+    from_signed: bool
+    to_signed: bool
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Move:
-    """Bytes that are copied: from an offset in the old variable to one in the new."""
+    """Bytes that are copied: from an offset in the old variable to one in the new; or a number that is converted."""
 
     origin: int
     target: int
     size: int
+    conversion: Conversion | None = None
+
+    def carried(self, old: bytes) -> bytes:
+        """Return what is written at the target. Raises `OverflowError` for a number that has no room there."""
+        data = old[self.origin : self.origin + self.size]
+        if self.conversion is None:
+            return data
+        number = int.from_bytes(data, "little", signed=self.conversion.from_signed)
+        return number.to_bytes(self.conversion.size, "little", signed=self.conversion.to_signed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +92,15 @@ class Obstacle:
 
 
 _MOST = 1 << 16  # pieces of a plan
+_TOLD = 6  # members that a report names
+_TRUTH = ("bool", "_Bool")  # no value but 0 and 1
 
 
 def copy_plan(old: Shape, new: Shape) -> tuple[Move, ...] | tuple[Obstacle, ...]:
     """Return what to copy of an old variable into a new one that has its initial value, or why that cannot be told.
 
     Moves lie within both variables, and no two have a target in common; an empty plan means that nothing carries
-    over. An array that became shorter loses its last elements, and a member that is gone is dropped.
+    over. A member that is gone is dropped.
     """
     obstacles: list[Obstacle] = []
     moves: list[Move] = []
@@ -100,9 +125,11 @@ def _steps(old: Shape, new: Shape, origin: int, target: int, path: str) -> Itera
         yield from _of_elements(old, new, origin, target, path)
     elif new.form is Form.UNION:
         yield Obstacle(path, f"{_named(old)} changed, and which of its members counts is not known")
+    elif old.size != new.size and old.signed is not None and new.signed is not None:
+        yield Move(origin, target, old.size, Conversion(new.size, old.signed, new.signed))
     elif old.size != new.size:
         yield Obstacle(path, f"{old.form.value} of {old.size} bytes became one of {new.size}")
-    elif new.form is Form.POINTER or new.form is Form.OTHER:
+    elif new.form is Form.POINTER or new.form is Form.OTHER or (new.text in _TRUTH and old.text not in _TRUTH):
         yield Obstacle(path, f"{_named(old)} became {_named(new)}")
     else:
         yield Move(origin, target, new.size)
@@ -174,6 +201,8 @@ def _of_elements(old: Shape, new: Shape, origin: int, target: int, path: str) ->
     a, b = old.element, new.element
     if a is None or b is None:
         yield Obstacle(path, "what it has elements of is not known")
+    elif new.count < old.count:
+        yield Obstacle(path, f"{old.count} elements became {new.count}")
     elif a == b:
         yield Move(origin, target, min(old.count, new.count) * b.size)
     else:
@@ -187,9 +216,43 @@ def _joined(moves: list[Move]) -> tuple[Move, ...]:
     for move in sorted(moves, key=lambda m: (m.target, -m.size)):
         last = joined[-1] if joined else None
         shift = move.origin - move.target
-        if last is not None and last.origin - last.target == shift and move.target <= last.target + last.size:
+        plain = last is not None and last.conversion is None and move.conversion is None
+        if last is not None and plain and last.origin - last.target == shift and move.target <= last.target + last.size:
             end = max(last.target + last.size, move.target + move.size)
             joined[-1] = Move(last.origin, last.target, end - last.target)
         elif move.size:
             joined.append(move)
     return tuple(joined)
+
+
+def told(old: Shape, new: Shape) -> str:
+    """Return how a variable is carried over, in a few words: `members copied by name; new: limit`."""
+    inner_old, inner_new = _innermost(old), _innermost(new)
+    if inner_new.form is Form.STRUCT and inner_old != inner_new:
+        fresh, gone = (list(_only_in(a, b, "")) for a, b in ((inner_new, inner_old), (inner_old, inner_new)))
+        how = "members copied by name"
+        how += f"; new: {_listed(fresh)}" if fresh else ""
+        return how + (f"; gone: {_listed(gone)}" if gone else "")
+    return "elements copied by index" if new.form is Form.ARRAY else "value kept"
+
+
+def _innermost(shape: Shape) -> Shape:
+    while shape.element is not None:
+        shape = shape.element
+    return shape
+
+
+def _only_in(shape: Shape, other: Shape, path: str) -> Iterator[str]:
+    """Yield the members of a struct, and of those within it, that another one does not have."""
+    known = {p.name: p.shape for p in other.parts}
+    for part in shape.parts:
+        if part.name and part.name not in known:
+            yield f"{path}{part.name}"
+        elif part.shape.form is not Form.POINTER and part.name in known:
+            inner = f"{path}{part.name}." if part.name else path
+            yield from _only_in(_innermost(part.shape), _innermost(known[part.name]), inner)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _TOLD
+    return ", ".join(names[:_TOLD]) + (f" and {more} more" if more > 0 else "")

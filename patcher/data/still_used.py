@@ -200,11 +200,17 @@ class Holders:
 
 
 def refuse_words(
-    image: Image, view: ArenaView, name: str, ranges: Sequence[tuple[int, int]], stacks: Sequence[int]
+    image: Image,
+    view: ArenaView,
+    name: str,
+    ranges: Sequence[tuple[int, int]],
+    stacks: Sequence[int],
+    ends: Sequence[int] = (),
 ) -> None:
-    """Raise `UnsafeChange` when a word of the process holds an address in one of `ranges`.
+    """Raise `UnsafeChange` when a word of the process holds an address in one of `ranges`, or one of `ends`.
 
-    Not counted are cells, the ranges themselves, and the stacks, one of which each address of `stacks` lies in.
+    `ends` are addresses behind variables, where loops end; others may begin there. Not counted are cells, the ranges
+    themselves, and the stacks, one of which each address of `stacks` lies in.
     """
     holders = Holders(image, view, ())
     mappings = [
@@ -212,11 +218,18 @@ def refuse_words(
         for m in image.target.mappings()
         if m.readable and not m.executable and not any(sp in m for sp in stacks) and not m.path.startswith("[v")
     ]
-    for low, high in ranges:
+    for low, high in (*ranges, *((end, end + 1) for end in ends)):
         for at in words_into(image.target, mappings, low, high):
             inside = any(start <= at < end for start, end in ranges)
-            if not inside and not holders.is_cell(at):
-                raise _still_used(name, _word(image, view, mappings, at))
+            if not inside and not holders.is_cell(at) and not (low in ends and _is_of_linker(image, at)):
+                what = "the address behind its end" if low in ends else "its address"
+                raise _still_used(name, f"{_word(image, view, mappings, at)}, which holds {what}")
+
+
+def _is_of_linker(image: Image, at: int) -> bool:
+    """Tell whether a word of a module is part of no variable: where sections end, linkers have words of their own."""
+    module = image.module_at(at)
+    return module is not None and module.module.symbols.covering(at - module.bias) is None
 
 
 def _word(image: Image, view: ArenaView, mappings: Sequence[Mapping], at: int) -> str:
@@ -224,11 +237,11 @@ def _word(image: Image, view: ArenaView, mappings: Sequence[Mapping], at: int) -
     module = image.module_at(at)
     symbol = module.module.symbols.covering(at - module.bias) if module is not None else None
     if placed is not None:
-        return f"`{base_name(placed.name)}`, which holds its address"
+        return f"`{base_name(placed.name)}`"
     if symbol is not None:
-        return f"`{base_name(symbol.name)}`, which holds its address"
+        return f"`{base_name(symbol.name)}`"
     home = next((m.path for m in mappings if at in m), "")
-    return f"a word at {at:#x} of {home or 'anonymous memory'}, which holds its address"
+    return f"a word at {at:#x} of {home or 'anonymous memory'}"
 
 
 def words_into(target: Target, mappings: Sequence[Mapping], low: int, high: int) -> Iterator[int]:

@@ -53,7 +53,11 @@ class Constructor:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """New storage of a variable that is filled from the old, by a function called for each of `count` elements."""
+    """New storage of a variable that is filled from the old.
+
+    By a function called for each of `count` elements; or, where there is none, by `moved`: what of the old contents
+    goes where, as (offset in the new, what there is from then on). That raises `OverflowError` for what has no room.
+    """
 
     name: str
     unit: str
@@ -61,11 +65,12 @@ class Fill:
     new_size: int
     old: int
     old_size: int
-    by: str
-    function: int
-    count: int
-    new_step: int
-    old_step: int
+    by: str = ""
+    function: int = 0
+    count: int = 0
+    new_step: int = 0
+    old_step: int = 0
+    moved: Callable[[bytes], Sequence[tuple[int, bytes]]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

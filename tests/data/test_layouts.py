@@ -215,4 +215,5 @@ def test_a_type_that_another_unit_has_is_not_private(tmp_path: Path) -> None:
     built.program = program
     (tmp_path / "new").mkdir()
     found = built.verdicts(tmp_path / "new", HELD.replace("struct single { int a,", "struct single { int x, a,"))
-    assert found["struct single"].kind is Standing.HEAP
+    assert found["struct single"].elsewhere == (str(tmp_path / "main.c"),)
+    assert not found["struct single"].accepted

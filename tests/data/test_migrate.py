@@ -381,13 +381,13 @@ def test_a_pointer_on_a_stack_prevents_it(tmp_path):
 def test_refused_by_name_without_a_function_or_with_two(tmp_path):
     project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": OLD})
     with project.running() as program, patcher.attach(program.pid, watched=[project.sources]) as session:
-        other = NEW.replace("patcher_migrate_settings", "patcher_migrate_nothing")
+        other = NEW.replace("patcher_migrate_settings", "patcher_migrate_nothing").replace("long count", "float count")
         with pytest.raises(PatcherError, match=r"settings|config") as caught:
             session.apply(rewrite(project, other))
         assert caught.value.code == "layout"
         session.apply(rewrite(project, NEW))
         assert program.ask(1) == "70006"
-        third = NEW.replace("int extra; };", "int extra, further; };")
+        third = NEW.replace("int extra; };", "float extra; int further; };")
         third = third.replace("settings.extra;", "settings.further;")
         start = third.index("struct before")
         with pytest.raises(UnsafeChange, match=r"`settings` of .*unit.c has another layout") as caught:

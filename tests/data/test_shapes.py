@@ -6,11 +6,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from patcher.data.layouts import Program, shape_of
-from patcher.data.shapes import Form, Move, Obstacle, Part, Shape, copy_plan
+from patcher.data.shapes import Form, Move, Obstacle, Part, Shape, copy_plan, told
 
 INT = Shape(4, Form.NUMBER, "int")
 LONG = Shape(8, Form.NUMBER, "long")
@@ -39,7 +40,7 @@ def test_members_are_the_same_by_name() -> None:
 def test_elements_are_the_same_by_index() -> None:
     new = struct(("a", 0, INT), ("fresh", 8, LONG), ("b", 16, INT), size=24)
     expected = (Move(0, 0, 4), Move(4, 16, 4), Move(8, 24, 4), Move(12, 40, 4))
-    assert copy_plan(array(3, OLD), array(2, new)) == expected
+    assert copy_plan(array(2, OLD), array(3, new)) == expected
     assert copy_plan(array(3, INT), array(5, INT)) == (Move(0, 0, 12),)
 
 
@@ -52,7 +53,10 @@ def reasons(old: Shape, new: Shape) -> str:
 
 def test_what_cannot_be_told_is_said() -> None:
     wide = struct(("a", 0, LONG), ("b", 8, INT), size=16)
-    assert reasons(OLD, wide) == "`.a`: a whole number of 4 bytes became one of 8"
+    assert reasons(OLD, wide) == "`.a`: a whole number of 4 bytes became one of 8", "of a sign that is not known"
+    assert reasons(array(3, INT), array(2, INT)) == "3 elements became 2"
+    truth = Shape(1, Form.NUMBER, "_Bool"), Shape(1, Form.NUMBER, "char", signed=True)
+    assert reasons(truth[1], truth[0]) == "a whole number (char) became a whole number (_Bool)"
     floating = struct(("a", 0, Shape(4, Form.FLOAT, "float")), ("b", 4, INT), size=8)
     assert "`.a`: a whole number (int) became a floating number (float)" in reasons(OLD, floating)
     renamed = struct(("a", 0, INT), ("c", 4, INT), ("more", 8, LONG), size=16)
@@ -61,6 +65,42 @@ def test_what_cannot_be_told_is_said() -> None:
     assert "became a pointer (long *)" in reasons(*(struct(("p", 0, p), size=8) for p in pointers))
     unions = Shape(4, Form.UNION, "union u", (Part("i", 0, 0, INT),)), Shape(8, Form.UNION, "union u")
     assert "which of its members counts" in reasons(*unions)
+
+
+@pytest.mark.parametrize(
+    ("value", "old", "new", "expected"),
+    [
+        (-5, (4, True), (8, True), -5),
+        (0xFFFFFFFF, (4, False), (8, True), 0xFFFFFFFF),
+        (-5, (8, True), (4, True), -5),
+        (1 << 31, (8, True), (4, True), None),
+        (-1, (4, True), (8, False), None),
+        (200, (4, True), (1, False), 200),
+        (200, (4, True), (1, True), None),
+    ],
+)
+def test_a_number_of_another_size_keeps_its_value_or_is_refused(
+    value: int, old: tuple[int, bool], new: tuple[int, bool], expected: int | None
+) -> None:
+    before, after = (Shape(size, Form.NUMBER, "number", signed=signed) for size, signed in (old, new))
+    (move,) = copy_plan(struct(("n", 4, before), size=12), struct(("n", 8, after), size=16))
+    assert isinstance(move, Move)
+    data = bytes(4) + value.to_bytes(old[0], "little", signed=old[1]) + bytes(8)
+    if expected is None:
+        with pytest.raises(OverflowError):
+            move.carried(data)
+    else:
+        assert int.from_bytes(move.carried(data), "little", signed=new[1]) == expected
+        assert (move.origin, move.target, len(move.carried(data))) == (4, 8, new[0])
+
+
+def test_what_is_told() -> None:
+    assert (
+        told(OLD, struct(("b", 0, INT), ("limit", 8, LONG), size=16)) == "members copied by name; new: limit; gone: a"
+    )
+    assert told(array(2, OLD), array(3, OLD)) == "elements copied by index"
+    assert told(array(2, INT), array(3, INT)) == "elements copied by index"
+    assert told(INT, LONG) == "value kept"
 
 
 def bits(*members: tuple[str, int, int]) -> Shape:
@@ -105,7 +145,10 @@ def pairs(draw: st.DrawFn) -> tuple[list[Field], list[Field]]:
     fresh = draw(st.lists(st.sampled_from(NAMES[6:]), unique=True))
     # What may be one renamed is told apart by type.
     fresh = [] if gone else fresh
-    return members(draw(st.permutations([*common, *gone]))), members(draw(st.permutations([*common, *fresh])))
+    old = members(draw(st.permutations([*common, *gone])))
+    new = members(draw(st.permutations([*common, *fresh])))
+    counts = {name: count for name, _, count, _ in old}
+    return old, [(n, kind, max(count, counts.get(n, 0)), nested) for n, kind, count, nested in new]
 
 
 def declared(tag: str, fields: list[Field]) -> str:
