@@ -10,7 +10,7 @@ Decides which functions are new and whether they may be; linking them is `relink
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +45,7 @@ from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, matc
 from patcher.options import Options
 from patcher.origin import born_unit, find_unit
 from patcher.part import Part
+from patcher.patch.journal import Numbers
 from patcher.patch.ledger import Ledger
 from patcher.stamps import NONE as NO_STAMPS
 from patcher.stamps import Stamps, stamps_between
@@ -411,7 +412,7 @@ class Units:
             check_layouts(one.part.source, one.verdicts)
 
     def _judged(
-        self, part: Part, lineage: Container[int], migrated: Sequence[str] = (), stored: Sequence[str] = ()
+        self, part: Part, lineage: Numbers, migrated: Sequence[str] = (), stored: Sequence[str] = ()
     ) -> Judged | None:
         known = self.know_layouts(part.module)
         found = self.admission.verdicts(part, lineage, migrated, stored) if known else None
@@ -421,7 +422,7 @@ class Units:
         return Judged(part, self.admission.files(part), found)
 
     def _carried(
-        self, parts: Sequence[Part], idle: Sequence[Part], judged: Sequence[Judged], lineage: Container[int]
+        self, parts: Sequence[Part], idle: Sequence[Part], judged: Sequence[Judged], lineage: Numbers
     ) -> list[Judged]:
         """Have the values of variables carried over whose layout changes, where that is possible.
 

@@ -22,6 +22,7 @@ from patcher.elf import ObjectFile
 from patcher.errors import UnsafeChange
 from patcher.match import Status
 from patcher.part import Part
+from patcher.patch.journal import Numbers
 
 if TYPE_CHECKING:
     from patcher.data.dwarf import Layouts
@@ -140,9 +141,9 @@ class Admission:
         checked = self._checked.get(part.delta.blocks.object)
         return tuple(dict.fromkeys(d.file for d in checked.declared)) if checked is not None else ()
 
-    def knows(self, lineage: Container[int]) -> bool:
+    def knows(self, lineage: Numbers) -> bool:
         """Tell whether what all of these generations declare is known here."""
-        return self._seen.issuperset(lineage)
+        return lineage.are_among(self._seen)
 
     def is_spared(self, verdict: LayoutVerdict) -> bool:
         """Tell whether a change of layout is made on the user's word."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -208,6 +208,11 @@ class Numbers:
 
     def __contains__(self, number: object) -> bool:
         return number in self.single or any(a <= number <= b for a, b in self.ranges if isinstance(number, int))
+
+    def are_among(self, known: Collection[int]) -> bool:
+        """Tell whether every one of them is among some."""
+        every = (*self.single, *(n for a, b in self.ranges for n in range(a, b + 1)))
+        return all(n in known for n in every)
 
 
 @dataclass
