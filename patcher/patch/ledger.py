@@ -31,6 +31,8 @@ from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Re
 from patcher.patch.transaction import Flip, FlipResult, Inside, TextWrite, flip
 from patcher.target import FunctionCall, Target, read_stat
 
+_READINGS = 20  # of what another controller may be changing just now
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -117,13 +119,12 @@ class Ledger:
 
     def refresh(self) -> None:
         """Read everything again that another controller may have changed."""
-        self.arenas = {a.base: a for a in find_arenas(self.target)}
-        self.usages = {base: arena.usage() for base, arena in self.arenas.items()}
-        found_slots = {base: arena.read_slots(self.usages[base].slots) for base, arena in self.arenas.items()}
-        self.slots = {base: arena.led_to(found_slots[base]) for base, arena in self.arenas.items()}
-        self._unsettled = self.slots != found_slots
-        primary = self.primary
-        found = primary.read_journal(self.usages[primary.base].journal) if primary else b""
+        for _ in range(_READINGS):
+            found = self._read()
+            # Whoever only looks holds no lock: another controller may have been at work between two of these reads.
+            after = {base: arena.usage() for base, arena in self.arenas.items()}
+            if after == self.usages and all(a.read_slots(1) == self.slots[b][:1] for b, a in self.arenas.items()):
+                break
         if found != self._journal_read:
             if not found.startswith(self._journal_read):
                 self._journal_read, self._recorded = b"", Journal()
@@ -134,6 +135,16 @@ class Ledger:
         self.journal = self._recorded
         self._check()
         self._leave_out_departed()
+
+    def _read(self) -> bytes:
+        """Read what the arenas say of themselves, and the slots; return the journal's bytes."""
+        self.arenas = {a.base: a for a in find_arenas(self.target)}
+        self.usages = {base: arena.usage() for base, arena in self.arenas.items()}
+        found_slots = {base: arena.read_slots(self.usages[base].slots) for base, arena in self.arenas.items()}
+        self.slots = {base: arena.led_to(found_slots[base]) for base, arena in self.arenas.items()}
+        self._unsettled = self.slots != found_slots
+        primary = self.primary
+        return primary.read_journal(self.usages[primary.base].journal) if primary else b""
 
     def _check(self) -> None:
         """Raise `UnsafeChange` when the journal speaks of slots that are not there."""
