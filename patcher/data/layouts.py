@@ -263,7 +263,9 @@ class Judgement:
         if not layer and not variables[0].defined:
             pairs = [(o, v) for o in self._program.others(self.new.file) or () for v in o.variables.get(name, ())]
             pairs = [(o, v) for o, v in pairs if v.defined]
-        for variable in variables if pairs else ():
+        if all(any(self._compared(o).alike(v.type, new.type) for new in variables) for o, v in pairs):
+            return  # what there was is there; a second one of its name, in another block of the function, is new
+        for variable in variables:
             if variable.constant and variable.defined and all(v.constant for _, v in pairs):
                 continue
             if any(self._compared(old).alike(v.type, variable.type) for old, v in pairs):
