@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from patcher.data.initial import Changed
+from patcher.data.outcome import Datum, Fate
 from patcher.errors import PatcherError, TargetError
 from patcher.match import Status
 from patcher.part import Part
@@ -19,17 +21,26 @@ from patcher.units import Changes, Source, Units
 _TOLD = (Status.CHANGED, Status.ADDED, Status.LINE_ONLY)
 
 
-def explain(units: Units, sources: Sequence[Source], link: Callable[[Changes], Linked]) -> Explanation:
-    """Explain what some sources would change; `link` links changes without any effect on the process."""
+WithData = Callable[[Changes], tuple[Changes, tuple[Changed, ...]]]
+
+
+def explain(
+    units: Units, sources: Sequence[Source], with_data: WithData, link: Callable[[Changes], Linked]
+) -> Explanation:
+    """Explain what some sources would change; `link` links changes without any effect on the process.
+
+    `with_data` says what becomes of data where there is no new code.
+    """
     files = tuple(dict.fromkeys(str(s.file) for s in sources))
     found = Explanation(Outlook.UNCHANGED, files)
     try:
         changes = units.matched(sources)
         found = replace(found, functions=_functions((*changes.parts, *changes.idle)))
-        if not changes.parts:
-            return found
-        found = replace(found, outlook=Outlook.LIVE)
         units.check_layouts(changes.parts, changes.idle)
+        changes, kept = with_data(changes)
+        if not changes.parts:
+            return replace(found, variables=_variables([c.datum(Fate.KEPT) for c in kept]))
+        found = replace(found, outlook=Outlook.LIVE)
         linked = link(changes)
     except TargetError:
         raise
@@ -37,8 +48,17 @@ def explain(units: Units, sources: Sequence[Source], link: Callable[[Changes], L
         found = replace(found, types=_types(units, files))
         return replace(found, outlook=Outlook.REFUSED, refusal=Refusal(error.code, error.message, error.hint))
     supplied, _ = units.supplies.outcome(linked)
-    variables = tuple(Variable(d.name, d.file, d.fate.value, d.note) for d in linked.data)
-    return replace(found, variables=variables, kept=linked.used, types=_types(units, files), supplied=supplied)
+    return replace(
+        found,
+        variables=_variables(linked.data),
+        kept=linked.used,
+        types=_types(units, files),
+        supplied=supplied,
+    )
+
+
+def _variables(data: Sequence[Datum]) -> tuple[Variable, ...]:
+    return tuple(Variable(d.name, d.file, d.fate.value, d.note) for d in data)
 
 
 def _types(units: Units, files: Sequence[str]) -> tuple[TypeOutlook, ...]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -350,7 +351,8 @@ class Session:
         sources = units.sources([Path(f) for f in files], lambda: False)
         with self._transaction():
             try:
-                return explain(units, sources, lambda changes: self._link(units, changes, dry_run=True))
+                link = partial(self._link, units, dry_run=True)
+                return explain(units, sources, self._with_data, link)
             finally:
                 self.ledger.forget_plans()
 
@@ -397,14 +399,9 @@ class Session:
             if not self.options.dry_run:
                 reclaim(self.ledger, self.policy)
             changes = units.changes(sources)
+            changes, kept = self._with_data(changes)
             if not changes.parts:
-                from patcher.relink import data_of_idle
-
-                idle = data_of_idle(self.image, self.ledger, changes.idle, self.initials)
-                if idle.writes:
-                    changes = replace(changes, parts=changes.idle, idle=())
-                else:
-                    return self._untouched(changes, idle.kept)
+                return self._untouched(changes, kept)
             try:
                 linked = self._link(units, changes, dry_run=self.options.dry_run)
                 self._ask(linked.told)
@@ -417,6 +414,18 @@ class Session:
                 return outcome
             finally:
                 self.ledger.forget_plans()
+
+    def _with_data(self, changes: Changes) -> tuple[Changes, tuple[Changed, ...]]:
+        """Have the units of a change without new code linked if their data has to be written.
+
+        Otherwise return the variables as well whose initialisers changed, and which keep their values.
+        """
+        if changes.parts:
+            return changes, ()
+        from patcher.relink import data_of_idle
+
+        idle = data_of_idle(self.image, self.ledger, changes.idle, self.initials)
+        return (replace(changes, parts=changes.idle, idle=()), ()) if idle.writes else (changes, idle.kept)
 
     def _untouched(self, changes: Changes, kept: Sequence[Changed]) -> Generation:
         self._ask(kept)

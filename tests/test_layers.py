@@ -78,7 +78,7 @@ ALLOWED: dict[str, set[str]] = {
     # A unit's share in a save: compiled, read, matched, and its types compared.
     "units": MATCHING
     | {"match", "origin", "part", "patch", "relink", "supply", "options", "texts", "stamps", "build", "data"},
-    "explain": {"errors", "match", "part", "relink", "units", "report"},
+    "explain": {"data", "errors", "match", "part", "relink", "units", "report"},
     "session": MATCHING
     | {
         "activity",

@@ -79,6 +79,18 @@ def test_nothing_to_do(project: Project) -> None:
     assert (found["verdict"], found["functions"], found["data"]) == ("unchanged", [], [])
 
 
+def test_a_changed_initialiser_is_explained_though_no_function_changes(project: Project) -> None:
+    with project.running() as program:
+        source = project.edit("unit.c", "static int calls;", "static int calls = 7;")
+        found = explained(program.pid, source)
+        assert found["verdict"] == "unchanged"
+        assert [(v["name"], v["outcome"]) for v in found["data"]] == [("calls", "kept")]
+        again = explained(program.pid, source, "--reinit", "calls")
+        assert again["verdict"] == "live"
+        assert "reinitialised" in [v["outcome"] for v in again["data"] if v["name"] == "calls"]
+        assert program.ask(1) == "1001", "nothing was written"
+
+
 def test_what_is_refused_is_explained_as_far_as_it_was_understood(tmp_path) -> None:
     project = Project(tmp_path / "p", TYPED)
     with project.running() as program:
