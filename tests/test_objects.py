@@ -138,9 +138,8 @@ def test_compressed_debug_sections_are_read(project: Project) -> None:
     given = with_swapped_members(project)
     run("objcopy", "--compress-debug-sections=zlib", given)
     with project.running() as program, patcher.attach(program.pid) as session:
-        with pytest.raises(patcher.PatcherError, match=r"changes the layout.*pair") as refusal:
-            session.apply(given)
-        assert refusal.value.code == "layout"
+        done = session.apply(given)
+        assert ("kept", "migrated") in {(v.name, v.outcome) for v in done.variables}
         assert program.ask(1) == str(2 + 6000 + 30 + 800000)
 
 

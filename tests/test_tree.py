@@ -201,23 +201,22 @@ def traced(pid: int) -> subprocess.Popen[bytes]:
 
 
 def test_all_or_none_unless_best_effort(project: Project, program: Running) -> None:
+    """The first patch of a function takes tracing, which somebody else does in one of the workers."""
     worker = descendants(program.pid)[1]
-    with patcher.attach(program.pid, tree=True) as session:
-        session.apply(change(project, "n + 70"))
-        with traced(worker) as debugger:
-            later = change(project, "n + 80")
-            with (
-                pytest.raises(patcher.PatcherError, match=f"process {worker}, a descendant of {program.pid}: .*traced"),
-                patcher.attach(program.pid, tree=True) as other,
-            ):
-                other.apply(later)
-            assert program.ask("all 1") == "71 71 71 71", "none was changed"
-            with patcher.attach(program.pid, tree=True, best_effort=True) as other:
-                outcome = other.apply(later)
-            why = {m.pid: m.why for m in outcome.members}
-            assert "traced" in why[worker]
-            assert program.ask("all 1") == "81 81 71 81"
-            debugger.communicate()
+    first = change(project, "n + 80")
+    with traced(worker) as debugger:
+        with (
+            patcher.attach(program.pid, tree=True) as session,
+            pytest.raises(patcher.PatcherError, match=f"process {worker}, a descendant of {program.pid}: .*traced"),
+        ):
+            session.apply(first)
+        assert program.ask("all 1") == "11 11 11 11", "none was changed"
+        with patcher.attach(program.pid, tree=True, best_effort=True) as session:
+            outcome = session.apply(first)
+        why = {m.pid: m.why for m in outcome.members}
+        assert "traced" in why[worker]
+        assert program.ask("all 1") == "81 81 21 81"
+        debugger.communicate()
 
 
 def test_what_fails_in_one_after_others_changed_is_taken_back(

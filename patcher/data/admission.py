@@ -17,7 +17,7 @@ from patcher.code.frames import keeps_to_its_frame
 from patcher.data.declared import Declared
 from patcher.data.dies import Elsewhere, NotUnderstood
 from patcher.data.layouts import Judgement, LayoutVerdict, Program, Standing, declared_by
-from patcher.data.prepare import has_types, reading
+from patcher.data.prepare import has_types
 from patcher.elf import ObjectFile
 from patcher.errors import UnsafeChange
 from patcher.match import Status
@@ -27,6 +27,7 @@ from patcher.patch.journal import Numbers
 if TYPE_CHECKING:
     from patcher.data.dwarf import Layouts
 
+_DAMAGED = (IndexError, KeyError, ValueError, OverflowError)
 _SHOWN = 3  # types that a message names
 
 
@@ -91,14 +92,14 @@ class Admission:
         if module is None or not has_types(data, part.source):
             return None
         try:
-            with reading(part.source):
-                declared = declared_by(data, part.source, self._latest.get(part.unit.key, ()))
+            declared = declared_by(data, part.source, self._latest.get(part.unit.key, ()))
         except Elsewhere:
             return None
+        except _DAMAGED:
+            declared = ()  # what drgn makes of it decides
         try:
-            with reading(part.source):
-                found = [v for new in declared for v in self._judged(module, part, lineage, new)]
-        except NotUnderstood:  # units that share entries, as link-time optimisation makes them
+            found = [v for new in declared for v in self._judged(module, part, lineage, new)]
+        except (NotUnderstood, *_DAMAGED):  # units that share entries, as link-time optimisation makes them
             declared, found = (), []
         if not declared:
             found = self._by_name(module, part, None)
