@@ -17,9 +17,9 @@ from patcher.code.frames import keeps_to_its_frame
 from patcher.data.declared import Declared
 from patcher.data.dies import Elsewhere, NotUnderstood
 from patcher.data.layouts import Judgement, LayoutVerdict, Program, Standing, declared_by
-from patcher.data.prepare import has_types
+from patcher.data.prepare import has_types, reading
 from patcher.elf import ObjectFile
-from patcher.errors import UnsafeChange
+from patcher.errors import PatcherError, UnsafeChange
 from patcher.match import Status
 from patcher.part import Part
 from patcher.patch.journal import Numbers
@@ -95,7 +95,9 @@ class Admission:
             declared = declared_by(data, part.source, self._latest.get(part.unit.key, ()))
         except Elsewhere:
             return None
-        except _DAMAGED:
+        except (PatcherError, *_DAMAGED) as error:
+            if isinstance(error, PatcherError) and error.code != "debug-info":
+                raise
             declared = ()  # what drgn makes of it decides
         try:
             found = [v for new in declared for v in self._judged(module, part, lineage, new)]
@@ -134,7 +136,8 @@ class Admission:
         if layouts is None:
             return []
         data = bytes(part.delta.blocks.object.contents)
-        changes = changed_types(layouts, data, part.source, names)
+        with reading(part.source):
+            changes = changed_types(layouts, data, part.source, names)
         return [LayoutVerdict(c.name, c.details, Standing.HEAP) for c in changes]
 
     def files(self, part: Part) -> tuple[str, ...]:
