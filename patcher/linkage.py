@@ -14,7 +14,7 @@ from typing import Protocol
 from patcher.blocks import Block, Blocks, External, Kind, Place
 from patcher.data.migrate import Migration
 from patcher.data.statics import Found, Variables, is_scoped
-from patcher.data.threads import Models, NewThreadLocals, initialised_with
+from patcher.data.threads import Models, NewThreadLocals, StaticModel, initialised_with
 from patcher.elf import ObjectFile, SymbolType
 from patcher.elf.relocations import R
 from patcher.errors import LinkError, UnsafeChange
@@ -182,8 +182,8 @@ class Linkage:
             return None
         try:
             found = self._variable(part, variable)
-        except UnsafeChange:
-            return None  # refused if new code uses it
+        except (UnsafeChange, StaticModel):
+            return None  # refused, or compiled otherwise, if new code uses it
         return found.address if found is not None else None
 
     def constant_of(self, part: Part, block: Block) -> LiveVariable | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
-from patcher.blocks import Blocks
+from patcher.blocks import Blocks, Kind
 from patcher.build import (
     ASKING,
     INDIRECT,
@@ -279,7 +279,8 @@ class Units:
 
     def _exported_now(self, part: Part) -> bool:
         """Tell whether a unit has a variable for others that the process knows as its static only, or not at all."""
-        names = (s.name for b in part.blocks.data_blocks() for s in b.symbols if not s.local)
+        data = (b for b in part.blocks.data_blocks() if b.kind is Kind.DATA)
+        names = (s.name for b in data for s in b.symbols if not s.local)
         return any(self.image.resolve(name, part.module, weak=True) is None for name in names)
 
     def _refuse_absent(self, sources: Sequence[Source], absent: Sequence[str]) -> None:

@@ -357,7 +357,7 @@ def test_a_rehearsal_loads_nothing(project: Project) -> None:
 
 
 def test_storage_serves_the_next_try_when_a_change_fails(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: Ledger, *_: object) -> None:
+    def fails(self: Ledger, *_: object, **__: object) -> None:
         raise TargetBusy("a thread is where it must not be")
 
     source = project.edit("unit.c", HEAD, f"static __thread long own = 4;\n{HEAD}")
