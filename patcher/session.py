@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -66,6 +67,9 @@ if TYPE_CHECKING:
 
 
 _LOOKED_THROUGH = 64 << 20  # bytes for coroutines, after each generation: some 60 ms
+_NEEDED_LATER = tuple(
+    f"patcher.{name}" for name in ("activity", "directory", "hooks", "loader", "patch.reclaim", "policy", "relink")
+)
 _ROUNDS = 8  # of linking again: for an arena, for libraries, for objects compiled otherwise
 
 
@@ -706,6 +710,8 @@ class Session:
 
     def prepare(self) -> None:
         """Load what the first save needs, so that it is as quick as the later ones."""
+        for name in _NEEDED_LATER:
+            import_module(name)
         self._await_loaded()
         self.image.executable.module.symbols.named("main")
         self.units.know_layouts(self.image.executable)
