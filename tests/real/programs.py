@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 Result = TypeVar("Result")
 POLL_SECONDS = 0.01
@@ -36,3 +36,21 @@ def until(attempt: Callable[[], Result | None], seconds: float, what: str) -> Re
                 return result
         assert time.monotonic() < deadline, f"{what}: not within {seconds:.0f} s"
         time.sleep(POLL_SECONDS)
+
+
+class Load(Protocol):
+    """A connection that makes requests without pause."""
+
+    requests: int
+    failures: list[str]
+
+
+def await_more(loads: Sequence[Load], requests: int) -> None:
+    """Wait until every connection of the load has made more requests, or one has failed."""
+    targets = [load.requests + requests for load in loads]
+
+    def reached() -> bool | None:
+        past = all(load.requests > target for load, target in zip(loads, targets, strict=True))
+        return past or any(load.failures for load in loads) or None
+
+    until(reached, 30, f"{requests} more requests of every connection")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from .patcherctl import attached, timings
-from .programs import running, until
+from .programs import await_more, running, until
 from .trees import Tree
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
@@ -115,17 +115,6 @@ def loading(path: Path) -> Iterator[list[Load]]:
         stop.set()
         for thread in threads:
             thread.join()
-
-
-def await_more(loads: list[Load], requests: int) -> None:
-    """Wait until every connection of the load has made more requests, or one has failed."""
-    targets = [load.requests + requests for load in loads]
-
-    def reached() -> bool | None:
-        past = all(load.requests > target for load, target in zip(loads, targets, strict=True))
-        return past or any(load.failures for load in loads) or None
-
-    until(reached, 30, f"{requests} more requests of every connection")
 
 
 def test_handlers_change_under_four_threads_and_no_request_fails(memcached_tree: Tree, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 from patcher.tree import descendants
 
 from .patcherctl import REPOSITORY, attached, timings
-from .programs import running, until
+from .programs import await_more, running, until
 from .trees import Tree
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
@@ -102,17 +102,6 @@ def loading(path: Path) -> Iterator[list[Load]]:
         stop.set()
         for thread in threads:
             thread.join()
-
-
-def await_more(loads: list[Load], requests: int) -> None:
-    """Wait until every connection of the load has made more requests, or one has failed."""
-    targets = [load.requests + requests for load in loads]
-
-    def reached() -> bool | None:
-        past = all(load.requests > target for load, target in zip(loads, targets, strict=True))
-        return past or any(load.failures for load in loads) or None
-
-    until(reached, 30, f"{requests} more requests of every connection")
 
 
 def names(path: Path) -> set[str]:
