@@ -188,10 +188,7 @@ class Linkage:
 
     def constant_of(self, part: Part, block: Block) -> LiveVariable | None:
         """Return the live constant that a block's name stands for, None where there is none or it cannot be told."""
-        interposed = self._interposed(part, block)
-        if interposed is not None and not interposed.function and not interposed.thread_local:
-            return LiveVariable(interposed.name, interposed.address, interposed.size)
-        return part.unit.constant(block, self.ledger.generation)
+        return self._interposed_variable(part, block) or part.unit.constant(block, self.ledger.generation)
 
     def keep_in_place(self, block: Block, address: int) -> None:
         """Have a constant be what stands at an address, where it has its contents or is to get them."""
@@ -201,10 +198,8 @@ class Linkage:
         """Return where the process has a variable of a unit now, whatever its size; None for one it has not."""
         if not variable.symbols or is_scoped(variable):
             return None
-        interposed = self._interposed(part, variable)
-        if interposed is not None and not interposed.function and not interposed.thread_local:
-            return LiveVariable(interposed.name, interposed.address, interposed.size)
-        return next((v for s in variable.symbols for v in part.unit.variables(s.name, s.local)), None)
+        interposed = self._interposed_variable(part, variable)
+        return interposed or next((v for s in variable.symbols for v in part.unit.variables(s.name, s.local)), None)
 
     def denoted_variable(self, part: Part, name: str) -> LiveVariable | None:
         """Return what a name that a unit does not define denotes, if it is a variable of the process."""
@@ -339,6 +334,13 @@ class Linkage:
                 return found if found.unique or self.image.binds(part.module, found) else None
         return None
 
+    def _interposed_variable(self, part: Part, block: Block) -> LiveVariable | None:
+        """Return the other module's variable or constant that a library's own exported name denotes, if it is one."""
+        found = self._interposed(part, block)
+        if found is None or found.function or found.thread_local:
+            return None
+        return LiveVariable(found.name, found.address, found.size)
+
     def _variable(self, part: Part, block: Block) -> Bound | None:
         if block.kind is Kind.THREAD_LOCAL:
             interposed = self._interposed(part, block)
@@ -459,9 +461,9 @@ class Linkage:
         return found.name if found is not None and proper else ""
 
     def _find_variable(self, part: Part, block: Block) -> LiveVariable | None:
-        interposed = self._interposed(part, block)
-        if interposed is not None and not interposed.function and not interposed.thread_local:
-            return LiveVariable(interposed.name, interposed.address, interposed.size)
+        interposed = self._interposed_variable(part, block)
+        if interposed is not None:
+            return interposed
         found = self._variables.find(part, block)
         if found is None:
             return None
