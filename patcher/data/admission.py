@@ -95,8 +95,8 @@ class Admission:
             declared = declared_by(data, part.source, self._latest.get(part.unit.key, ()))
         except Elsewhere:
             return None
-        except (PatcherError, *_DAMAGED) as error:
-            if isinstance(error, PatcherError) and error.code != "debug-info":
+        except PatcherError as error:
+            if error.code != "debug-info":
                 raise
             declared = ()  # what drgn makes of it decides
         try:

@@ -172,11 +172,12 @@ def declared_by(data: bytes, name: str, previous: Sequence[Declared] = ()) -> tu
     """
     raw = t.read_raw(name, data)
     try:
-        found = sections(raw)
-        if found is None or (previous and previous[0].sections == found):
-            return tuple(previous) if found is not None else ()
-        with reading(name), _uncollected():
-            return tuple(Declared(found, h) for h in units(found))
+        with reading(name):
+            found = sections(raw)
+            if found is None or (previous and previous[0].sections == found):
+                return tuple(previous) if found is not None else ()
+            with _uncollected():
+                return tuple(Declared(found, h) for h in units(found))
     except Elsewhere:
         raise
     except NotUnderstood:
