@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from patcher.data.initial import Changed
-from patcher.data.outcome import Datum, Fate
+from patcher.data.outcome import Fate
 from patcher.errors import PatcherError, TargetError
 from patcher.match import Status
 from patcher.part import Part
 from patcher.relink import Linked
-from patcher.report import Explanation, FunctionOutlook, Outlook, Refusal, TypeOutlook, Variable
+from patcher.report import Explanation, FunctionOutlook, Outlook, Refusal, TypeOutlook, told_of
 from patcher.units import Changes, Source, Units
 
 _TOLD = (Status.CHANGED, Status.ADDED, Status.LINE_ONLY)
@@ -39,7 +39,7 @@ def explain(
         units.check_layouts(changes.parts, changes.idle)
         changes, kept = with_data(changes)
         if not changes.parts:
-            return replace(found, variables=_variables([c.datum(Fate.KEPT) for c in kept]))
+            return replace(found, variables=told_of([c.datum(Fate.KEPT) for c in kept]))
         found = replace(found, outlook=Outlook.LIVE)
         linked = link(changes)
     except TargetError:
@@ -50,15 +50,11 @@ def explain(
     supplied, _ = units.supplies.outcome(linked)
     return replace(
         found,
-        variables=_variables(linked.data),
+        variables=told_of(linked.data),
         kept=linked.used,
         types=_types(units, files),
         supplied=supplied,
     )
-
-
-def _variables(data: Sequence[Datum]) -> tuple[Variable, ...]:
-    return tuple(Variable(d.name, d.file, d.fate.value, d.note) for d in data)
 
 
 def _types(units: Units, files: Sequence[str]) -> tuple[TypeOutlook, ...]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from patcher.data.outcome import Datum, Fate
+from patcher.data.outcome import Fate
 from patcher.errors import (
     AttachDenied,
     ObjectError,
@@ -43,6 +43,7 @@ from patcher.report import (
     Timings,
     Unchanged,
     Variable,
+    told_of,
 )
 from patcher.target import Target
 from patcher.texts import Texts
@@ -436,13 +437,13 @@ class Session:
         news = self.initials.news(kept, self.ledger.journal)
         if not self.options.dry_run:
             self.initials.remember(kept)
-        told = _variables([c.datum(Fate.KEPT) for c in news])
+        told = told_of([c.datum(Fate.KEPT) for c in news])
         return Generation(self.ledger.generation, line_only=changes.line_only, waiting=changes.uncalled, variables=told)
 
     def _ask(self, kept: Sequence[Changed]) -> None:
         news = self.initials.news(kept, self.ledger.journal) if self._offering else []
         if news:
-            raise _Offered(_variables([c.datum(Fate.KEPT) for c in news]))
+            raise _Offered(told_of([c.datum(Fate.KEPT) for c in news]))
 
     def _link(self, units: Units, changes: Changes, *, dry_run: bool) -> Linked:
         from patcher.data.threads import NewThreadLocals, StaticModel
@@ -525,7 +526,7 @@ class Session:
     def _commit(self, linked: Linked) -> Generation:
         record = linked.commit.record
         functions = tuple(Function(*status) for status in record.statuses)
-        variables = _variables(linked.data)
+        variables = told_of(linked.data)
         if not functions and not linked.commit.data and not record.placed:
             return Generation(self.ledger.generation, kept=linked.kept, variables=variables)
         outcome = Generation(record.number, functions, variables=variables, kept=linked.kept, data_only=not functions)
@@ -747,10 +748,6 @@ def _made_again(
     if not own and not units.supply_again(error.object, make):
         raise error
     return [made(p) for p in parts], [made(p) for p in waiting]
-
-
-def _variables(data: Sequence[Datum]) -> tuple[Variable, ...]:
-    return tuple(Variable(d.name, d.file, d.fate.value, d.note) for d in data)
 
 
 __all__ = ["ArenaUse", "Generation", "ObjectUse", "Options", "PatchedFunction", "Session", "Status"]

@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "origin": READING | {"blocks", "image", "live", "match", "patch.journal"},
     # The arena's free memory is what the linker lays out.
     "patch": {"errors", "target", "code", "link.place"},
-    "report": {"errors"},
+    "report": {"errors", "data.outcome"},
     "convention": MATCHING | {"match"},
     # One unit's share of a generation: its verdicts, and the object that new code is taken from.
     "part": MATCHING | {"match", "constructors", "data.carry", "data.migrate"},

@@ -17,6 +17,7 @@ from patcher.report.events import (
     Timings,
     Unchanged,
     Variable,
+    told_of,
 )
 from patcher.report.explanation import Explanation, FunctionOutlook, Outlook, Refusal, TypeOutlook
 
@@ -42,4 +43,5 @@ __all__ = [
     "TypeOutlook",
     "Unchanged",
     "Variable",
+    "told_of",
 ]

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TextIO
 
+from patcher.data.outcome import Datum
+
 
 @dataclass(frozen=True, slots=True)
 class Function:
@@ -29,6 +31,11 @@ class Variable:
     file: str
     outcome: str
     note: str = ""
+
+
+def told_of(data: Iterable[Datum]) -> tuple[Variable, ...]:
+    """Return what became of variables, as it is told."""
+    return tuple(Variable(d.name, d.file, d.fate.value, d.note) for d in data)
 
 
 @dataclass(frozen=True, slots=True)
