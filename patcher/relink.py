@@ -18,11 +18,12 @@ from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable,
 from patcher.constructors import Starter, belonging, touched
 from patcher.convention import Registers
 from patcher.data.constants import unbound_constants
+from patcher.data.counterparts import is_made
 from patcher.data.initial import Changed, Initials, first_value
 from patcher.data.migrate import ByFunction, ByMoves, How, Migration, migrations, require_users, users
 from patcher.data.names import spelling
 from patcher.data.outcome import Datum, Fate
-from patcher.data.statics import Found
+from patcher.data.statics import Found, is_scoped
 from patcher.data.still_used import Extent, Holders
 from patcher.data.threads import NewThreadLocals
 from patcher.data.writing import DataDelta, Writing, data_delta
@@ -445,7 +446,7 @@ class _Generation:
             if block.symbols:
                 part = linkage.part_of(block)
                 address = placement.addresses[block]
-                type_, scope = linkage.described(block) if block.kind is Kind.DATA else ("", "")
+                type_, scope = linkage.described(block) if _is_described(block) else ("", "")
                 self.placed.append(_placed(block, part, _KINDS[block.kind], address, type=type_, scope=scope))
                 if block.kind is not Kind.CODE:
                     self._define(block, Bound(address))
@@ -822,6 +823,12 @@ class _Entry:
 
 def _body(live: LiveFunction) -> Body:
     return Body(live.name, live.body, live.body + live.size)
+
+
+def _is_described(block: Block) -> bool:
+    """Tell whether a later session needs to know what debug information says of a block."""
+    declared = block.kind is Kind.READ_ONLY and is_scoped(block) and not is_made(block.name)
+    return block.kind is Kind.DATA or declared
 
 
 _KINDS = {Kind.CODE: "code", Kind.READ_ONLY: "read-only", Kind.DATA: "data"}

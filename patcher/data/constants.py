@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from patcher.blocks import Block, Kind, Place
+from patcher.data.counterparts import Counterpart
 from patcher.data.holders import Extent, Holders
+from patcher.data.initial import full_name
 from patcher.data.outcome import Datum, Fate
 from patcher.elf.relocations import is_pc_relative
 from patcher.errors import PatcherError
@@ -24,7 +26,7 @@ from patcher.match import Matcher
 from patcher.part import Part
 from patcher.patch.journal import ArenaView
 
-ConstantOf = Callable[[Part, Block], "LiveVariable | None"]
+ConstantOf = Callable[[Part, Block], "Counterpart | None"]
 
 _LARGEST = 64 << 10  # what is written while threads stand, and kept in the journal
 _NAMED = 4
@@ -48,7 +50,7 @@ class Constant:
         if self.size != self.block.size:
             note = f"{self.size} -> {self.block.size} bytes; {note}"
         fate = Fate.REWRITTEN if self.in_place else Fate.STALE
-        return Datum(base_name(self.block.name), self.part.source, fate, note)
+        return Datum(full_name(self.part, self.block), self.part.source, fate, note)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +64,28 @@ class Constants:
 def unbound_constants(image: Image, view: ArenaView, parts: Sequence[Part], constant_of: ConstantOf) -> Constants:
     """Return what becomes of the constants of some units that no function which stays the same uses."""
     compared = [(p, b, old, same) for p in parts for b, old, same in _compared(p, constant_of)]
-    same = tuple((p, b, old.address) for p, b, old, is_same in compared if is_same and _is_alone(b))
+    same = tuple((p, b, old.constant.address) for p, b, old, is_same in compared if is_same and _is_alone(b))
     found = [(p, b, old) for p, b, old, is_same in compared if not is_same]
     return Constants(same, _held(image, view, parts, found) if found else ())
 
 
 def _held(
-    image: Image, view: ArenaView, parts: Sequence[Part], found: Sequence[tuple[Part, Block, LiveVariable]]
+    image: Image, view: ArenaView, parts: Sequence[Part], found: Sequence[tuple[Part, Block, Counterpart]]
 ) -> tuple[Constant, ...]:
     """Return the changed constants, each with who holds it beside the code to be replaced."""
-    gone = [(old.address, old.address + old.size) for _, _, old in found]
-    claims = Counter(old.address for _, _, old in found)
+    gone = [(old.constant.address, old.constant.address + old.constant.size) for _, _, old in found]
+    claims = Counter(old.constant.address for _, _, old in found)
     holders = Holders(image, view, [*gone, *_replaced(parts), *_left(view)])
     constants = []
-    for part, block, old in found:
+    for part, block, counterpart in found:
+        old = counterpart.constant
         who = holders.of(old.address, old.address + max(old.size, 1))
-        in_place = bool(who) and claims[old.address] == 1 and _is_writable(part, block, old)
+        in_place = bool(who) and counterpart.certain and claims[old.address] == 1 and _is_writable(part, block, old)
         constants.append(Constant(part, block, old.address, old.size, who, in_place))
     return tuple(constants)
 
 
-def _compared(part: Part, constant_of: ConstantOf) -> list[tuple[Block, LiveVariable, bool]]:
+def _compared(part: Part, constant_of: ConstantOf) -> list[tuple[Block, Counterpart, bool]]:
     matcher = Matcher(part.blocks, part.unit, NO_LINES, part.delta.stamps)
     memory = part.unit.image.target.memory
     # Statics of functions share their names: what one is known to be, no other can be.
@@ -94,9 +97,10 @@ def _compared(part: Part, constant_of: ConstantOf) -> list[tuple[Block, LiveVari
         matched = part.matched(block)
         if matched is not None and matched in part.delta.bindings:
             continue  # what is the same uses it, and it is what it was
-        old = constant_of(part, block)
-        if old is None or old.address in claimed:
+        counterpart = constant_of(part, block)
+        if counterpart is None or counterpart.constant.address in claimed:
             continue
+        old = counterpart.constant
         try:
             contents = memory.read(old.address, old.size)
         except PatcherError:
@@ -106,7 +110,7 @@ def _compared(part: Part, constant_of: ConstantOf) -> list[tuple[Block, LiveVari
         if matcher.pending:  # it refers to code that has to be compared itself: pieces, labels
             matcher.pending.clear()
             continue
-        found.append((block, old, same))
+        found.append((block, counterpart, same))
     return found
 
 

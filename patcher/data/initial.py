@@ -48,7 +48,7 @@ class Changed:
 
     @property
     def name(self) -> str:
-        return _full_name(self.part, self.block)
+        return full_name(self.part, self.block)
 
     @property
     def note(self) -> str:
@@ -154,7 +154,7 @@ def _check_kind(part: Part, block: Block) -> None:
 
 
 def _several(name: str, found: Sequence[Changed]) -> UnsafeChange:
-    places = ", ".join(f"`{Path(c.part.source).name}:{_full_name(c.part, c.block)}`" for c in found)
+    places = ", ".join(f"`{Path(c.part.source).name}:{full_name(c.part, c.block)}`" for c in found)
     return UnsafeChange(f"--reinit {name} may mean {places}", "give one of these", code="reinit")
 
 
@@ -187,10 +187,10 @@ def _is_called(part: Part, block: Block, wanted: str) -> bool:
         return True
     if base_name(block.name).rpartition(".")[2] != name.rpartition(".")[2]:
         return False
-    return name in (base_name(block.name).rpartition(".")[2], _full_name(part, block))
+    return name in (base_name(block.name).rpartition(".")[2], full_name(part, block))
 
 
-def _full_name(part: Part, block: Block) -> str:
+def full_name(part: Part, block: Block) -> str:
     """Return `function.name` for a static of a function, which gcc calls `name.N` and clang `function.name`."""
     name = base_name(block.name)
     if "." in name or not numbered(block.name):
