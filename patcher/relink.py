@@ -19,12 +19,13 @@ from patcher.constructors import Starter, belonging, touched
 from patcher.convention import Registers
 from patcher.data.constants import unbound_constants
 from patcher.data.counterparts import is_made
+from patcher.data.holders import Extent, Holders
 from patcher.data.initial import Changed, Initials, first_value
 from patcher.data.migrate import ByFunction, ByMoves, How, Migration, migrations, require_users, users
 from patcher.data.names import spelling
 from patcher.data.outcome import Datum, Fate
 from patcher.data.statics import Found, is_scoped
-from patcher.data.still_used import Extent, Holders
+from patcher.data.still_used import give_up
 from patcher.data.threads import NewThreadLocals
 from patcher.data.writing import DataDelta, Writing, data_delta
 from patcher.elf import SymbolBinding
@@ -273,7 +274,7 @@ class _Generation:
         replaced = [Extent(r.name, *extent) for r in self.replaced for extent in r.extents]
         holders = Holders(self.image, self.ledger.view(), [*replaced, *self.out_of_use])
         for fill in self.fills:
-            using = holders.give_up(fill.name, fill.old, fill.old + fill.old_size)
+            using = give_up(holders, fill.name, fill.old, fill.old + fill.old_size)
             self.quiet += [Body(e.name, e.start, e.end) for e in using]
 
     def _homes(self, module: LoadedModule) -> Iterator[_Home]:

@@ -9,12 +9,12 @@ on with the old contents.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from patcher.blocks import Block, Kind, Place
 from patcher.data.counterparts import Counterpart
-from patcher.data.holders import Extent, Holders
+from patcher.data.holders import MOST, Extent, Holders, Range
 from patcher.data.initial import full_name
 from patcher.data.outcome import Datum, Fate
 from patcher.elf.relocations import is_pc_relative
@@ -73,16 +73,40 @@ def _held(
     image: Image, view: ArenaView, parts: Sequence[Part], found: Sequence[tuple[Part, Block, Counterpart]]
 ) -> tuple[Constant, ...]:
     """Return the changed constants, each with who holds it beside the code to be replaced."""
-    gone = [(old.constant.address, old.constant.address + old.constant.size) for _, _, old in found]
-    claims = Counter(old.constant.address for _, _, old in found)
-    holders = Holders(image, view, [*gone, *_replaced(parts), *_left(view)])
+    ranges = [(old.constant.address, old.constant.address + max(old.constant.size, 1)) for _, _, old in found]
+    claims = Counter(low for low, _ in ranges)
+    who = _holders(image, view, parts, ranges)
     constants = []
-    for part, block, counterpart in found:
-        old = counterpart.constant
-        who = holders.of(old.address, old.address + max(old.size, 1))
-        in_place = bool(who) and counterpart.certain and claims[old.address] == 1 and _is_writable(part, block, old)
-        constants.append(Constant(part, block, old.address, old.size, who, in_place))
+    for (part, block, old), holders in zip(found, who, strict=True):
+        address, size = old.constant.address, old.constant.size
+        in_place = bool(holders) and old.certain and claims[address] == 1 and _is_writable(part, block, old.constant)
+        constants.append(Constant(part, block, address, size, holders, in_place))
     return tuple(constants)
+
+
+def _holders(
+    image: Image, view: ArenaView, parts: Sequence[Part], ranges: Sequence[Range]
+) -> Iterator[tuple[str, ...]]:
+    """Yield who goes on using each of some constants, in words: code that is not replaced, and what keeps pointers."""
+    search = Holders(image, view, _replaced(parts))
+    words = search.words([*search.mapped(), *search.heaps()], ranges, MOST)
+    for direct, through, kept in zip(search.users(ranges), search.users_through(words), words, strict=True):
+        users = [user.name for user in (*direct, *through) if not user.out_of_use]
+        outside = (at for at in kept.others if not any(low <= at < high for low, high in ranges))
+        places = (_place(image, search, at) for at in outside)
+        yield tuple(dict.fromkeys((*users, *filter(None, places))))
+
+
+def _place(image: Image, search: Holders, at: int) -> str:
+    """Say what holds a word, "" where it is none of the program's."""
+    module, name = image.module_at(at), search.variable_at(at)
+    if name:
+        return f"stored in {name}"
+    if module is None:
+        return f"stored at {at:#x}"
+    link = at - module.bias  # what linkers make for themselves has no symbols, and cannot be written to
+    own = any(seg.writable and seg.address <= link < seg.end for seg in module.module.segments)
+    return f"stored in {module.name}" if own else ""
 
 
 def _compared(part: Part, constant_of: ConstantOf) -> list[tuple[Block, Counterpart, bool]]:
@@ -128,16 +152,7 @@ def _replaced(parts: Sequence[Part]) -> list[Extent]:
         if part.is_new(block) and (function := part.live(block)) is not None
         for piece in (function, *part.cold_pieces(block))
     ]
-    return [(piece.body, piece.body + piece.size) for piece in live]
-
-
-def _left(view: ArenaView) -> list[Extent]:
-    """Return the extents of the program's own bodies that patches took the place of."""
-    return [
-        (r.original, r.original + r.size)
-        for r in view.journal.redirects
-        if not r.born and view.bodies.get((r.arena, r.index), r.copy) != r.copy
-    ]
+    return [Extent(piece.name, piece.body, piece.body + piece.size) for piece in live]
 
 
 def _is_writable(part: Part, block: Block, old: LiveVariable) -> bool:
