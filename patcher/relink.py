@@ -17,7 +17,7 @@ from patcher.blocks import Block, Kind, Place
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
 from patcher.constructors import Starter, belonging, touched
 from patcher.convention import Registers
-from patcher.data.constants import unbound_constants
+from patcher.data.constants import Constant, unbound_constants
 from patcher.data.counterparts import is_made
 from patcher.data.holders import Extent, Holders
 from patcher.data.initial import Changed, Initials, first_value
@@ -26,6 +26,7 @@ from patcher.data.names import spelling
 from patcher.data.outcome import Datum, Fate
 from patcher.data.statics import Found, is_scoped
 from patcher.data.still_used import give_up
+from patcher.data.strings import texts_left
 from patcher.data.threads import NewThreadLocals
 from patcher.data.writing import DataDelta, Writing, data_delta
 from patcher.elf import SymbolBinding
@@ -140,11 +141,13 @@ class _Generation:
         self.storages: list[Storage] = []
         self.stretches: list[Stretch] = []
         self.fills: list[Fill] = []
+        self.constants: list[Constant] = []  # that are other than they were
         self.out_of_use: list[Extent] = []  # old code that nothing enters once the generation is live
 
     def finish(self, parts: Sequence[Part]) -> Linked:
         known = self.ledger.journal.chosen
         self._give_up_old_storage()
+        self.data += texts_left(self.image, self.ledger.view(), parts, self.constants)
         record = GenerationRecord(
             number=self.number,
             parent=self.ledger.generation,
@@ -506,6 +509,7 @@ class _Generation:
                 module = home.path if home is not None else ""
                 self.rewrites.append(Rewrite(address, old.hex(), new.hex(), module))
         self.data += [c.datum() for c in writing.data.constants if c.holders]
+        self.constants += writing.data.constants
         self.initials += [c.as_record(written=True) for c in writing.data.renewed]
         self.data += [c.datum(Fate.REINITIALISED) for c in writing.data.renewed]
         news = self.asked.news(writing.data.kept, self.ledger.journal)

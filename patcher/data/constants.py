@@ -44,13 +44,17 @@ class Constant:
     in_place: bool
 
     def datum(self) -> Datum:
-        others = ", ".join(self.holders[:_NAMED])
-        more = len(self.holders) - _NAMED
-        note = others + (f" and {more} more" if more > 0 else "")
+        note = listed(self.holders)
         if self.size != self.block.size:
             note = f"{self.size} -> {self.block.size} bytes; {note}"
         fate = Fate.REWRITTEN if self.in_place else Fate.STALE
         return Datum(full_name(self.part, self.block), self.part.source, fate, note)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many there are beside."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +92,16 @@ def _holders(
     image: Image, view: ArenaView, parts: Sequence[Part], ranges: Sequence[Range]
 ) -> Iterator[tuple[str, ...]]:
     """Yield who goes on using each of some constants, in words: code that is not replaced, and what keeps pointers."""
-    search = Holders(image, view, _replaced(parts))
+    search = Holders(image, view, replaced(parts))
     words = search.words([*search.mapped(), *search.heaps()], ranges, MOST)
     for direct, through, kept in zip(search.users(ranges), search.users_through(words), words, strict=True):
         users = [user.name for user in (*direct, *through) if not user.out_of_use]
         outside = (at for at in kept.others if not any(low <= at < high for low, high in ranges))
-        places = (_place(image, search, at) for at in outside)
+        places = (place_of(image, search, at) for at in outside)
         yield tuple(dict.fromkeys((*users, *filter(None, places))))
 
 
-def _place(image: Image, search: Holders, at: int) -> str:
+def place_of(image: Image, search: Holders, at: int) -> str:
     """Say what holds a word, "" where it is none of the program's."""
     module, name = image.module_at(at), search.variable_at(at)
     if name:
@@ -143,7 +147,7 @@ def _is_alone(block: Block) -> bool:
     return block.object.sections[block.section].size == block.size
 
 
-def _replaced(parts: Sequence[Part]) -> list[Extent]:
+def replaced(parts: Sequence[Part]) -> list[Extent]:
     """Return the extents of the bodies that new code takes the place of."""
     live = [
         piece

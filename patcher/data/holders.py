@@ -96,7 +96,7 @@ class Holders:
         found: list[dict[User, None]] = [{} for _ in ranges]
         for start, end, absolute, concerned in self._extents(ranges):
             text = self._text(start, end)
-            for at, i in _fields(text, start, [ranges[i] for i in concerned], absolute):
+            for at, i in displacements(text, start, [ranges[i] for i in concerned]):
                 self._note(start + at, ranges[concerned[i]], found[concerned[i]], certain=False)
             for at, i in self._numbers(text, [ranges[i] for i in concerned], absolute):
                 self._note(start + at, ranges[concerned[i]], found[concerned[i]], certain=True)
@@ -135,9 +135,7 @@ class Holders:
 
     def _numbers(self, text: bytes, ranges: Sequence[Range], absolute: bool) -> Iterator[tuple[int, int]]:
         """Yield where code has addresses themselves, or offsets from the table of cells, and of which range."""
-        if absolute:
-            yield from _held(text, "<u4", range(4), ranges)
-        yield from _held(text, "<u8", range(8), ranges)
+        yield from ((at, i) for at, _, i in numbers(text, ranges, absolute=absolute))
         for table in self._tables:  # to whose address the large model of position-independent code adds
             offsets = [(low - table, high - table) for low, high in ranges]
             for at, i in _held(text, "<i8", range(8), offsets):
@@ -328,7 +326,7 @@ def _present(pagemap: int, mapping: Mapping) -> Iterator[Range]:
                 yield start + int(run[0]) * _PAGE, start + (int(run[-1]) + 1) * _PAGE
 
 
-def _fields(text: bytes, address: int, ranges: Sequence[Range], absolute: bool) -> Iterator[tuple[int, int]]:
+def displacements(text: bytes, address: int, ranges: Sequence[Range]) -> Iterator[tuple[int, int]]:
     """Yield the offsets where a displacement from RIP may stand that leads to one of some ranges, and to which.
 
     The byte before says that it is one (ModRM: mod 0, r/m 5; no SIB). It may be parts of two other fields all the
@@ -350,22 +348,30 @@ def _fields(text: bytes, address: int, ranges: Sequence[Range], absolute: bool) 
                         yield at, i
 
 
+def numbers(text: bytes, ranges: Sequence[Range], *, absolute: bool = True) -> Iterator[tuple[int, int, int]]:
+    """Yield the offsets of fields of four bytes (where `absolute`) or eight in one of some ranges: width, which one."""
+    for at, i in _held(text, "<u4", range(4), ranges) if absolute else ():
+        yield at, 4, i
+    for at, i in _held(text, "<u8", range(8), ranges):
+        yield at, 8, i
+
+
 def _held(text: bytes, kind: str, shifts: Iterable[int], ranges: Sequence[Range]) -> Iterator[tuple[int, int]]:
     """Yield the offsets, aligned or not, where a number stands that is in one of some ranges, and in which."""
-    numbers = np.dtype(kind)
-    limits = np.iinfo(numbers)
+    form = np.dtype(kind)
+    limits = np.iinfo(form)
     low, high = min(r[0] for r in ranges), max(r[1] for r in ranges) - 1
     if low > limits.max or high < limits.min:
         return
-    least, largest = numbers.type(max(low, limits.min)), numbers.type(min(high, limits.max))
+    least, largest = form.type(max(low, limits.min)), form.type(min(high, limits.max))
     for shift in shifts:
-        count = (len(text) - shift) // numbers.itemsize
+        count = (len(text) - shift) // form.itemsize
         if count <= 0:
             continue
-        values = np.frombuffer(text, numbers, count, shift)
+        values = np.frombuffer(text, form, count, shift)
         for k in np.flatnonzero((values >= least) & (values <= largest)).tolist():
             value = int(values[k])
-            yield from ((numbers.itemsize * k + shift, i) for i, (a, b) in enumerate(ranges) if a <= value < b)
+            yield from ((form.itemsize * k + shift, i) for i, (a, b) in enumerate(ranges) if a <= value < b)
 
 
 def _file(module: LoadedModule, group: int) -> str:

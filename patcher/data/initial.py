@@ -237,7 +237,7 @@ def _changed(part: Part, address_of: AddressOf, journal: Journal) -> Iterator[Ch
 
 def _other_than_at_first(part: Part, variables: Sequence[_Live]) -> Iterator[Changed]:
     matcher = Matcher(part.blocks, part.unit, NO_LINES, part.delta.stamps)
-    first = _FirstContents()
+    first = FirstContents()
     for variable, relocated in zip(variables, _relocated(variables), strict=True):
         block = variable.block
         contents = first.of(variable.module, variable.place, block.size)
@@ -283,7 +283,7 @@ def _old(part: Part, block: Block, contents: bytes) -> str:
     return shown_bytes(contents) if not references else ""
 
 
-class _FirstContents:
+class FirstContents:
     """What modules' variables held when they were loaded."""
 
     def __init__(self) -> None:
