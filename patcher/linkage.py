@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from patcher.blocks import Block, Blocks, External, Kind, Place
+from patcher.data.counterparts import Counterpart, goes_by_use
 from patcher.data.migrate import Migration
 from patcher.data.statics import Found, Variables, is_scoped
 from patcher.data.threads import Models, NewThreadLocals, StaticModel, initialised_with
@@ -186,9 +187,15 @@ class Linkage:
             return None  # refused, or compiled otherwise, if new code uses it
         return found.address if found is not None else None
 
-    def constant_of(self, part: Part, block: Block) -> LiveVariable | None:
-        """Return the live constant that a block's name stands for, None where there is none or it cannot be told."""
-        return self._interposed_variable(part, block) or part.unit.constant(block, self.ledger.generation)
+    def constant_of(self, part: Part, block: Block) -> Counterpart | None:
+        """Return the live constant that a block is, None where there is none or it cannot be told."""
+        generation = self.ledger.generation
+        found = self._interposed_variable(part, block)
+        if found is None and goes_by_use(block):
+            known = part.unit.constants_like(block, generation)
+            return self._variables.constant(part, block, known) if known else None
+        found = found or part.unit.constant(block, generation)
+        return Counterpart(found) if found is not None else None
 
     def keep_in_place(self, block: Block, address: int) -> None:
         """Have a constant be what stands at an address, where it has its contents or is to get them."""

@@ -331,9 +331,23 @@ class LiveUnit:
         local = not block.exported
         for p in self._constants_at(generation).get(block.name, ()):
             if self._ours(p.local, p.unit, local):
-                return LiveVariable(p.name, p.address, p.size)
+                return _constant(p)
         found = self._constant_symbols(block.name, local)
         return self._variable(found[0]) if len({s.value for s in found}) == 1 else None
+
+    def constants_like(self, block: Block, generation: int) -> list[LiveVariable]:
+        """Return the constants whose names differ from a block's in their numbers only, while a generation is live."""
+        wanted, local = base_name(block.name), not block.exported
+        placed = {p.address: p for every in self._constants_at(generation).values() for p in every}
+        found = [_constant(p) for p in placed.values() if base_name(p.name) == wanted]
+        found = [v for v in found if self._ours(v.local, placed[v.address].unit, local)]
+        if self.born:
+            return found
+        members = (s for group in self.groups for s in self.module.module.symbols.members(group))
+        linked = {s.value: s for s in members if s.size and not s.function and base_name(s.name) == wanted}
+        found += [self._variable(s) for s in linked.values() if self.module.module.constant(s.value, s.size)]
+        exported = [] if local else self.exported_variables(wanted)
+        return found + [v for v in exported if self.module.constant(v.address, v.size)]
 
     def _constants_at(self, generation: int) -> dict[str, list[Placed]]:
         """Return the constants that the patches which lead to a generation have brought, by name, the newest first."""
@@ -350,13 +364,9 @@ class LiveUnit:
         symbols = self.module.module.symbols
         if self.born:
             return []
-        if numbered(name):
-            members = [s for group in self.groups for s in symbols.members(group)]
-            found = [s for s in members if numbered(s.name) and base_name(s.name) == base_name(name)]
-        else:
-            named = symbols.named(name)
-            found = [s for s in named if (self._own(s) if local else not s.local)]
-            found = found or [s for s in named if not local and self.module.module.demoted(s)]
+        named = symbols.named(name)
+        found = [s for s in named if (self._own(s) if local else not s.local)]
+        found = found or [s for s in named if not local and self.module.module.demoted(s)]
         return [s for s in found if s.size and not s.function and self.module.module.constant(s.value, s.size)]
 
     def _variable(self, symbol: StaticSymbol) -> LiveVariable:
@@ -557,6 +567,12 @@ class LiveUnit:
         if cell is None or not self.view.contains(cell):
             return None
         return self.image.target.memory.read_u64(cell)
+
+
+def _constant(placed: Placed) -> LiveVariable:
+    return LiveVariable(
+        placed.name, placed.address, placed.size, placed.local, True, type=placed.type, scope=placed.scope
+    )
 
 
 def _brought(placed: Placed) -> LiveVariable:

@@ -1,7 +1,8 @@
 """ORIGIN: where an object's unit stands in the process: its module, and its group of local names there.
 
-The module is chosen by the functions that it shares with the object, the group by its local names; where two fit
-equally well, by the sizes of what they have, then by matching each, and the unit is refused rather than guessed.
+The module is chosen by the functions that it shares with the object (the variables and constants, where it has no
+functions), the group by its local names; where two fit equally well, by the sizes of what they have, then by matching
+each, and the unit is refused rather than guessed.
 
 Decides which unit it is; what the unit has is `live`'s business.
 """
@@ -128,25 +129,33 @@ def _now_defined(image: Image, view: ArenaView, blocks: Blocks, names: _Names) -
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """The names by which an object may be known: its global functions, its local functions and variables."""
+    """The names by which an object may be known: its global functions, its local functions and variables.
+
+    One that has no functions is known by its global variables and constants (`data`).
+    """
 
     exported: frozenset[str]
     local: frozenset[str]
+    data: bool = False
 
     @classmethod
     def of(cls, blocks: Blocks) -> _Names:
         functions = [s for b in blocks.functions for s in b.symbols]
+        data = [s for b in blocks.data_blocks() for s in b.symbols]
         local = {s.name for s in functions if s.local}
-        local |= {base_name(s.name) for b in blocks.data_blocks() for s in b.symbols if s.local}
-        return cls(frozenset(s.name for s in functions if not s.local), frozenset(local))
+        local |= {base_name(s.name) for s in data if s.local}
+        exported = functions or data
+        return cls(frozenset(s.name for s in exported if not s.local), frozenset(local), not functions)
 
 
 def _best_group(
     image: Image, view: ArenaView, module: LoadedModule, blocks: Blocks, file_symbol: str, names: _Names
 ) -> tuple[float, int | None]:
     symbols = module.module.symbols
-    score = float(sum(any(s.function for s in symbols.named(n)) for n in names.exported))
+    score = float(sum(any(s.function != names.data for s in symbols.named(n)) for n in names.exported))
     groups = symbols.groups(file_symbol) if file_symbol else []
+    if names.data and not groups and symbols.has_files:
+        return 0, None  # nothing else tells it from another file's data of the same names
     ranked = sorted(((len(names.local & _names(symbols.members(g))), g) for g in groups), reverse=True)
     if not ranked:
         return score, None

@@ -17,13 +17,16 @@ from patcher.blocks import Block, Kind, Place
 from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
 from patcher.constructors import Starter, belonging, touched
 from patcher.convention import Registers
-from patcher.data.constants import unbound_constants
+from patcher.data.constants import Constant, unbound_constants
+from patcher.data.counterparts import is_made
+from patcher.data.holders import Extent, Holders
 from patcher.data.initial import Changed, Initials, first_value
 from patcher.data.migrate import ByFunction, ByMoves, How, Migration, migrations, require_users, users
 from patcher.data.names import spelling
 from patcher.data.outcome import Datum, Fate
-from patcher.data.statics import Found
-from patcher.data.still_used import Extent, Holders
+from patcher.data.statics import Found, is_scoped
+from patcher.data.still_used import give_up
+from patcher.data.strings import texts_left
 from patcher.data.threads import NewThreadLocals
 from patcher.data.writing import DataDelta, Writing, data_delta
 from patcher.elf import SymbolBinding
@@ -138,11 +141,13 @@ class _Generation:
         self.storages: list[Storage] = []
         self.stretches: list[Stretch] = []
         self.fills: list[Fill] = []
+        self.constants: list[Constant] = []  # that are other than they were
         self.out_of_use: list[Extent] = []  # old code that nothing enters once the generation is live
 
     def finish(self, parts: Sequence[Part]) -> Linked:
         known = self.ledger.journal.chosen
         self._give_up_old_storage()
+        self.data += texts_left(self.image, self.ledger.view(), parts, self.constants)
         record = GenerationRecord(
             number=self.number,
             parent=self.ledger.generation,
@@ -272,7 +277,7 @@ class _Generation:
         replaced = [Extent(r.name, *extent) for r in self.replaced for extent in r.extents]
         holders = Holders(self.image, self.ledger.view(), [*replaced, *self.out_of_use])
         for fill in self.fills:
-            using = holders.give_up(fill.name, fill.old, fill.old + fill.old_size)
+            using = give_up(holders, fill.name, fill.old, fill.old + fill.old_size)
             self.quiet += [Body(e.name, e.start, e.end) for e in using]
 
     def _homes(self, module: LoadedModule) -> Iterator[_Home]:
@@ -445,7 +450,7 @@ class _Generation:
             if block.symbols:
                 part = linkage.part_of(block)
                 address = placement.addresses[block]
-                type_, scope = linkage.described(block) if block.kind is Kind.DATA else ("", "")
+                type_, scope = linkage.described(block) if _is_described(block) else ("", "")
                 self.placed.append(_placed(block, part, _KINDS[block.kind], address, type=type_, scope=scope))
                 if block.kind is not Kind.CODE:
                     self._define(block, Bound(address))
@@ -504,6 +509,7 @@ class _Generation:
                 module = home.path if home is not None else ""
                 self.rewrites.append(Rewrite(address, old.hex(), new.hex(), module))
         self.data += [c.datum() for c in writing.data.constants if c.holders]
+        self.constants += writing.data.constants
         self.initials += [c.as_record(written=True) for c in writing.data.renewed]
         self.data += [c.datum(Fate.REINITIALISED) for c in writing.data.renewed]
         news = self.asked.news(writing.data.kept, self.ledger.journal)
@@ -822,6 +828,12 @@ class _Entry:
 
 def _body(live: LiveFunction) -> Body:
     return Body(live.name, live.body, live.body + live.size)
+
+
+def _is_described(block: Block) -> bool:
+    """Tell whether a later session needs to know what debug information says of a block."""
+    declared = block.kind is Kind.READ_ONLY and is_scoped(block) and not is_made(block.name)
+    return block.kind is Kind.DATA or declared
 
 
 _KINDS = {Kind.CODE: "code", Kind.READ_ONLY: "read-only", Kind.DATA: "data"}

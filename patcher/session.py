@@ -421,7 +421,7 @@ class Session:
                 self.ledger.forget_plans()
 
     def _with_data(self, changes: Changes) -> tuple[Changes, tuple[Changed, ...]]:
-        """Have the units of a change without new code linked if their data has to be written.
+        """Have the units of a change without new code linked if their data has to be written, or told of.
 
         Otherwise return the variables as well whose initialisers changed, and which keep their values.
         """
@@ -430,7 +430,7 @@ class Session:
         from patcher.relink import data_of_idle
 
         idle = data_of_idle(self.image, self.ledger, changes.idle, self.initials)
-        return (replace(changes, parts=changes.idle, idle=()), ()) if idle.writes else (changes, idle.kept)
+        return (replace(changes, parts=changes.idle, idle=()), ()) if idle.matters else (changes, idle.kept)
 
     def _untouched(self, changes: Changes, kept: Sequence[Changed]) -> Generation:
         self._ask(kept)

@@ -248,7 +248,8 @@ class Units:
             unit = find_unit(self.image, view, blocks)
             if unit is None:
                 self._waiting[source.name] = source
-                absent += [b.name for b in blocks.functions]
+                data = blocks.data_blocks() if source.command is None and not blocks.functions else ()
+                absent += [b.name for b in (*blocks.functions, *data)]
                 continue
             delta = self._match(source, blocks, unit)
             self._check_origin(source, delta)
@@ -293,8 +294,8 @@ class Units:
             )
         if any(source.command is None for source in sources):
             raise UnsafeChange(
-                f"none of the functions of {', '.join(str(s.file) for s in sources)} is in process "
-                f"{self.image.target.pid} ({', '.join(list(absent)[:3]) or 'it has no functions'})",
+                f"nothing of {', '.join(str(s.file) for s in sources)} is in process "
+                f"{self.image.target.pid} ({', '.join(list(absent)[:3])})",
                 "give an object that the program was linked with",
                 code="not-in-process",
             )
@@ -462,9 +463,16 @@ def _has_types(part: Part) -> bool:
 
 def _check_code(sources: Sequence[Source]) -> None:
     given = [s for s in sources if s.command is None]
-    if given and not any(section.code and section.size for s in given for section in s.object.sections.values()):
+    if given and not any(_has_something(s.object) for s in given):
         names = ", ".join(dict.fromkeys(str(s.file) for s in given))
-        raise ObjectError(f"{names}: there is no code in it", "give an object with functions that the program has")
+        raise ObjectError(
+            f"{names}: there is neither code nor data in it", "give an object with something that the program has"
+        )
+
+
+def _has_something(source: ObjectFile) -> bool:
+    blocks = Blocks(source)
+    return bool(blocks.functions) or any(True for _ in blocks.data_blocks())
 
 
 def _check_readable(path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from project import MAIN, Project
 
 import patcher
 from patcher.texts import Texts
@@ -125,14 +126,16 @@ def test_a_build_stamp_alone_makes_no_function_new(tmp_path: Path, monkeypatch: 
         tree.close()
 
 
-def test_an_object_without_code_is_refused(tmp_path: Path) -> None:
+def test_an_object_without_anything_or_with_data_of_nobody_is_refused(tmp_path: Path) -> None:
     tree = Tree(tmp_path)
     try:
-        subprocess.run(
-            ["gcc", "-x", "c", "-c", "-o", "data.o", "-"], input=b"int lonely = 5;", cwd=tmp_path, check=True
-        )
-        with tree.attach() as session, pytest.raises(patcher.ObjectError, match="no code in it"):
-            session.apply(tmp_path / "data.o")
+        for name, text in (("data.o", b"int lonely = 5;"), ("nothing.o", b"")):
+            subprocess.run(["gcc", "-x", "c", "-c", "-o", name, "-"], input=text, cwd=tmp_path, check=True)
+        with tree.attach() as session:
+            with pytest.raises(patcher.ObjectError, match="neither code nor data in it"):
+                session.apply(tmp_path / "nothing.o")
+            with pytest.raises(patcher.UnsafeChange, match=r"nothing of .*data.o is in process .*lonely"):
+                session.apply(tmp_path / "data.o")
     finally:
         tree.close()
 
@@ -162,3 +165,29 @@ def test_a_function_that_was_taken_out_again_before_anything_called_it_is_not_th
     finally:
         process.kill()
         process.communicate()
+
+
+TABLES = "const int limits[2] = {1, 2};\n"
+USER = "extern const int limits[2];\nint answer(int n) { return limits[n]; }\n"
+
+
+def test_data_of_a_file_that_the_program_was_not_linked_with_is_not_taken_for_its_own(tmp_path: Path) -> None:
+    made = Project(tmp_path, {"main.c": MAIN, "unit.c": USER, "tables.c": TABLES})
+    (made.sources / "others.c").write_text(TABLES.replace("2}", "9}"))
+    command = ["gcc", "-g", "-O2", "-c", str(made.sources / "others.c"), "-o", str(tmp_path / "others.o")]
+    subprocess.run(command, check=True)
+    with made.running() as program, patcher.attach(program.pid) as session:
+        with pytest.raises(patcher.UnsafeChange, match=r"nothing of .*others.o is in process .*limits") as caught:
+            session.apply(tmp_path / "others.o")
+        assert caught.value.code == "not-in-process"
+        assert program.ask(1) == "2"
+        session.apply(made.object("tables.c", ("{1, 2}", "{1, 7}")))
+        assert program.ask(1) == "7"
+
+
+def test_a_unit_without_functions_is_explained(tmp_path: Path) -> None:
+    made = Project(tmp_path, {"main.c": MAIN, "unit.c": USER, "tables.c": TABLES})
+    with made.running() as program, patcher.attach(program.pid) as session:
+        found = session.explain(made.edit("tables.c", "{1, 2}", "{1, 7}"))
+        assert [(v.name, v.outcome, v.note) for v in found.variables] == [("limits", "rewritten", "`answer`")]
+        assert program.ask(1) == "2"

@@ -9,11 +9,13 @@ on with the old contents.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from patcher.blocks import Block, Kind, Place
-from patcher.data.holders import Extent, Holders
+from patcher.data.counterparts import Counterpart
+from patcher.data.holders import MOST, Extent, Holders, Range
+from patcher.data.initial import full_name
 from patcher.data.outcome import Datum, Fate
 from patcher.elf.relocations import is_pc_relative
 from patcher.errors import PatcherError
@@ -24,7 +26,7 @@ from patcher.match import Matcher
 from patcher.part import Part
 from patcher.patch.journal import ArenaView
 
-ConstantOf = Callable[[Part, Block], "LiveVariable | None"]
+ConstantOf = Callable[[Part, Block], "Counterpart | None"]
 
 _LARGEST = 64 << 10  # what is written while threads stand, and kept in the journal
 _NAMED = 4
@@ -42,13 +44,17 @@ class Constant:
     in_place: bool
 
     def datum(self) -> Datum:
-        others = ", ".join(self.holders[:_NAMED])
-        more = len(self.holders) - _NAMED
-        note = others + (f" and {more} more" if more > 0 else "")
+        note = listed(self.holders)
         if self.size != self.block.size:
             note = f"{self.size} -> {self.block.size} bytes; {note}"
         fate = Fate.REWRITTEN if self.in_place else Fate.STALE
-        return Datum(base_name(self.block.name), self.part.source, fate, note)
+        return Datum(full_name(self.part, self.block), self.part.source, fate, note)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many there are beside."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +68,52 @@ class Constants:
 def unbound_constants(image: Image, view: ArenaView, parts: Sequence[Part], constant_of: ConstantOf) -> Constants:
     """Return what becomes of the constants of some units that no function which stays the same uses."""
     compared = [(p, b, old, same) for p in parts for b, old, same in _compared(p, constant_of)]
-    same = tuple((p, b, old.address) for p, b, old, is_same in compared if is_same and _is_alone(b))
+    same = tuple((p, b, old.constant.address) for p, b, old, is_same in compared if is_same and _is_alone(b))
     found = [(p, b, old) for p, b, old, is_same in compared if not is_same]
     return Constants(same, _held(image, view, parts, found) if found else ())
 
 
 def _held(
-    image: Image, view: ArenaView, parts: Sequence[Part], found: Sequence[tuple[Part, Block, LiveVariable]]
+    image: Image, view: ArenaView, parts: Sequence[Part], found: Sequence[tuple[Part, Block, Counterpart]]
 ) -> tuple[Constant, ...]:
     """Return the changed constants, each with who holds it beside the code to be replaced."""
-    gone = [(old.address, old.address + old.size) for _, _, old in found]
-    claims = Counter(old.address for _, _, old in found)
-    holders = Holders(image, view, [*gone, *_replaced(parts), *_left(view)])
+    ranges = [(old.constant.address, old.constant.address + max(old.constant.size, 1)) for _, _, old in found]
+    claims = Counter(low for low, _ in ranges)
+    who = _holders(image, view, parts, ranges)
     constants = []
-    for part, block, old in found:
-        who = holders.of(old.address, old.address + max(old.size, 1))
-        in_place = bool(who) and claims[old.address] == 1 and _is_writable(part, block, old)
-        constants.append(Constant(part, block, old.address, old.size, who, in_place))
+    for (part, block, old), holders in zip(found, who, strict=True):
+        address, size = old.constant.address, old.constant.size
+        in_place = bool(holders) and old.certain and claims[address] == 1 and _is_writable(part, block, old.constant)
+        constants.append(Constant(part, block, address, size, holders, in_place))
     return tuple(constants)
 
 
-def _compared(part: Part, constant_of: ConstantOf) -> list[tuple[Block, LiveVariable, bool]]:
+def _holders(
+    image: Image, view: ArenaView, parts: Sequence[Part], ranges: Sequence[Range]
+) -> Iterator[tuple[str, ...]]:
+    """Yield who goes on using each of some constants, in words: code that is not replaced, and what keeps pointers."""
+    search = Holders(image, view, replaced(parts))
+    words = search.words([*search.mapped(), *search.heaps()], ranges, MOST)
+    for direct, through, kept in zip(search.users(ranges), search.users_through(words), words, strict=True):
+        users = [user.name for user in (*direct, *through) if not user.out_of_use]
+        outside = (at for at in kept.others if not any(low <= at < high for low, high in ranges))
+        places = (place_of(image, search, at) for at in outside)
+        yield tuple(dict.fromkeys((*users, *filter(None, places))))
+
+
+def place_of(image: Image, search: Holders, at: int) -> str:
+    """Say what holds a word, "" where it is none of the program's."""
+    module, name = image.module_at(at), search.variable_at(at)
+    if name:
+        return f"stored in {name}"
+    if module is None:
+        return f"stored at {at:#x}"
+    link = at - module.bias  # what linkers make for themselves has no symbols, and cannot be written to
+    own = any(seg.writable and seg.address <= link < seg.end for seg in module.module.segments)
+    return f"stored in {module.name}" if own else ""
+
+
+def _compared(part: Part, constant_of: ConstantOf) -> list[tuple[Block, Counterpart, bool]]:
     matcher = Matcher(part.blocks, part.unit, NO_LINES, part.delta.stamps)
     memory = part.unit.image.target.memory
     # Statics of functions share their names: what one is known to be, no other can be.
@@ -94,9 +125,10 @@ def _compared(part: Part, constant_of: ConstantOf) -> list[tuple[Block, LiveVari
         matched = part.matched(block)
         if matched is not None and matched in part.delta.bindings:
             continue  # what is the same uses it, and it is what it was
-        old = constant_of(part, block)
-        if old is None or old.address in claimed:
+        counterpart = constant_of(part, block)
+        if counterpart is None or counterpart.constant.address in claimed:
             continue
+        old = counterpart.constant
         try:
             contents = memory.read(old.address, old.size)
         except PatcherError:
@@ -106,7 +138,7 @@ def _compared(part: Part, constant_of: ConstantOf) -> list[tuple[Block, LiveVari
         if matcher.pending:  # it refers to code that has to be compared itself: pieces, labels
             matcher.pending.clear()
             continue
-        found.append((block, old, same))
+        found.append((block, counterpart, same))
     return found
 
 
@@ -115,7 +147,7 @@ def _is_alone(block: Block) -> bool:
     return block.object.sections[block.section].size == block.size
 
 
-def _replaced(parts: Sequence[Part]) -> list[Extent]:
+def replaced(parts: Sequence[Part]) -> list[Extent]:
     """Return the extents of the bodies that new code takes the place of."""
     live = [
         piece
@@ -124,16 +156,7 @@ def _replaced(parts: Sequence[Part]) -> list[Extent]:
         if part.is_new(block) and (function := part.live(block)) is not None
         for piece in (function, *part.cold_pieces(block))
     ]
-    return [(piece.body, piece.body + piece.size) for piece in live]
-
-
-def _left(view: ArenaView) -> list[Extent]:
-    """Return the extents of the program's own bodies that patches took the place of."""
-    return [
-        (r.original, r.original + r.size)
-        for r in view.journal.redirects
-        if not r.born and view.bodies.get((r.arena, r.index), r.copy) != r.copy
-    ]
+    return [Extent(piece.name, piece.body, piece.body + piece.size) for piece in live]
 
 
 def _is_writable(part: Part, block: Block, old: LiveVariable) -> bool:

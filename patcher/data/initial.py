@@ -48,7 +48,7 @@ class Changed:
 
     @property
     def name(self) -> str:
-        return _full_name(self.part, self.block)
+        return full_name(self.part, self.block)
 
     @property
     def note(self) -> str:
@@ -154,7 +154,7 @@ def _check_kind(part: Part, block: Block) -> None:
 
 
 def _several(name: str, found: Sequence[Changed]) -> UnsafeChange:
-    places = ", ".join(f"`{Path(c.part.source).name}:{_full_name(c.part, c.block)}`" for c in found)
+    places = ", ".join(f"`{Path(c.part.source).name}:{full_name(c.part, c.block)}`" for c in found)
     return UnsafeChange(f"--reinit {name} may mean {places}", "give one of these", code="reinit")
 
 
@@ -187,10 +187,10 @@ def _is_called(part: Part, block: Block, wanted: str) -> bool:
         return True
     if base_name(block.name).rpartition(".")[2] != name.rpartition(".")[2]:
         return False
-    return name in (base_name(block.name).rpartition(".")[2], _full_name(part, block))
+    return name in (base_name(block.name).rpartition(".")[2], full_name(part, block))
 
 
-def _full_name(part: Part, block: Block) -> str:
+def full_name(part: Part, block: Block) -> str:
     """Return `function.name` for a static of a function, which gcc calls `name.N` and clang `function.name`."""
     name = base_name(block.name)
     if "." in name or not numbered(block.name):
@@ -237,7 +237,7 @@ def _changed(part: Part, address_of: AddressOf, journal: Journal) -> Iterator[Ch
 
 def _other_than_at_first(part: Part, variables: Sequence[_Live]) -> Iterator[Changed]:
     matcher = Matcher(part.blocks, part.unit, NO_LINES, part.delta.stamps)
-    first = _FirstContents()
+    first = FirstContents()
     for variable, relocated in zip(variables, _relocated(variables), strict=True):
         block = variable.block
         contents = first.of(variable.module, variable.place, block.size)
@@ -283,7 +283,7 @@ def _old(part: Part, block: Block, contents: bytes) -> str:
     return shown_bytes(contents) if not references else ""
 
 
-class _FirstContents:
+class FirstContents:
     """What modules' variables held when they were loaded."""
 
     def __init__(self) -> None:

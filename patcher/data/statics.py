@@ -19,6 +19,7 @@ from pathlib import Path
 from weakref import WeakKeyDictionary
 
 from patcher.blocks import Block, Blocks, Kind
+from patcher.data.counterparts import Counterpart, counterpart
 from patcher.data.located import NONE, Declarations, Declared, declared_in_object, declared_in_program, place
 from patcher.data.names import Spelling, guard_of, guards, spelling
 from patcher.data.outcome import Fate
@@ -61,17 +62,24 @@ class Variables:
         """
         if block.anonymous:
             return None
-        unit = self._units.get(part)
-        if unit is None:
-            unit = self._units[part] = _Unit(part)
+        unit = self._unit(part)
         found = unit.scoped(block) if is_scoped(block) else unit.plain(block)
         return found or unit.moved(block) or self._from_another_unit(unit, block)
 
+    def constant(self, part: Part, block: Block, known: Sequence[LiveVariable]) -> Counterpart | None:
+        """Return which of some live constants a function's own one is, None when it is new or cannot be told."""
+        return counterpart(self._unit(part), block, known)
+
     def describe(self, part: Part, block: Block) -> tuple[str, str]:
         """Return the type and the function that debug information gives for a variable, "" where it does not."""
-        unit = self._units[part]
+        unit = self._unit(part)
         known = unit.declared(block)
         return (known.type if known else ""), unit.function_of(block)
+
+    def _unit(self, part: Part) -> _Unit:
+        if part not in self._units:
+            self._units[part] = _Unit(part)
+        return self._units[part]
 
     def _from_another_unit(self, unit: _Unit, block: Block) -> Found | None:
         """Return the variable that left another unit of the same generation, and came to this one."""
@@ -159,7 +167,8 @@ class _Unit:
         known = self.declared(block)
         return spelling(block.name).function or (known.function if known is not None else "")
 
-    def _function_of(self, variable: LiveVariable) -> str:
+    def function_declaring(self, variable: LiveVariable) -> str:
+        """Return the function that a live variable was declared in, "" where that is not known, or none."""
         known = self.declaration(variable)
         said = spelling(variable.name).function or (known.function if known is not None else "")
         return said or variable.scope
@@ -167,7 +176,7 @@ class _Unit:
     def _functions_of(self, variable: LiveVariable) -> set[str]:
         """Return the functions that a variable has been declared in, as far as that is known."""
         records = (v for v in self._variables if v.address == variable.address and v.born)
-        found = {self._function_of(variable), *(v.scope or spelling(v.name).function for v in records)}
+        found = {self.function_declaring(variable), *(v.scope or spelling(v.name).function for v in records)}
         return found - {""}
 
     def type_of(self, variable: LiveVariable) -> str:
@@ -181,7 +190,7 @@ class _Unit:
             return known.scope
         return f"of `{variable.scope}`" if variable.scope else ""
 
-    def _same_type(self, block: Block, variable: LiveVariable) -> bool:
+    def same_type(self, block: Block, variable: LiveVariable) -> bool:
         """Tell whether a variable may be one of an object: same size, and same type as far as that is known."""
         if variable.size != block.size:
             return False
@@ -227,7 +236,7 @@ class _Unit:
 
     def _became_another(self, block: Block, variable: LiveVariable) -> bool:
         """Tell whether what a patch brought under a name is gone, so that another type may have the name."""
-        if not variable.born or self._same_type(block, variable):
+        if not variable.born or self.same_type(block, variable):
             return False
         if self._is_used(variable):
             raise UnsafeChange(
@@ -332,7 +341,7 @@ class _Unit:
 
     def free(self, block: Block) -> list[LiveVariable]:
         """Return the live variables that a scoped one may be, and that nothing is bound to."""
-        return [v for v in self._named_alike(block) if self._same_type(block, v)]
+        return [v for v in self._named_alike(block) if self.same_type(block, v)]
 
     def _named_alike(self, block: Block) -> list[LiveVariable]:
         name, kind = spelling(block.name), block.kind is Kind.THREAD_LOCAL
@@ -396,7 +405,7 @@ class _Unit:
 
     def _carries_over(self, block: Block, variable: LiveVariable) -> bool:
         """Tell whether a new function that stands for one that is gone is that function, renamed."""
-        ours, theirs = self.function_of(block), self._function_of(variable)
+        ours, theirs = self.function_of(block), self.function_declaring(variable)
         direct = self.uses.direct(block)
         if any(self.part.live(f) is not None for f in direct):
             return True
@@ -563,7 +572,7 @@ class _Unit:
             raise _ambiguous(self, block, found, [self.describe(v) for v in found])
         if not found:
             return None
-        where = self._function_of(found[0])
+        where = self.function_declaring(found[0])
         return Found(found[0], Fate.MOVED, f"was a static of `{where}`" if where else "was declared elsewhere")
 
     def _names_outside(self, source: str) -> bool:
@@ -586,7 +595,7 @@ class _Unit:
             and not s.guard
             and not v.thread_local
         }
-        return [v for v in alike.values() if v.address not in claimed and self._same_type(block, v)]
+        return [v for v in alike.values() if v.address not in claimed and self.same_type(block, v)]
 
     def _globals(self, name: str) -> list[LiveVariable]:
         return [v for v in self.live.exported_variables(name) if v.name == name]

@@ -42,8 +42,9 @@ class DataDelta:
         return tuple(c for c in self.constants if not c.in_place and c.block.exported)
 
     @property
-    def writes(self) -> bool:
-        return bool(self.renewed or self.rewritten or self.copied)
+    def matters(self) -> bool:
+        """Whether there is anything to write, or to tell of constants."""
+        return bool(self.renewed or self.rewritten or self.copied or any(c.holders for c in self.constants))
 
 
 def data_delta(parts: Sequence[Part], address_of: AddressOf, journal: Journal, initials: Initials) -> DataDelta:

@@ -167,3 +167,55 @@ def test_a_static_constant_is_not_taken_for_another_of_its_name(tmp_path: Path) 
         assert program.ask(1) == "12"
         assert fates(session.apply(source)) == {}
         assert program.ask(1) == "72"
+
+
+def test_without_debug_information_a_functions_constant_is_told_and_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("project.COMPILE", ("gcc", "-O2"))
+    unit = (
+        "static const int *kept;\n"
+        "__attribute__((noinline)) static const int *give(int n)\n"
+        "{\n    static const int table[2] = {1, 2};\n    return n < 4 ? table : 0;\n}\n"
+        "int answer(int n) { if (!kept) kept = give(n); return 10 * kept[n] + give(n)[n]; }\n"
+    )
+    project = Project(tmp_path, {"main.c": MAIN, "unit.c": unit})
+    with project.running() as program, patcher.attach(program.pid) as session:
+        assert program.ask(1) == "22"
+        assert fates(session.apply(project.edit("unit.c", "{1, 2}", "{1, 3}"))) == {
+            "give.table": "stale stored in `kept`"
+        }
+        assert program.ask(1) == "23"
+
+
+SWITCHES = """\
+__attribute__((noinline)) int one(int n) {
+    switch (n) { case 0: return 17; case 1: return 3; case 2: return 9; case 3: return 55; case 4: return 6; }
+    return n;
+}
+__attribute__((noinline)) int two(int n) {
+    switch (n) { case 0: return 27; case 1: return 4; case 2: return 9; case 3: return 56; case 4: return 7; }
+    return n;
+}
+int answer(int n) { return 100 * one(n) + two(n); }
+"""
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_tables_made_of_switches_are_never_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
+) -> None:
+    monkeypatch.setattr("project.COMPILE", (compiler, "-g", "-O2"))
+    project = Project(tmp_path, {"main.c": MAIN, "unit.c": SWITCHES})
+    with project.running() as program, patcher.attach(program.pid) as session:
+        assert program.ask(1) == "304"
+        source = project.edit("unit.c", "case 1: return 3;", "case 1: return 5;")
+        assert fates(session.apply(source)) == {}
+        assert program.ask(1) == "504"
+        project.edit("unit.c", "case 0: return 17;", "case 0: return two(n);")  # its table is gone
+        assert fates(session.apply(source)) == {}
+        project.edit("unit.c", "case 1: return 4;", "case 1: return 8;")
+        assert fates(session.apply(source)) == {}
+        assert program.ask(1) == "508"
+        session.revert(0)
+        assert program.ask(1) == "304"
