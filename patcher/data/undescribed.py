@@ -1,0 +1,149 @@
+"""UNDESCRIBED: data of other units that new code uses, and the object's debug information does not declare.
+
+clang describes no variable that a unit only refers to, nor types that only such variables have. Finds these variables
+by the symbols that the object misses and the process has data for; whoever can compile says what types the unit sees
+them have (`Enquiry`), and they are judged against the units that define them. Where that cannot be asked, only a
+reference beyond the end of a variable is told from others; the names are reported as unchecked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from patcher.blocks import External, Reference
+from patcher.code.instructions import UndecodableCode, decode_lite, field_end
+from patcher.data.declared import Declared, Variable
+from patcher.data.layouts import LayoutVerdict, Standing, declared_by
+from patcher.data.prepare import reading
+from patcher.elf import SymbolType
+from patcher.elf.relocations import is_pc_relative
+from patcher.image import Definition
+from patcher.match import Status
+from patcher.part import Part
+
+Probed = tuple[bytes, frozenset[int]]
+_DATA = (SymbolType.OBJECT, SymbolType.COMMON, SymbolType.TLS)
+
+
+@dataclass(frozen=True, slots=True)
+class Enquiry:
+    """Who may be asked about names: what one denotes in the process, and what types the unit sees several have.
+
+    `types` returns an object in whose debug information `prefix` + index points to what a name has, and the indexes
+    of names that the unit has not; None when that cannot be asked.
+    """
+
+    denoted: Callable[[str], Definition | None]
+    types: Callable[[tuple[str, ...]], Probed | None]
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A variable that a unit uses and does not describe: how the unit that defines it does."""
+
+    symbol: str
+    unit: Declared
+    variable: Variable
+    size: int
+
+    @property
+    def expression(self) -> str:
+        """What the variable is called behind the last line of a text that uses it."""
+        return f"::{self.variable.name}" if "::" in self.variable.name else self.variable.name
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What a unit sees some variables have: in debug information that is not the object's own."""
+
+    unit: Declared
+    data: bytes
+    variables: tuple[Foreign, ...]
+
+
+def missing(part: Part, declared: Sequence[Declared]) -> tuple[str, ...]:
+    """Return the symbols that an object misses, and that its debug information declares no variable for."""
+    described = {v.symbol for d in declared for every in d.variables.values() for v in every}
+    symbols = part.delta.blocks.object.symbols
+    return tuple(dict.fromkeys(s.name for s in symbols if s.undefined and s.name and s.name not in described))
+
+
+def is_data(definition: Definition | None) -> bool:
+    return definition is not None and definition.type in _DATA
+
+
+def describe(part: Part, file: str, found: Sequence[Foreign], enquiry: Enquiry) -> Described | None:
+    """Ask what types a unit, compiled from `file`, sees variables have; None when nobody can tell."""
+    names = tuple(f.expression for f in found)
+    answer = enquiry.types(names)
+    if answer is None:
+        return None
+    data, lost = answer
+    units = declared_by(data, part.source)
+    if len(units) != 1:
+        return None
+    with reading(part.source):
+        unit = units[0]
+        pointers = {name: every[0] for name, every in unit.variables.items() if name.startswith(enquiry.prefix)}
+        seen, known = {n: v for n, v in unit.variables.items() if n not in pointers}, []
+        for index, foreign in enumerate(found):
+            pointer = pointers.get(f"{enquiry.prefix}{index}")
+            if index not in lost and pointer is not None:
+                name, type_ = foreign.variable.name, unit.node(pointer.type).of
+                seen[name] = (Variable(name, type_, False, external=True, symbol=foreign.symbol),)
+                known.append(foreign)
+        unit.stand_for(file, seen)
+    return Described(unit, data, tuple(known))
+
+
+def types_within(unit: Declared, names: Sequence[str]) -> tuple[str, ...]:
+    """Return the types that variables have, that these contain, and that they lead to."""
+    places: set[int] = set()
+    waiting = [v.type for name in names for v in unit.variables[name]]
+    while waiting:
+        place = unit.bare(waiting.pop())
+        if place not in places:
+            places.add(place)
+            node = unit.node(place)
+            waiting += [m.type for m in node.members] + ([node.of] if node.of else [])
+    return tuple(name for name, every in unit.types.items() if not places.isdisjoint(every))
+
+
+# --- beyond the end ---------------------------------------------------------------------------------------------------
+
+
+def beyond(part: Part, file: str, unchecked: Sequence[Foreign]) -> Iterator[LayoutVerdict]:
+    """Find new code that refers to what is behind the end of a variable."""
+    sizes = {f.symbol: f for f in unchecked if f.size}
+    for block in part.blocks.functions:
+        if part.status(block) is Status.SAME:
+            continue
+        for reference in part.blocks.references(block):
+            target = reference.target
+            foreign = sizes.get(target.name) if isinstance(target, External) else None
+            if foreign is None:
+                continue
+            offset = _offset(block.data, reference)
+            if offset > foreign.size or (offset == foreign.size and _reaches(block.data, reference.offset)):
+                detail = f"`{block.name}` refers to byte {offset} of it, and it has {foreign.size}"
+                yield LayoutVerdict(foreign.variable.name, (detail,), Standing.HEAP, of_variable=True, file=file)
+
+
+def _offset(code: bytes, reference: Reference) -> int:
+    if not is_pc_relative(reference.type):
+        return reference.addend
+    try:
+        return reference.addend + 4 + field_end(code, None, reference.offset)
+    except UndecodableCode:
+        return reference.addend + 4
+
+
+def _reaches(code: bytes, field: int) -> bool:
+    """Tell whether the instruction around a field goes to memory there: loops end where a variable does."""
+    try:
+        instruction = next(i for i in decode_lite(code, 0) if i[0] <= field < i[0] + i[1])
+    except (UndecodableCode, StopIteration):
+        return True
+    return instruction[2] != "lea" and "[" in instruction[3]
