@@ -464,7 +464,12 @@ class Units:
 
         def denoted(symbol: str) -> Definition | None:
             found = self.image.resolve(symbol, part.module)
-            return found if found is not None and is_data(found) and self.know_layouts(found.module) else None
+            if found is None or not is_data(found):
+                return None
+            home = found.module
+            # What has its debug information elsewhere is installed: nobody edits it.
+            own = home is part.module or home.module.symbols_from == home.path
+            return found if own and self.know_layouts(home) else None
 
         def types(names: tuple[str, ...]) -> tuple[bytes, frozenset[int]] | None:
             if command is None:

@@ -15,6 +15,7 @@ _TOKEN = re.compile(
     rb"""
       //(?:\\\r?\n|[^\n])*
     | /\*.*?\*/
+    | ^[ \t]*\#(?:\\\r?\n|/\*.*?\*/|[^\n])*
     | (?:u8|[uUL])?R"(?P<fence>[^ ()\\\t\v\f\n]{0,16})\(.*?\)(?P=fence)"
     | "(?:\\.|[^"\\])*"
     | \b\d[\w.']*
@@ -22,7 +23,7 @@ _TOKEN = re.compile(
     | \w+
     | [^\s\w]
     """,
-    re.VERBOSE | re.DOTALL,
+    re.VERBOSE | re.DOTALL | re.MULTILINE,
 )
 # A body behind one of these decides about types, or is none.
 _OTHER = re.compile(
@@ -31,6 +32,7 @@ _OTHER = re.compile(
     re.VERBOSE,
 )
 _OUTER = re.compile(rb"""(?:inline\s+)?namespace\b[^()]*|extern\s*"C(?:\+\+)?"\s*""")
+_BEHIND = re.compile(rb"\s*(?:(?:const|volatile|noexcept|override|final|&)\s*)*(?:(?:- >|:).*)?", re.DOTALL)
 _COMMENT = (b"//", b"/*")
 _DIRECTIVE = re.compile(rb"#|\bpragma\b|_Pragma|__pragma")
 
@@ -47,7 +49,7 @@ def _outer(tokens: Iterator[bytes], found: list[bytes]) -> None:
     start = len(found)  # of the declaration that is being read
     for token in tokens:
         found.append(token)
-        if token in (b";", b"}"):
+        if token in (b";", b"}") or (token.lstrip().startswith(b"#") and start == len(found) - 1):
             start = len(found)
         elif token == b"{":
             head = b" ".join(found[start:-1])
@@ -59,7 +61,8 @@ def _outer(tokens: Iterator[bytes], found: list[bytes]) -> None:
 
 
 def _is_body(head: bytes) -> bool:
-    return b")" in head and not _OTHER.search(head)
+    _, closed, behind = head.rpartition(b")")
+    return bool(closed) and _BEHIND.fullmatch(behind) is not None and not _OTHER.search(head)
 
 
 def _balanced(tokens: Iterator[bytes]) -> list[bytes]:

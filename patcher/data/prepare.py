@@ -88,7 +88,8 @@ def sections(raw: t.RawFile) -> Sections | None:
     for index, about in zip(tables, headers["info"][tables].tolist(), strict=True):
         if names.get(about) in (".debug_info", ".debug_str_offsets"):
             found[names[about]] = _relocated(raw, index, found[names[about]])
-    return Sections(*(found[name] for name in _SECTIONS)) if found[".debug_info"] else None
+    info, abbreviations, strings, line_strings, offsets, addresses = found.values()
+    return Sections(info, abbreviations, strings, line_strings, offsets, addresses) if info else None
 
 
 def _relocated(raw: t.RawFile, index: int, contents: bytes) -> bytes:
