@@ -45,6 +45,8 @@ _KEPT_WITH_VALUE = _words("""
     -imultilib -x -T -u -e -z -A -B -G -F -iframework -framework -arch -target --param --sysroot -wrapper -Xlinker
     -Xassembler -Xpreprocessor -Xclang -mllvm -ivfsoverlay -include-pch -specs --config
 """)
+# Else a class is described only where its virtual functions are, or (clang) where one is constructed.
+_WHOLE_CLASSES = {Family.GCC: ("-femit-class-debug-always",), Family.CLANG: ("-fstandalone-debug",)}
 _STRICTNESS = ("-Werror", "-pedantic-errors")  # of no use where the text is not the file's own
 
 
@@ -95,7 +97,8 @@ def object_arguments(
     """Rewrite a command so that it makes the object `output` and writes no other file of the user's.
 
     `text` is compiled in place of the source file (see `text_of`), `options` are added. `toolchain` must be given
-    with a variant or a text. Raises BuildError when the compiler cannot make the variant.
+    with a variant or a text; with it, classes are described in full. Raises BuildError when the compiler cannot make
+    the variant.
     """
     program, switches = _divided(command)
     named = input_argument(command)
@@ -111,6 +114,8 @@ def object_arguments(
         added.append("-mcmodel=large")
     if variant & Variant.ASKING and toolchain is not None:
         added += _asking(command, toolchain)
+    if toolchain is not None and _is_cpp(command, toolchain):
+        added += _WHOLE_CLASSES.get(toolchain.family, ())
     if colour:
         added.append("-fdiagnostics-color=always")
     added += [*options, "-c", "-o", str(output)]
@@ -225,6 +230,10 @@ def _quoted_includes(named: str, text: Path, toolchain: Toolchain) -> tuple[str,
     return ("-iquote", spelled, *elsewhere, f"-fmacro-prefix-map={spelled}/=")
 
 
+def _is_cpp(command: CompileCommand, toolchain: Toolchain) -> bool:
+    return command.file.suffix not in (".c", ".i", ".s", ".S", ".sx") or "++" in os.path.basename(toolchain.program)
+
+
 def _asking(command: CompileCommand, toolchain: Toolchain) -> tuple[str, ...]:
     """Return the switches for the general-dynamic model.
 
@@ -234,8 +243,7 @@ def _asking(command: CompileCommand, toolchain: Toolchain) -> tuple[str, ...]:
     if toolchain.family is Family.CLANG:
         return ("-fPIC", "-ftls-model=global-dynamic")
     if toolchain.family is Family.GCC:
-        plus = command.file.suffix not in (".c", ".i") or "++" in os.path.basename(toolchain.program)
-        words = ("__thread", "thread_local" if plus else "_Thread_local")
+        words = ("__thread", "thread_local" if _is_cpp(command, toolchain) else "_Thread_local")
         attribute = '__attribute__((__tls_model__("global-dynamic")))'
         return ("-w", *(f"-D{word}={word} {attribute}" for word in words))
     raise BuildError(

@@ -116,8 +116,7 @@ class Compiler:
         if text is not None or variant & Variant.SHIFTED:
             written = _write_text(place, command, text, variant)
         output = place / f"{command.file.name}.o"
-        needs_identity = written is not None or variant is not Variant.PLAIN
-        toolchain = identify(command.arguments, command.directory) if needs_identity else None
+        toolchain = identify(command.arguments, command.directory)
         arguments = object_arguments(
             command, output, toolchain=toolchain, variant=variant, text=written, colour=self._colour, options=options
         )

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from patcher.blocks import External, Reference
 from patcher.code.instructions import UndecodableCode, decode_lite, field_end
+from patcher.code.pointed import reached_through
 from patcher.data.declared import Declared, Variable
 from patcher.data.layouts import LayoutVerdict, Standing, declared_by
 from patcher.data.prepare import reading
 from patcher.elf import SymbolType
-from patcher.elf.relocations import is_pc_relative
+from patcher.elf.relocations import R, is_pc_relative
 from patcher.image import Definition
 from patcher.match import Status
 from patcher.part import Part
@@ -117,30 +118,35 @@ def types_within(unit: Declared, names: Sequence[str]) -> tuple[str, ...]:
 def beyond(part: Part, file: str, unchecked: Sequence[Foreign]) -> Iterator[LayoutVerdict]:
     """Find new code that refers to what is behind the end of a variable."""
     sizes = {f.symbol: f for f in unchecked if f.size}
-    for block in part.blocks.functions:
+    for block in part.blocks.functions if sizes else ():
         if part.status(block) is Status.SAME:
             continue
         for reference in part.blocks.references(block):
             target = reference.target
             foreign = sizes.get(target.name) if isinstance(target, External) else None
-            if foreign is None:
-                continue
-            offset = _offset(block.data, reference)
-            if offset > foreign.size or (offset == foreign.size and _reaches(block.data, reference.offset)):
+            offset = _farthest(block.data, reference, foreign.size) if foreign is not None else None
+            if foreign is not None and offset is not None:
                 detail = f"`{block.name}` refers to byte {offset} of it, and it has {foreign.size}"
                 yield LayoutVerdict(foreign.variable.name, (detail,), Standing.HEAP, of_variable=True, file=file)
 
 
-def _offset(code: bytes, reference: Reference) -> int:
-    if not is_pc_relative(reference.type):
-        return reference.addend
-    try:
-        return reference.addend + 4 + field_end(code, None, reference.offset)
-    except UndecodableCode:
-        return reference.addend + 4
+_CELLS = (R.GOTPCREL, R.GOTPCRELX, R.REX_GOTPCRELX)
 
 
-def _reaches(code: bytes, field: int) -> bool:
+def _farthest(code: bytes, reference: Reference, size: int) -> int | None:
+    """Return the offset beyond the end of a variable that a reference leads to, if it does."""
+    if reference.type in _CELLS:
+        return max((o for o in reached_through(code, reference.offset) if o >= size), default=None)
+    offset = reference.addend
+    if is_pc_relative(reference.type):
+        try:
+            offset += 4 + field_end(code, None, reference.offset)
+        except UndecodableCode:
+            offset += 4
+    return offset if offset > size or (offset == size and _goes_there(code, reference.offset)) else None
+
+
+def _goes_there(code: bytes, field: int) -> bool:
     """Tell whether the instruction around a field goes to memory there: loops end where a variable does."""
     try:
         instruction = next(i for i in decode_lite(code, 0) if i[0] <= field < i[0] + i[1])
