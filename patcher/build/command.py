@@ -19,6 +19,7 @@ from patcher.build.toolchain import Family, Toolchain, program_index
 from patcher.errors import BuildError, NoCompileCommand
 
 SOURCE_SUFFIXES = frozenset({".c", ".cc", ".cpp", ".cxx", ".c++", ".cp", ".C", ".s", ".S", ".sx"})
+_C_SUFFIXES = (".c", ".i", ".s", ".S", ".sx")
 LINE_SHIFT = 100_000
 
 
@@ -84,6 +85,12 @@ def is_unit(path: Path) -> bool:
     return path.suffix in SOURCE_SUFFIXES
 
 
+def is_cpp(command: CompileCommand) -> bool:
+    """Tell whether a command compiles C++."""
+    driver = os.path.basename(command.arguments[program_index(command.arguments)])
+    return command.file.suffix not in _C_SUFFIXES or "++" in driver
+
+
 def object_arguments(
     command: CompileCommand,
     output: Path,
@@ -97,8 +104,8 @@ def object_arguments(
     """Rewrite a command so that it makes the object `output` and writes no other file of the user's.
 
     `text` is compiled in place of the source file (see `text_of`), `options` are added. `toolchain` must be given
-    with a variant or a text; with it, classes are described in full. Raises BuildError when the compiler cannot make
-    the variant.
+    with a variant or a text, or for C++: classes are described in full then. Raises BuildError when the compiler
+    cannot make the variant.
     """
     program, switches = _divided(command)
     named = input_argument(command)
@@ -114,7 +121,7 @@ def object_arguments(
         added.append("-mcmodel=large")
     if variant & Variant.ASKING and toolchain is not None:
         added += _asking(command, toolchain)
-    if toolchain is not None and _is_cpp(command, toolchain):
+    if toolchain is not None and is_cpp(command):
         added += _WHOLE_CLASSES.get(toolchain.family, ())
     if colour:
         added.append("-fdiagnostics-color=always")
@@ -230,10 +237,6 @@ def _quoted_includes(named: str, text: Path, toolchain: Toolchain) -> tuple[str,
     return ("-iquote", spelled, *elsewhere, f"-fmacro-prefix-map={spelled}/=")
 
 
-def _is_cpp(command: CompileCommand, toolchain: Toolchain) -> bool:
-    return command.file.suffix not in (".c", ".i", ".s", ".S", ".sx") or "++" in os.path.basename(toolchain.program)
-
-
 def _asking(command: CompileCommand, toolchain: Toolchain) -> tuple[str, ...]:
     """Return the switches for the general-dynamic model.
 
@@ -243,7 +246,7 @@ def _asking(command: CompileCommand, toolchain: Toolchain) -> tuple[str, ...]:
     if toolchain.family is Family.CLANG:
         return ("-fPIC", "-ftls-model=global-dynamic")
     if toolchain.family is Family.GCC:
-        words = ("__thread", "thread_local" if _is_cpp(command, toolchain) else "_Thread_local")
+        words = ("__thread", "thread_local" if is_cpp(command) else "_Thread_local")
         attribute = '__attribute__((__tls_model__("global-dynamic")))'
         return ("-w", *(f"-D{word}={word} {attribute}" for word in words))
     raise BuildError(

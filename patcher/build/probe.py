@@ -1,9 +1,10 @@
 """PROBING: what types a unit sees names have that its debug information does not declare.
 
-clang describes no variable of another unit. A text that is the unit's own with a pointer to each such variable behind
-it has their types in its debug information; it is compiled without optimisation, and only if something may have
-changed since the last time that decides about types (`outline`, and the files that are included). Decides nothing
-about the types. Specification: clang(1), `-fstandalone-debug`: types are described in full wherever they are used.
+clang describes no variable of another unit. A text that is the unit's own with a struct behind it for each such
+variable, which has a member of its type, tells that in its debug information; it is compiled without optimisation, and
+only if something may have changed since the last time that decides about types (`outline`, and the files that are
+included). Decides nothing about the types. Specification: clang(1), `-fstandalone-debug`: types are described in full
+wherever they are used.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from patcher.build.command import CompileCommand
+from patcher.build.command import CompileCommand, is_cpp
 from patcher.build.compiler import CompiledUnit, Compiler
 from patcher.build.outline import dependencies, outline
 from patcher.build.toolchain import Family, identify
@@ -36,7 +37,7 @@ Stamp = tuple[str, int, int, int]  # a file's path, inode, size and time
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """An object whose `PREFIX` + index point to what the names have, save those that the unit has no such name for."""
+    """An object that has structs `PREFIX` + index, whose member `value` is as a name; `missing` are not to be had."""
 
     object: bytes
     missing: frozenset[int]
@@ -88,7 +89,7 @@ class Probes:
     def _probed(self, command: CompileCommand, names: Sequence[str], text: bytes) -> tuple[Probed, tuple[Stamp, ...]]:
         missing: frozenset[int] = frozenset()
         while True:
-            lines = [_line(i, name) if i not in missing else "" for i, name in enumerate(names)]
+            lines = [_line(command, i, name) if i not in missing else "" for i, name in enumerate(names)]
             probe = text + f'\n#line 1 "{_FILE}"\n'.encode() + "\n".join(lines).encode() + b"\n"
             try:
                 unit = self._compiler.compile(command, text=probe, options=(*_OPTIONS, *_cheap(command)))
@@ -104,8 +105,10 @@ class Probes:
             return found, files
 
 
-def _line(index: int, name: str) -> str:
-    return f"__typeof__({name}) *{PREFIX}{index};"
+def _line(command: CompileCommand, index: int, name: str) -> str:
+    # That of a static member need not be complete, and may be a reference.
+    static = "static " if is_cpp(command) else ""
+    return f"struct {PREFIX}{index} {{ {static}__typeof__({name}) value; }} {PREFIX}{index};"
 
 
 def _cheap(command: CompileCommand) -> tuple[str, ...]:

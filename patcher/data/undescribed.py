@@ -31,8 +31,8 @@ _DATA = (SymbolType.OBJECT, SymbolType.COMMON, SymbolType.TLS)
 class Enquiry:
     """Who may be asked about names: what one denotes in the process, and what types the unit sees several have.
 
-    `types` returns an object in whose debug information `prefix` + index points to what a name has, and the indexes
-    of names that the unit has not; None when that cannot be asked.
+    `types` returns an object in whose debug information the member `value` of struct `prefix` + index has the type of
+    a name, and the indexes of names for which there is none; None when that cannot be asked.
     """
 
     denoted: Callable[[str], Definition | None]
@@ -87,16 +87,23 @@ def describe(part: Part, file: str, found: Sequence[Foreign], enquiry: Enquiry) 
         return None
     with reading(part.source):
         unit = units[0]
-        pointers = {name: every[0] for name, every in unit.variables.items() if name.startswith(enquiry.prefix)}
-        seen, known = {n: v for n, v in unit.variables.items() if n not in pointers}, []
+        seen = {name: every for name, every in unit.variables.items() if not name.startswith(enquiry.prefix)}
+        known = []
         for index, foreign in enumerate(found):
-            pointer = pointers.get(f"{enquiry.prefix}{index}")
-            if index not in lost and pointer is not None:
-                name, type_ = foreign.variable.name, unit.node(pointer.type).of
+            type_ = _value(unit, f"{enquiry.prefix}{index}") if index not in lost else 0
+            if type_:
+                name = foreign.variable.name
                 seen[name] = (Variable(name, type_, False, external=True, symbol=foreign.symbol),)
                 known.append(foreign)
         unit.stand_for(file, seen)
     return Described(unit, data, tuple(known))
+
+
+def _value(unit: Declared, struct: str) -> int:
+    """Return the type of a struct's only member, which is static in C++; 0 when there is none."""
+    static = [v.type for v in unit.variables.get(f"{struct}::value", ())]
+    members = [m.type for place in unit.types.get(f"struct {struct}", ()) for m in unit.node(place).members]
+    return (*static, *members, 0)[0]
 
 
 def types_within(unit: Declared, names: Sequence[str]) -> tuple[str, ...]:

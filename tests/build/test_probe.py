@@ -9,6 +9,7 @@ import pytest
 
 from patcher.build import PROBED, CompileCommand, Compiler, Probes, files_included
 from patcher.build.outline import dependencies, outline
+from patcher.data.declared import Declared
 from patcher.data.layouts import declared_by
 
 UNIT = b"""#include "types.h"
@@ -111,12 +112,13 @@ class Unit:
         self.answer = self.probes.ask(self.command, names, files_included(unit))
         assert self.answer is not None
         (found,) = declared_by(self.answer.object, "probe")
-        pointers = {n: v[0].type for n, v in found.variables.items() if n.startswith(PROBED)}
-        return {
-            name: found.text(found.node(pointers[f"{PROBED}{i}"]).of)
-            for i, name in enumerate(names)
-            if i not in self.answer.missing
-        }
+        return {n: self.type(found, f"{PROBED}{i}") for i, n in enumerate(names) if i not in self.answer.missing}
+
+    @staticmethod
+    def type(found: Declared, struct: str) -> str:
+        (place,) = found.types[f"struct {struct}"]
+        static = found.variables.get(f"{struct}::value", ())
+        return found.text((*static, *found.node(place).members)[0].type)
 
 
 @pytest.fixture
