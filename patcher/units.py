@@ -23,11 +23,14 @@ from patcher.build import (
     LARGE,
     LINE_SHIFT,
     PLAIN,
+    PROBED,
     SHIFTED,
     Commands,
     CompileCommand,
     Compiler,
+    Probes,
     Variant,
+    files_included,
     is_unit,
 )
 from patcher.data import migrate
@@ -36,9 +39,10 @@ from patcher.data.admission import check as check_layouts
 from patcher.data.carry import Judged, carried_by, carry_over, may_be_carried
 from patcher.data.layouts import LayoutVerdict
 from patcher.data.prepare import has_types
+from patcher.data.undescribed import Enquiry, is_data
 from patcher.elf import ObjectFile, read_object, read_objects
 from patcher.errors import ObjectError, PatcherError, UnsafeChange
-from patcher.image import Image, LoadedModule
+from patcher.image import Definition, Image, LoadedModule
 from patcher.lines import LineNumbers, line_fields, moves_of_lines
 from patcher.live import UNDEFINED, LiveUnit
 from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, match, past_lines
@@ -122,6 +126,9 @@ class Units:
         self.admission = Admission(options.allowed_layouts)
         self.layouts: list[LayoutVerdict] = []  # of the change that is being judged
         self._unchecked: set[str] = set()
+        self._undescribed: set[tuple[str, str]] = set()
+        self.probes = Probes(self.compiler)
+        self._included: WeakKeyDictionary[ObjectFile, tuple[str, ...]] = WeakKeyDictionary()
 
     def close(self) -> None:
         """Remove what was compiled."""
@@ -151,10 +158,12 @@ class Units:
         if commands:
             began = time.time()
             with self.building():
-                compiled = self.compiler.compile_all(commands, cancelled=cancelled)
+                options = self.probes.options(commands)
+                compiled = self.compiler.compile_all(commands, options=options, cancelled=cancelled)
             for unit, command in zip(compiled, commands, strict=True):
                 stamps = stamps_between(began, time.time(), command.file.stat().st_mtime)
                 found += [Source(o, command.file, command, stamps) for o in read_objects(unit.object)]
+                self._included.update((s.object, files_included(unit)) for s in found[-1:] if options)
                 self.compiler.discard(unit)
         return found
 
@@ -417,10 +426,12 @@ class Units:
         self, part: Part, lineage: Numbers, migrated: Sequence[str] = (), stored: Sequence[str] = ()
     ) -> Judged | None:
         known = self.know_layouts(part.module)
-        found = self.admission.verdicts(part, lineage, migrated, stored) if known else None
+        enquiry = self._enquiry(part)
+        found = self.admission.verdicts(part, lineage, enquiry, migrated, stored) if known else None
         if found is None:
             self._say_unchecked(part, not known)
             return None
+        self._say_undescribed(part)
         return Judged(part, self.admission.files(part), found)
 
     def _carried(
@@ -447,6 +458,37 @@ class Units:
         file = Path(module.module.symbols_from)
         file = module.file if str(file) == module.path or not file.is_file() else file
         return self.admission.open(module.path, file)
+
+    def _enquiry(self, part: Part) -> Enquiry:
+        object_ = part.delta.blocks.object
+        command = self._command_of.get(object_) or self.supplies.build.command_of.get(object_)
+
+        def denoted(symbol: str) -> Definition | None:
+            found = self.image.resolve(symbol, part.module)
+            if found is None or not is_data(found):
+                return None
+            home = found.module
+            # What has its debug information elsewhere is installed: nobody edits it.
+            own = home is part.module or home.module.symbols_from == home.path
+            return found if own and self.know_layouts(home) else None
+
+        def types(names: tuple[str, ...]) -> tuple[bytes, frozenset[int]] | None:
+            if command is None:
+                return None
+            with self.building():
+                found = self.probes.ask(command, names, self._included.get(object_, ()))
+            return (found.object, found.missing) if found is not None else None
+
+        return Enquiry(denoted, types, PROBED)
+
+    def _say_undescribed(self, part: Part) -> None:
+        names = [n for n in self.admission.unchecked(part) if (part.source, n) not in self._undescribed]
+        self._undescribed.update((part.source, n) for n in names)
+        if names:
+            self._say(
+                f"{part.source} uses {', '.join(f'`{n}`' for n in names)}, which its debug information does not "
+                "declare: whether their layout is what it was is not checked"
+            )
 
     def _say_unchecked(self, part: Part, program: bool) -> None:
         what = part.module.path if program else part.source

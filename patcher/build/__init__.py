@@ -9,6 +9,8 @@ from patcher.build.command import LINE_SHIFT, CompileCommand, Unit, Variant, is_
 from patcher.build.commands import Commands
 from patcher.build.compiler import CompiledUnit, Compiler
 from patcher.build.linking import LinkLine, find_link_line, locate_library
+from patcher.build.probe import PREFIX as PROBED
+from patcher.build.probe import Probes, files_included
 from patcher.build.running import BuildCancelled
 from patcher.build.toolchain import program_index
 
@@ -24,6 +26,7 @@ __all__ = [
     "LARGE",
     "LINE_SHIFT",
     "PLAIN",
+    "PROBED",
     "SHIFTED",
     "BuildCancelled",
     "BuildCommand",
@@ -32,8 +35,10 @@ __all__ = [
     "CompiledUnit",
     "Compiler",
     "LinkLine",
+    "Probes",
     "Unit",
     "Variant",
+    "files_included",
     "find_link_line",
     "is_unit",
     "locate_library",

@@ -19,6 +19,7 @@ from patcher.build.toolchain import Family, Toolchain, program_index
 from patcher.errors import BuildError, NoCompileCommand
 
 SOURCE_SUFFIXES = frozenset({".c", ".cc", ".cpp", ".cxx", ".c++", ".cp", ".C", ".s", ".S", ".sx"})
+_C_SUFFIXES = (".c", ".i", ".s", ".S", ".sx")
 LINE_SHIFT = 100_000
 
 
@@ -45,6 +46,8 @@ _KEPT_WITH_VALUE = _words("""
     -imultilib -x -T -u -e -z -A -B -G -F -iframework -framework -arch -target --param --sysroot -wrapper -Xlinker
     -Xassembler -Xpreprocessor -Xclang -mllvm -ivfsoverlay -include-pch -specs --config
 """)
+# Else a class is described only where its virtual functions are, or (clang) where one is constructed.
+_WHOLE_CLASSES = {Family.GCC: ("-femit-class-debug-always",), Family.CLANG: ("-fstandalone-debug",)}
 _STRICTNESS = ("-Werror", "-pedantic-errors")  # of no use where the text is not the file's own
 
 
@@ -82,6 +85,12 @@ def is_unit(path: Path) -> bool:
     return path.suffix in SOURCE_SUFFIXES
 
 
+def is_cpp(command: CompileCommand) -> bool:
+    """Tell whether a command compiles C++."""
+    driver = os.path.basename(command.arguments[program_index(command.arguments)])
+    return command.file.suffix not in _C_SUFFIXES or "++" in driver
+
+
 def object_arguments(
     command: CompileCommand,
     output: Path,
@@ -95,7 +104,8 @@ def object_arguments(
     """Rewrite a command so that it makes the object `output` and writes no other file of the user's.
 
     `text` is compiled in place of the source file (see `text_of`), `options` are added. `toolchain` must be given
-    with a variant or a text. Raises BuildError when the compiler cannot make the variant.
+    with a variant or a text, or for C++: classes are described in full then. Raises BuildError when the compiler
+    cannot make the variant.
     """
     program, switches = _divided(command)
     named = input_argument(command)
@@ -111,6 +121,8 @@ def object_arguments(
         added.append("-mcmodel=large")
     if variant & Variant.ASKING and toolchain is not None:
         added += _asking(command, toolchain)
+    if toolchain is not None and is_cpp(command):
+        added += _WHOLE_CLASSES.get(toolchain.family, ())
     if colour:
         added.append("-fdiagnostics-color=always")
     added += [*options, "-c", "-o", str(output)]
@@ -234,8 +246,7 @@ def _asking(command: CompileCommand, toolchain: Toolchain) -> tuple[str, ...]:
     if toolchain.family is Family.CLANG:
         return ("-fPIC", "-ftls-model=global-dynamic")
     if toolchain.family is Family.GCC:
-        plus = command.file.suffix not in (".c", ".i") or "++" in os.path.basename(toolchain.program)
-        words = ("__thread", "thread_local" if plus else "_Thread_local")
+        words = ("__thread", "thread_local" if is_cpp(command) else "_Thread_local")
         attribute = '__attribute__((__tls_model__("global-dynamic")))'
         return ("-w", *(f"-D{word}={word} {attribute}" for word in words))
     raise BuildError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from patcher.build.command import CompileCommand, Variant, input_argument, object_arguments, text_of
+from patcher.build.command import CompileCommand, Variant, input_argument, is_cpp, object_arguments, text_of
 from patcher.build.database import GET_A_DATABASE
 from patcher.build.running import Job, Outcome, never, run_all
 from patcher.build.toolchain import identify
@@ -116,7 +116,7 @@ class Compiler:
         if text is not None or variant & Variant.SHIFTED:
             written = _write_text(place, command, text, variant)
         output = place / f"{command.file.name}.o"
-        needs_identity = written is not None or variant is not Variant.PLAIN
+        needs_identity = written is not None or variant is not Variant.PLAIN or is_cpp(command)
         toolchain = identify(command.arguments, command.directory) if needs_identity else None
         arguments = object_arguments(
             command, output, toolchain=toolchain, variant=variant, text=written, colour=self._colour, options=options

@@ -7,19 +7,22 @@ storage. What a controller that attaches later cannot know is what earlier ones 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from patcher.code.frames import keeps_to_its_frame
-from patcher.data.declared import Declared
+from patcher.data import undescribed
+from patcher.data.declared import Declared, Variable
 from patcher.data.dies import Elsewhere, NotUnderstood
 from patcher.data.layouts import Judgement, LayoutVerdict, Program, Standing, declared_by
 from patcher.data.prepare import has_types, reading
+from patcher.data.undescribed import Described, Enquiry, Foreign
 from patcher.elf import ObjectFile
 from patcher.errors import PatcherError, UnsafeChange
+from patcher.image import Definition
 from patcher.match import Status
 from patcher.part import Part
 from patcher.patch.journal import Numbers
@@ -50,6 +53,16 @@ class _Module:
 class _Checked:
     declared: tuple[Declared, ...]
     alike: bool  # nothing of it differs from what the process has
+    unchecked: tuple[str, ...] = ()  # variables of other units whose types nobody told
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What is known of variables that a unit uses and does not describe."""
+
+    verdicts: tuple[LayoutVerdict, ...] = ()
+    units: tuple[Declared, ...] = ()
+    unchecked: tuple[Foreign, ...] = ()
 
 
 class Admission:
@@ -79,13 +92,18 @@ class Admission:
         return module.by_name if module is not None else None
 
     def verdicts(
-        self, part: Part, lineage: Container[int], migrated: Sequence[str] = (), stored: Sequence[str] = ()
+        self,
+        part: Part,
+        lineage: Container[int],
+        enquiry: Enquiry,
+        migrated: Sequence[str] = (),
+        stored: Sequence[str] = (),
     ) -> tuple[LayoutVerdict, ...] | None:
         """Judge what a part changes in its module, which is open; None when it has no debug information.
 
         `lineage` are the generations that are live; `migrated` are types and variables that may change, since functions
-        fill them, or `stored` variables that an earlier change gave the layout that they have. Raises `PatcherError`
-        when the debug information is damaged.
+        fill them, or `stored` variables that an earlier change gave the layout that they have. `enquiry` tells what the
+        debug information does not. Raises `PatcherError` when that is damaged.
         """
         module = self._modules[part.module.path]
         data = bytes(part.delta.blocks.object.contents)
@@ -101,43 +119,132 @@ class Admission:
             declared = ()  # what drgn makes of it decides
         try:
             found = [v for new in declared for v in self._judged(module, part, lineage, new)]
+            seen = self._foreign(module, part, lineage, declared, enquiry)
         except (NotUnderstood, *_DAMAGED):  # units that share entries, as link-time optimisation makes them
-            declared, found = (), []
+            declared, found, seen = (), [], _Seen()
         if not declared:
-            found = self._by_name(module, part, None)
+            found = self._by_name(module, data, part.source, None)
+        found += seen.verdicts
         allowed = (*self._allowed, *migrated)
         known = [
             (v, _is_allowed(v.type, allowed) or (v.of_variable and v.type in stored)) for v in dict.fromkeys(found)
         ]
         found = [replace(v, allowed=is_allowed) for v, is_allowed in known]
         self._latest[part.unit.key] = declared
-        self._checked[part.delta.blocks.object] = _Checked(declared, not found)
+        unchecked = tuple(f.variable.name for f in seen.unchecked)
+        self._checked[part.delta.blocks.object] = _Checked((*declared, *seen.units), not found, unchecked)
         return tuple(found)
 
     def _judged(self, module: _Module, part: Part, lineage: Container[int], new: Declared) -> list[LayoutVerdict]:
+        judgement = self._judgement(module, part, lineage, new)
+        data = bytes(part.delta.blocks.object.contents)
+        return [*judgement.verdicts(), *self._by_name(module, data, part.source, judgement.unknown())]
+
+    def _judgement(
+        self,
+        module: _Module,
+        part: Part,
+        lineage: Container[int],
+        new: Declared,
+        definer: Declared | None = None,
+    ) -> Judgement:
+        """Return the judgement on a unit; `definer` has the variables of others that are all that is to be judged."""
         layers = module.layers.get(part.unit.key, [])
         live = [la for la in reversed(layers) if la.generation in lineage]
         gone = [la for la in reversed(layers) if la.generation not in lineage]
         texts = [*(la.declared for la in live), module.program.units_of(new.file), *(la.declared for la in gone)]
         known = [tuple(d for d in each if d.file == new.file) for each in texts]
         current = [*known[: min(1, len(live))], known[len(live)]]
+        if definer is not None:
+            known.insert(len(live) + 1, (definer,))
+            current = [(definer,)]
         others = [layers for key, layers in module.layers.items() if key != part.unit.key]
         patched = [d for layers in others for layer in layers for d in layer.declared]
         reverted = [d for layer in gone for d in layer.declared]
-        judgement = Judgement(known, current, new, module.program, lambda: keeps_values(part), patched, reverted)
-        return [*judgement.verdicts(), *self._by_name(module, part, judgement.unknown())]
+        return Judgement(known, current, new, module.program, lambda: keeps_values(part), patched, reverted)
 
-    def _by_name(self, module: _Module, part: Part, names: Collection[str] | None) -> list[LayoutVerdict]:
+    # --- what the debug information does not declare ----------------------------------------------------------
+
+    def _foreign(
+        self, module: _Module, part: Part, lineage: Container[int], declared: Sequence[Declared], enquiry: Enquiry
+    ) -> _Seen:
+        symbols = undescribed.missing(part, declared) if len(declared) == 1 else ()
+        found = list(self._foreign_variables(module, symbols, lineage, enquiry))
+        if not found:
+            return _Seen()
+        file = declared[0].file
+        seen = undescribed.describe(part, file, found, enquiry)
+        if seen is None:
+            return _Seen(tuple(undescribed.beyond(part, file, found)), (), tuple(found))
+        unchecked = [f for f in found if f not in seen.variables]
+        verdicts = [
+            v
+            for definer in dict.fromkeys(f.unit for f in seen.variables)
+            for v in self._of_foreign(module, part, lineage, declared[0], seen, definer)
+        ]
+        return _Seen((*verdicts, *undescribed.beyond(part, file, unchecked)), (seen.unit,), tuple(unchecked))
+
+    def _of_foreign(
+        self,
+        module: _Module,
+        part: Part,
+        lineage: Container[int],
+        own: Declared,
+        seen: Described,
+        definer: Declared,
+    ) -> list[LayoutVerdict]:
+        """Judge the variables that one unit defines and another sees, with the types that only these have there."""
+        variables = [f.variable.name for f in seen.variables if f.unit is definer]
+        types = [name for name in undescribed.types_within(seen.unit, variables) if name not in own.types]
+        judgement = self._judgement(module, part, lineage, seen.unit, definer)
+        unknown = [name for name in judgement.unknown() if name in types]
+        by_name = self._by_name(module, seen.data, part.source, unknown)
+        return [*judgement.verdicts_of(types, variables), *by_name]
+
+    def _foreign_variables(
+        self, module: _Module, symbols: Sequence[str], lineage: Container[int], enquiry: Enquiry
+    ) -> Iterator[Foreign]:
+        """Find the variables of the process among some symbols, as far as there is debug information of them."""
+        layers = [la for every in module.layers.values() for la in every if la.generation in lineage]
+        brought: dict[str, tuple[Declared, Variable]] = {}
+        for layer in sorted(layers, key=lambda la: la.generation) if symbols else ():
+            brought.update((v.symbol, (unit, v)) for unit in layer.declared for v in _external(unit))
+        for symbol in symbols:
+            if symbol in brought:
+                unit, variable = brought[symbol]
+                yield Foreign(symbol, unit, variable, unit.node(variable.type).size)
+            elif (definition := enquiry.denoted(symbol)) is not None and (found := self._built(definition)) is not None:
+                yield Foreign(symbol, *found, definition.size)
+
+    def _built(self, definition: Definition) -> tuple[Declared, Variable] | None:
+        """Return how the debug information of a module, which is open, describes a variable."""
+        home = self._modules[definition.module.path]
+        if home is None:
+            return None
+        local = definition.thread_local
+        address = definition.address - (0 if local else definition.module.bias)
+        unit = home.program.defining(definition.name, address, thread_local=local)
+        every = (v for v in _external(unit) if v.symbol == definition.name) if unit is not None else ()
+        return next(((unit, v) for v in every if unit is not None), None)
+
+    def unchecked(self, part: Part) -> tuple[str, ...]:
+        """Return the variables of other units, which a part that was judged uses in a layout that nobody told."""
+        checked = self._checked.get(part.delta.blocks.object)
+        return checked.unchecked if checked is not None else ()
+
+    # ----------------------------------------------------------------------------------------------------------
+
+    def _by_name(self, module: _Module, data: bytes, source: str, names: Collection[str] | None) -> list[LayoutVerdict]:
         if names is not None and not names:
             return []
-        from patcher.data.dwarf import changed_types
+        from patcher.data.dwarf import Layouts, changed_types
 
-        layouts = self.by_name(part.module.path)
-        if layouts is None:
+        if module.by_name is None:
+            module.by_name = Layouts.of_program(module.program.file)
+        if module.by_name is None:
             return []
-        data = bytes(part.delta.blocks.object.contents)
-        with reading(part.source):
-            changes = changed_types(layouts, data, part.source, names)
+        with reading(source):
+            changes = changed_types(module.by_name, data, source, names)
         return [LayoutVerdict(c.name, c.details, Standing.HEAP) for c in changes]
 
     def files(self, part: Part) -> tuple[str, ...]:
@@ -165,6 +272,11 @@ class Admission:
                 layers[-1].declared = checked.declared  # says the same and more, also of the earlier generation
             else:
                 layers.append(_Layer(generation, checked.declared))
+
+
+def _external(unit: Declared) -> Iterator[Variable]:
+    """Return the variables that a unit defines for others too."""
+    return (v for every in unit.variables.values() for v in every if v.defined and v.external)
 
 
 def check(source: str, verdicts: Sequence[LayoutVerdict]) -> None:

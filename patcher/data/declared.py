@@ -68,6 +68,7 @@ class Variable:
     defined: bool
     constant: bool = False
     external: bool = False
+    symbol: str = ""
 
 
 _NAMES = {Tag.STRUCTURE: "struct ", Tag.CLASS: "class ", Tag.UNION: "union ", Tag.ENUMERATION: "enum "}
@@ -109,6 +110,10 @@ class Declared:
         self._names: dict[int, str] = {}
         self._nodes: dict[int, Node] = {_NOWHERE: VOID}
         self._bare: dict[int, int] = {_NOWHERE: _NOWHERE}
+
+    def stand_for(self, file: str, variables: Mapping[str, tuple[Variable, ...]]) -> None:
+        """Have the unit speak for another file, which has these variables."""
+        self.file, self.variables = file, variables
 
     # --- by name ----------------------------------------------------------------------------------------------
 
@@ -158,14 +163,16 @@ class Declared:
         name = self._qualified(entry)
         place: int | None = entry.offset
         external = At.EXTERNAL in raw
+        symbol = self._dies.text(raw.get(At.LINKAGE_NAME))
         while place and At.TYPE not in raw:
             place = self._reference(raw, At.SPECIFICATION) or self._reference(raw, At.ABSTRACT_ORIGIN)
             raw = self._dies.attributes(place) if place else raw
             external = external or At.EXTERNAL in raw
+            symbol = symbol or self._dies.text(raw.get(At.LINKAGE_NAME))
         if not name or not place:
             return None
         found = self._reference(raw, At.TYPE)
-        return Variable(name, found, defined, self._is_constant(found), external)
+        return Variable(name, found, defined, self._is_constant(found), external, symbol or name.rpartition("::")[2])
 
     def _is_constant(self, offset: int) -> bool:
         """Tell whether a type is const: itself, or the elements of an array."""

@@ -75,6 +75,7 @@ class At:
     DATA_BIT_OFFSET = 0x6B
     LINKAGE_NAME = 0x6E
     STR_OFFSETS_BASE = 0x72
+    ADDR_BASE = 0x73
     DWO_NAME = 0x76
     GNU_DWO_NAME = 0x2130
 
@@ -118,6 +119,7 @@ class Sections:
     strings: bytes
     line_strings: bytes
     string_offsets: bytes
+    addresses: bytes = b""
     tables: dict[int, _Abbreviations] = field(default_factory=dict, repr=False, compare=False)
 
     def table(self, place: int) -> _Abbreviations:
@@ -177,6 +179,7 @@ class Header:
     abbreviations: int
     file: str
     strings_base: int
+    addresses_base: int = 8
 
 
 def units(sections: Sections, *, every: bool = True) -> Iterator[Header]:
@@ -208,8 +211,8 @@ def _with_names(sections: Sections, header: Header) -> Header:
     root = Dies(sections, header).attributes(header.first)
     if At.DWO_NAME in root or At.GNU_DWO_NAME in root:
         raise Elsewhere("it is in another file")
-    base = root.get(At.STR_OFFSETS_BASE, 8)
-    header = replace(header, strings_base=base if isinstance(base, int) else 8)
+    strings, addresses = root.get(At.STR_OFFSETS_BASE, 8), root.get(At.ADDR_BASE, 8)
+    header = replace(header, strings_base=_int(strings, 8), addresses_base=_int(addresses, 8))
     dies = Dies(sections, header)
     name, folder = dies.text(root.get(At.NAME)), dies.text(root.get(At.COMP_DIR))
     return replace(header, file=os.path.normpath(os.path.join(folder, name)) if name else "")
@@ -366,6 +369,10 @@ class Dies:
 
 def _string(section: bytes, place: int) -> str:
     return section[place : section.index(b"\0", place)].decode("utf-8", "replace")
+
+
+def _int(value: Value, otherwise: int) -> int:
+    return value if isinstance(value, int) else otherwise
 
 
 def _number(data: bytes, place: int, size: int) -> int:

@@ -17,7 +17,8 @@ Types that a unit had no knowledge of, and the process has, are compared by name
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -31,6 +32,7 @@ from patcher.data.shapes import Form, Part, Shape
 from patcher.elf import tables as t
 
 _NAMED = 4  # differences, variables and functions that a message lists
+_ADDRESS, _CONSTANT_4, _CONSTANT_8 = b"\x03", b"\x0c", b"\x0e"  # DW_OP_addr, const4u, const8u
 _LARGEST = 8 << 20  # bytes of a program's debug information that are searched for who else knows a type
 
 
@@ -145,11 +147,43 @@ class Program:
             return None
         return (self._declared(h) for name, every in self._headers.items() if name != file for h in every)
 
+    def defining(self, symbol: str, address: int, *, thread_local: bool = False) -> Declared | None:
+        """Return the unit that defines a variable at a link-time address; of a thread-local, its offset."""
+        number = address.to_bytes(8, "little")
+        info, addresses = self._sections.info, self._sections.addresses
+        headers = [h for every in self._headers.values() for h in every]
+        patterns = (_CONSTANT_8 + number, _CONSTANT_4 + number[:4]) if thread_local else (_ADDRESS + number,)
+        starts = sorted(headers, key=lambda h: h.start)
+        found = [_last(starts, [h.start for h in starts], p) for pattern in patterns for p in _places(info, pattern)]
+        if not thread_local and addresses:
+            bases = sorted(headers, key=lambda h: h.addresses_base)
+            known = [h.addresses_base for h in bases]
+            found += [_last(bases, known, p) for p in _places(addresses, number) if not p % 4]
+        for header in dict.fromkeys(h for h in found if h is not None):
+            declared = self._declared(header)
+            if any(v.defined and v.symbol == symbol for every in declared.variables.values() for v in every):
+                return declared
+        return None
+
     def _declared(self, header: Header) -> Declared:
         if header not in self._known:
             with reading(str(self.file)):
                 self._known[header] = Declared(self._sections, header)
         return self._known[header]
+
+
+def _places(data: bytes, pattern: bytes) -> Iterator[int]:
+    """Find where bytes stand."""
+    place = data.find(pattern)
+    while place >= 0:
+        yield place
+        place = data.find(pattern, place + 1)
+
+
+def _last(headers: Sequence[Header], starts: Sequence[int], place: int) -> Header | None:
+    """Return the last of some headers that begins at or before a place."""
+    at = bisect_right(starts, place) - 1
+    return headers[at] if at >= 0 else None
 
 
 @contextmanager
@@ -225,6 +259,13 @@ class Judgement:
             found = [v for name in self.new.types for v in self._of_type(name)]
             found += [v for name in self.new.plain_typedefs for v in self._of_typedef(name)]
             found += [v for name in self.new.variables for v in self._of_variable(name)]
+        return tuple(found)
+
+    def verdicts_of(self, types: Collection[str], variables: Collection[str]) -> tuple[LayoutVerdict, ...]:
+        """Judge some types and variables only. Raises what `Declared` raises."""
+        with _uncollected():
+            found = [v for name in types for v in self._of_type(name)]
+            found += [v for name in variables for v in self._of_variable(name)]
         return tuple(found)
 
     def _compared(self, old: Declared) -> Comparison:

@@ -63,7 +63,7 @@ def debug_strings(raw: t.RawFile) -> bytes:
     return found
 
 
-_SECTIONS = (".debug_info", ".debug_abbrev", ".debug_str", ".debug_line_str", ".debug_str_offsets")
+_SECTIONS = (".debug_info", ".debug_abbrev", ".debug_str", ".debug_line_str", ".debug_str_offsets", ".debug_addr")
 _WIDTHS = {int(R.A32): 4, int(R.A64): 8}
 
 
@@ -88,8 +88,8 @@ def sections(raw: t.RawFile) -> Sections | None:
     for index, about in zip(tables, headers["info"][tables].tolist(), strict=True):
         if names.get(about) in (".debug_info", ".debug_str_offsets"):
             found[names[about]] = _relocated(raw, index, found[names[about]])
-    info, abbreviations, strings, line_strings, offsets = found.values()
-    return Sections(info, abbreviations, strings, line_strings, offsets) if found[".debug_info"] else None
+    info, abbreviations, strings, line_strings, offsets, addresses = found.values()
+    return Sections(info, abbreviations, strings, line_strings, offsets, addresses) if info else None
 
 
 def _relocated(raw: t.RawFile, index: int, contents: bytes) -> bytes:

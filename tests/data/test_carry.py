@@ -337,3 +337,26 @@ def test_what_is_not_done_says_so(tmp_path, old, new, named):
         assert caught.value.code == "layout"
         assert program.ask(1) == "13"
         assert_untouched(program.pid)
+
+
+def test_a_unit_that_only_uses_a_variable_knows_what_it_became(tmp_path, compiled):
+    project = shared(
+        tmp_path,
+        "int used(void);\n"
+        + OTHER.replace("== 122)", "== 122) + used()")
+        + "int used(void) { return settings.count * 0; }\n",
+    )
+    with project.running() as program, patcher.attach(program.pid, watched=[project.sources]) as session:
+        assert program.ask(1) == "6"
+        session.apply(*grow(tmp_path, project))
+        assert program.ask(1) == "70007"
+        other = (project.sources / "other.c").read_text()
+        session.apply(rewrite(project, "other.c", other.replace("n * 0", "n + 100")))
+        assert program.ask(1) == "70109", "it sees the new layout, as the process has it"
+        (tmp_path / "kept/config.h").write_text(HEADER)
+        with pytest.raises(UnsafeChange, match="struct config"):
+            session.apply(rewrite(project, "other.c", other.replace("n * 0", "n + 200")))
+        assert program.ask(1) == "70211"
+        session.revert(0)
+        session.apply(project.sources / "other.c")
+        assert program.ask(1) == "208", "the old layout again"
