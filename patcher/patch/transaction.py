@@ -40,7 +40,7 @@ _TRIES = 20
 _PATIENT_TRIES, _PATIENCE = 1000, 5.0  # where more than the entries has to be clear; in seconds
 _STEPS = 16
 _TOGETHER = 1 << 20  # bytes of stacks that are searched at once
-_GAP = 256  # bytes between writes to the text that are written as one
+_APART, _GAP = 8, 256  # bytes between writes to the text that are written as one
 
 _IDLE_PAUSE, _LONGEST_IDLE_PAUSE = 0.002, 0.05  # between two stops that find somebody in old code; in seconds
 
@@ -49,11 +49,17 @@ Words = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 @dataclass(frozen=True, slots=True)
 class TextWrite:
-    """Bytes to put into the program's own memory, and what must be there before."""
+    """Bytes to put into the program's own memory, and what must be there before.
+
+    What has a lower `turn` is written first, and goes last when the text is restored. `alone`: a thread may not even
+    stand at the first byte.
+    """
 
     address: int
     old: bytes
     new: bytes
+    alone: bool = False
+    turn: int = 0
 
 
 Inside = Callable[[Stopped], str]
@@ -169,7 +175,7 @@ def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResul
     if not change.needs_stop:
         _write_all(target, change, slots)
         return FlipResult(0)
-    detours = _Guard(((w.address, w.address + len(w.new)) for w in change.text), include_start=False)
+    detours = _Guard(((w.address - w.alone, w.address + len(w.new)) for w in change.text), include_start=False)
     bodies = _Guard(((b.start, b.end) for b in change.quiet), include_start=True)
     switches = _Guard(change.switches, include_start=True)
     reason = ""
@@ -232,10 +238,12 @@ def _write_all(target: Target, change: Flip, slots: Sequence[TextWrite]) -> None
     done: list[TextWrite] = []
     # The program writes to its data whenever it runs: what it holds is known only now.
     data = [TextWrite(address, target.memory.read(address, len(new)), new) for address, new in change.data]
-    text = [*_runs(change.text), *([write] for write in (*change.cells, *data))]
+    turns = sorted({write.turn for write in change.text}, reverse=change.restores)
+    text = [run for turn in turns for run in _runs([write for write in change.text if write.turn == turn])]
+    others = [[write] for write in (*change.cells, *data)]
     runs = [[write] for write in slots]
     try:
-        for run in (*runs, *text) if change.restores else (*text, *runs):
+        for run in (*runs, *text, *others) if change.restores else (*text, *others, *runs):
             write = _as_one(target, run)
             done.append(write)
             target.memory.write(write.address, write.new)
@@ -251,7 +259,7 @@ def _runs(text: Sequence[TextWrite]) -> list[list[TextWrite]]:
     runs: list[list[TextWrite]] = []
     end = 0
     for write in sorted(text, key=attrgetter("address")):
-        if runs and end <= write.address <= end + _GAP and write.address // PAGE == runs[-1][0].address // PAGE:
+        if runs and end + _APART <= write.address <= end + _GAP and write.address // PAGE == runs[-1][0].address // PAGE:
             runs[-1].append(write)
         else:
             runs.append([write])
