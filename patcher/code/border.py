@@ -22,9 +22,10 @@ from patcher.code.instructions import Instruction
 PAGE = 4096
 DETOUR_SIZE = 5
 SHORT_JUMP_SIZE = 2
+FURTHEST = 40
+"""No landing lies further on: a longer entry has a branch or a call that cannot be displaced."""
 
 _NOP = b"\x0f\x1f\x00"  # nopl (%rax); its first byte is the distance from the head to the landing too
-_FURTHEST = 40  # a longer entry has a branch or a call that cannot be displaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def crossing(address: int, instructions: Sequence[Instruction]) -> Crossing | No
         return Crossing(back, SHORT_JUMP_SIZE + _NOP[0], _NOP)
     distance = b"".join(i.raw for i in instructions)[before]
     landing = SHORT_JUMP_SIZE + distance
-    return Crossing(back, landing) if back + DETOUR_SIZE <= landing <= _FURTHEST else None
+    return Crossing(back, landing) if back + DETOUR_SIZE <= landing <= FURTHEST else None
 
 
 def led_to(head: int, code: bytes) -> int:

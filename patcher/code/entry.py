@@ -397,12 +397,12 @@ def detour(address: int, target: int) -> bytes:
 class DetourPart:
     """Bytes of a detour that are written at once; `offset` from the entry.
 
-    `alone`: not even their first byte may be where a thread stands, since they do not mean there what was there.
+    No thread may stand in them but at their first byte; nor there and in so many bytes `ahead` of it, if that is not -1.
     """
 
     offset: int
     code: bytes
-    alone: bool = False
+    ahead: int = -1
 
 
 def detour_parts(address: int, entry: bytes, copy_address: int, target: int) -> tuple[DetourPart, ...]:
@@ -422,7 +422,8 @@ def detour_parts(address: int, entry: bytes, copy_address: int, target: int) -> 
     head = bytes((_SHORT_JUMP, distance))[: -address % PAGE]  # jmp rel8
     return (
         DetourPart(across.back, across.lead + detour(behind, place)),
-        DetourPart(across.landing, detour(landing, target), alone=True),
+        # A thread between the two would go on into the landing.
+        DetourPart(across.landing, detour(landing, target), landing - behind - DETOUR_SIZE),
         DetourPart(0, head),
     )
 

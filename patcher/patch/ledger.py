@@ -205,7 +205,7 @@ class Ledger:
         parts = detour_parts(redirect.original, entry, redirect.copy, target)
         found = [(part, entry[part.offset : part.offset + len(part.code)]) for part in parts]
         return [
-            TextWrite(redirect.original + part.offset, old, part.code, part.alone, turn)
+            TextWrite(redirect.original + part.offset, old, part.code, part.ahead, turn)
             for turn, (part, old) in enumerate(found, 1 - len(found))
             if part.code != old
         ]

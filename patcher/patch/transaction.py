@@ -51,14 +51,14 @@ Words = np.ndarray[tuple[int], np.dtype[np.uint64]]
 class TextWrite:
     """Bytes to put into the program's own memory, and what must be there before.
 
-    What has a lower `turn` is written first, and goes last when the text is restored. `alone`: a thread may not even
-    stand at the first byte.
+    What has a lower `turn` is written first, and goes last when the text is restored. No thread may stand in the bytes
+    but at the first; nor there and in so many bytes `ahead` of it, if that is not -1.
     """
 
     address: int
     old: bytes
     new: bytes
-    alone: bool = False
+    ahead: int = -1
     turn: int = 0
 
 
@@ -175,7 +175,7 @@ def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResul
     if not change.needs_stop:
         _write_all(target, change, slots)
         return FlipResult(0)
-    detours = _Guard(((w.address - w.alone, w.address + len(w.new)) for w in change.text), include_start=False)
+    detours = _Guard(((w.address - w.ahead - 1, w.address + len(w.new)) for w in change.text), include_start=False)
     bodies = _Guard(((b.start, b.end) for b in change.quiet), include_start=True)
     switches = _Guard(change.switches, include_start=True)
     reason = ""
@@ -259,7 +259,11 @@ def _runs(text: Sequence[TextWrite]) -> list[list[TextWrite]]:
     runs: list[list[TextWrite]] = []
     end = 0
     for write in sorted(text, key=attrgetter("address")):
-        if runs and end + _APART <= write.address <= end + _GAP and write.address // PAGE == runs[-1][0].address // PAGE:
+        if (
+            runs
+            and end + _APART <= write.address <= end + _GAP
+            and write.address // PAGE == runs[-1][0].address // PAGE
+        ):
             runs[-1].append(write)
         else:
             runs.append([write])
