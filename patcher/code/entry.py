@@ -397,7 +397,7 @@ def detour(address: int, target: int) -> bytes:
 class DetourPart:
     """Bytes of a detour that are written at once; `offset` from the entry.
 
-    No thread may stand in them but at their first byte; nor there and in so many bytes `ahead` of it, if that is not -1.
+    No thread may stand in them but at the first byte; nor there and in so many bytes `ahead` of it, if that is not -1.
     """
 
     offset: int
