@@ -6,7 +6,7 @@ written. So such an entry becomes a jump by three writes, none across a border, 
     back      at the first instruction that begins behind the border: a jump to its place in the displaced copy; what
               stands before it runs where it is, and the rest of the entry in the copy
     landing   further on, where nobody comes any more: a jump to where the detour leads
-    head      at the entry: a jump of two bytes to the landing. If only one byte lies before the border, that becomes the
+    head      at the entry: a jump of two bytes to the landing. If only one byte lies before the border, it becomes the
               opcode, and the byte behind it, which stays what it is, the distance
 
 Taking it away goes the other way round. Decides where these stand. Specification: Intel SDM volume 2 (JMP, NOP).
