@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 
 from patcher.blocks import Block, Kind, Place
-from patcher.code.entry import COPY_SIZE, DETOUR_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
+from patcher.code.entry import COPY_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
 from patcher.constructors import Starter, belonging, touched
 from patcher.convention import Registers
 from patcher.data.constants import Constant, unbound_constants
@@ -798,7 +798,7 @@ def _copies(entries: Sequence[_Entry], near: Region) -> list[_Copy]:
         if address + COPY_SIZE > near.end:
             raise ArenaFull("the arena has no room for more code", "restart the program")
         code = displaced_copy(entry.displaced, entry.ahead, entry.live.address, address)
-        displaced = entry.ahead[: max(entry.displaced.length, DETOUR_SIZE)]
+        displaced = entry.ahead[: entry.displaced.length]
         copies.append(_Copy(entry.block, address, code, displaced))
         cursor = copies[-1].end
     return copies

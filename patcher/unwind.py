@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from patcher.code.border import FURTHEST, PAGE, is_across, led_to
 from patcher.elf import tables as t
 from patcher.errors import PatcherError, TargetGone
 from patcher.image import Image, LoadedModule
@@ -92,7 +93,7 @@ class Unwinder:
             pc = registers[_PC]
             if pc is None:
                 return Backtrace(tuple(addresses), True, tuple(pointers))
-            address = pc if interrupted else pc - 1
+            address = self._entered(pc) if interrupted else pc - 1
             addresses.append(address)
             pointers.append(registers[_SP] or 0)
             try:
@@ -110,6 +111,15 @@ class Unwinder:
             return self._description(address)[0].start
         except (_Unknown, PatcherError, struct.error, LookupError, ValueError):
             return None
+
+    def _entered(self, pc: int) -> int:
+        """Return the entry for a thread that was led from there to the landing of a detour, and else where it is."""
+        if not 0 < pc % PAGE < FURTHEST:
+            return pc
+        start = self.function_start(pc)
+        if start is None or not is_across(start):
+            return pc
+        return start if led_to(start, self._memory.read_available(start, 2)) == pc else pc
 
     def _description(self, address: int) -> tuple[_Frame, _Row]:
         found = self._rows.get(address)

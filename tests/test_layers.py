@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "scopes": {"errors", "target", "linkmap"},
     "image": READING | {"code", "target", "linkmap", "scopes"},
     # Functions of the target are called where its frames show that nothing is locked.
-    "unwind": {"errors", "elf.tables", "image", "target"},
+    "unwind": {"code.border", "errors", "elf.tables", "image", "target"},
     "safepoint": {"elf", "image", "target", "unwind"},
     "loader": {"errors", "elf.tables", "elf.thread_module", "image", "safepoint", "target"},
     # What earlier generations placed has names too: the journal's records say so.

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from patcher.code.border import DETOUR_SIZE, PAGE, SHORT_JUMP_SIZE, Crossing, crossing, is_across
 from patcher.code.instructions import (
     Instruction,
     Kind,
@@ -32,7 +33,6 @@ from patcher.code.instructions import (
 )
 from patcher.errors import PatcherError, RelocationOverflow
 
-DETOUR_SIZE = 5
 ISLAND_SIZE = 16
 FAR_JUMP_SIZE = 8
 SWITCH_SIZE = 64
@@ -41,6 +41,7 @@ COPY_SIZE = 96
 """No displaced copy is longer (the worst case is three far conditional branches and the far jump back)."""
 
 _TRAP = b"\xcc"  # int3
+_SHORT_JUMP = 0xEB  # jmp rel8
 _SHORT_LOOPS = range(0xE0, 0xE4)  # loopne, loope, loop, jrcxz: they have no long form
 
 
@@ -95,7 +96,7 @@ def plan_entry(
     """
     body = code[:size]
     try:
-        instructions = decode_start(body, address, DETOUR_SIZE)
+        instructions, across = _displaced(name, body, address)
     except UndecodableCode as error:
         raise NotDetourable(name, address, error.message) from error
     copied = instructions[-1].end if instructions else 0
@@ -103,14 +104,32 @@ def plan_entry(
     boundaries = frozenset(i.offset for i in instructions)
     moved = [i for i in instructions if not _computes_table(i, body, table)]
     found = (
-        _short(instructions, size, following)
+        (_short(instructions, size, following) if across is None else _ends_before(across.end, copied))
         or _entered_inside(entered, length)
-        or next(filter(None, (_unmovable(i, address, boundaries, length) for i in moved)), None)
+        or next(filter(None, (_unmovable(i, address, boundaries, length, across) for i in moved)), None)
     )
     if found:
         raise NotDetourable(name, address, found)
     reentries = _reentries(name, address, length, ((address + copied, body[copied:]), *siblings))
     return Displaced(name, length, copied, boundaries, reentries)
+
+
+def _displaced(name: str, body: bytes, address: int) -> tuple[list[Instruction], Crossing | None]:
+    """Return the first instructions, as many as a detour takes, and where it stands if a page ends inside of it."""
+    instructions = decode_start(body, address, DETOUR_SIZE)
+    if not is_across(address):
+        return instructions, None
+    across = crossing(address, instructions)
+    if across is None:
+        found = "a page ends inside of it, and there is no way to change it in steps that are each whole"
+        raise NotDetourable(name, address, found)
+    return decode_start(body, address, across.end), across
+
+
+def _ends_before(needed: int, copied: int) -> str | None:
+    if copied >= needed:
+        return None
+    return f"a page ends inside of it, so that it takes {needed} bytes, and the function has {copied}"
 
 
 def _short(instructions: Sequence[Instruction], size: int, following: bytes) -> str | None:
@@ -135,10 +154,12 @@ def _entered_inside(entered: Collection[int], length: int) -> str | None:
     )
 
 
-def _unmovable(i: Instruction, address: int, boundaries: frozenset[int], length: int) -> str | None:
+def _unmovable(
+    i: Instruction, address: int, boundaries: frozenset[int], length: int, across: Crossing | None
+) -> str | None:
     """Say why a displaced instruction cannot run elsewhere, or None."""
     text = f"{i.mnemonic} {i.operands}".rstrip() + f" at offset {i.offset}"
-    if i.kind is Kind.CALL and i.end < DETOUR_SIZE:
+    if i.kind is Kind.CALL and i.end < length and (across is None or i.end != across.back):
         return f"{text} returns into the overwritten bytes, at offset {i.end}"
     if i.mnemonic in ("xbegin", "lcall") or "[eip" in i.operands or _is_word_branch(i):
         return f"{text} cannot be moved"
@@ -204,7 +225,11 @@ def displaced_copy(plan: Displaced, code: bytes, address: int, copy_address: int
     Flags and registers are those of the original at every step; only a call writes the stack, as it did.
     Raises NotDetourable when a RIP-relative operand does not reach from there.
     """
-    return _copy(plan, code, address, copy_address).finished()
+    copy = _copy(plan, code, address, copy_address).finished()
+    if len(copy) > COPY_SIZE:
+        found = f"its {plan.length} bytes take {len(copy)} elsewhere, and there is room for {COPY_SIZE}"
+        raise NotDetourable(plan.name, address, found)
+    return copy
 
 
 def copy_positions(plan: Displaced, code: bytes, address: int, copy_address: int) -> tuple[tuple[int, int], ...]:
@@ -366,6 +391,41 @@ def _rel32(what: str, address: int, end: int, target: int) -> bytes:
 def detour(address: int, target: int) -> bytes:
     """Return `jmp target` as it reads at `address`: 5 bytes. Raises RelocationOverflow beyond 2 GiB."""
     return b"\xe9" + _rel32("a jump", address, address + 5, target)  # jmp rel32
+
+
+@dataclass(frozen=True, slots=True)
+class DetourPart:
+    """Bytes of a detour that are written at once; `offset` from the entry.
+
+    No thread may stand in them but at the first byte; nor there and in so many bytes `ahead` of it, if that is not -1.
+    """
+
+    offset: int
+    code: bytes
+    ahead: int = -1
+
+
+def detour_parts(address: int, entry: bytes, copy_address: int, target: int) -> tuple[DetourPart, ...]:
+    """Return what makes a detour to `target`, in the order in which it is written: each part leaves the entry whole.
+
+    `entry` is what is displaced, to `copy_address`. One part, unless a page ends inside of the detour.
+    """
+    across = crossing(address, decode_start(entry, address, DETOUR_SIZE)) if is_across(address) else None
+    if across is None or across.end > len(entry):  # in the records of older versions
+        return (DetourPart(0, detour(address, target)),)
+    instructions = decode_start(entry, address, len(entry))
+    plan = Displaced("", len(entry), len(entry), frozenset(i.offset for i in instructions))
+    place = copy_address + _copy(plan, entry, address, copy_address).positions[across.back]
+    behind = address + across.back + len(across.lead)
+    landing = address + across.landing
+    distance = across.landing - SHORT_JUMP_SIZE
+    head = bytes((_SHORT_JUMP, distance))[: -address % PAGE]  # jmp rel8
+    return (
+        DetourPart(across.back, across.lead + detour(behind, place)),
+        # A thread between the two would go on into the landing.
+        DetourPart(across.landing, detour(landing, target), landing - behind - DETOUR_SIZE),
+        DetourPart(0, head),
+    )
 
 
 def far_jump(address: int, cell: int) -> bytes:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from patcher.code.entry import DETOUR_SIZE, detour, island
+from patcher.code.entry import detour_parts, island
 from patcher.errors import PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.patch import journal as records
 from patcher.patch.arena import (
@@ -191,14 +191,27 @@ class Ledger:
         return ArenaView(self.journal, bodies, islands, ranges, self.generation, constants)
 
     def is_detoured(self, redirect: Redirect) -> bool:
-        if redirect.born:
-            return True
-        arena = self.arenas[redirect.arena]
-        expected = detour(redirect.original, arena.island(redirect.index))
-        return self.target.memory.read_available(redirect.original, DETOUR_SIZE) == expected
+        """Tell whether a function's entry leads to its island, or has always been it."""
+        return redirect.born or all(self._is_written(part) for part in self._detour(redirect))
 
     def _is_in_place(self, redirect: Redirect) -> bool:
-        return not redirect.born and self.is_detoured(redirect)
+        """Tell whether a detour, or a part of one, stands in the text."""
+        return not redirect.born and any(self._is_written(part) for part in self._detour(redirect))
+
+    def _detour(self, redirect: Redirect) -> list[TextWrite]:
+        """Return the writes that make a detour, all of which change something."""
+        target = self.arenas[redirect.arena].island(redirect.index)
+        entry = bytes.fromhex(redirect.entry)
+        parts = detour_parts(redirect.original, entry, redirect.copy, target)
+        found = [(part, entry[part.offset : part.offset + len(part.code)]) for part in parts]
+        return [
+            TextWrite(redirect.original + part.offset, old, part.code, part.ahead, turn)
+            for turn, (part, old) in enumerate(found, 1 - len(found))
+            if part.code != old
+        ]
+
+    def _is_written(self, write: TextWrite) -> bool:
+        return self.target.memory.read_available(write.address, len(write.new)) == write.new
 
     # --- arenas -----------------------------------------------------------------------------------------------
 
@@ -460,19 +473,15 @@ class Ledger:
         text, cells = [], []
         for redirect in detoured:
             if not self.is_detoured(redirect):
-                write, more = self._detour_writes(redirect)
-                text.append(write)
-                cells += more
+                text += [part for part in self._detour(redirect) if not self._is_written(part)]
+                cells += self._cells(redirect)
         ordered = sorted(values, key=lambda base: base == primary.base)  # the generation's number last
         slots = tuple((self.arenas[base], values[base]) for base in ordered)
         return Flip(tuple(text), tuple(cells), slots, quiet)
 
-    def _detour_writes(self, redirect: Redirect) -> tuple[TextWrite, list[TextWrite]]:
-        target = self.arenas[redirect.arena].island(redirect.index)
-        old = bytes.fromhex(redirect.entry)[:DETOUR_SIZE]
-        write = TextWrite(redirect.original, old, detour(redirect.original, target))
+    def _cells(self, redirect: Redirect) -> list[TextWrite]:
         cells = [TextWrite(address, _cell(before), _cell(after)) for address, before, after in redirect.cells]
-        return write, [c for c in cells if self.target.memory.read_available(c.address, 8) == c.old]
+        return [c for c in cells if self.target.memory.read_available(c.address, 8) == c.old]
 
     def unused_by(self, record: GenerationRecord) -> tuple[Version, ...]:
         """Return the code of the functions of a generation that is not of it: all that they had before."""
@@ -532,10 +541,12 @@ class Ledger:
     def _restoring(self, change: Flip) -> Flip:
         text, cells = [], []
         for redirect in self.journal.redirects:
-            if redirect.born or not self.is_detoured(redirect):
+            if redirect.born:
                 continue
-            write, _ = self._detour_writes(redirect)
-            text.append(TextWrite(write.address, write.new, write.old))
+            written = [part for part in self._detour(redirect) if self._is_written(part)]
+            if not written:
+                continue
+            text += [replace(part, old=part.new, new=part.old) for part in written]
             for address, before, after in redirect.cells:
                 if self.target.memory.read_available(address, 8) == _cell(after):
                     cells.append(TextWrite(address, _cell(after), _cell(before)))

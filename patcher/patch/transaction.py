@@ -40,7 +40,8 @@ _TRIES = 20
 _PATIENT_TRIES, _PATIENCE = 1000, 5.0  # where more than the entries has to be clear; in seconds
 _STEPS = 16
 _TOGETHER = 1 << 20  # bytes of stacks that are searched at once
-_GAP = 256  # bytes between writes to the text that are written as one
+_MANY = 48  # threads whose stacks are read at once rather than one by one: below, that is the quicker way
+_APART, _GAP = 8, 256  # bytes between writes to the text that are written as one
 
 _IDLE_PAUSE, _LONGEST_IDLE_PAUSE = 0.002, 0.05  # between two stops that find somebody in old code; in seconds
 
@@ -49,11 +50,17 @@ Words = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 @dataclass(frozen=True, slots=True)
 class TextWrite:
-    """Bytes to put into the program's own memory, and what must be there before."""
+    """Bytes to put into the program's own memory, and what must be there before.
+
+    What has a lower `turn` is written first, and goes last when the text is restored. No thread may stand in the bytes
+    but at the first; nor there and in so many bytes `ahead` of it, if that is not -1.
+    """
 
     address: int
     old: bytes
     new: bytes
+    ahead: int = -1
+    turn: int = 0
 
 
 Inside = Callable[[Stopped], str]
@@ -166,24 +173,26 @@ class _Slots:
 
 
 def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResult:
+    writes = _Writes(target, change, slots)
     if not change.needs_stop:
-        _write_all(target, change, slots)
+        writes.write()
         return FlipResult(0)
-    detours = _Guard(((w.address, w.address + len(w.new)) for w in change.text), include_start=False)
+    detours = _Guard(((w.address - w.ahead - 1, w.address + len(w.new)) for w in change.text), include_start=False)
     bodies = _Guard(((b.start, b.end) for b in change.quiet), include_start=True)
     switches = _Guard(change.switches, include_start=True)
+    guards = [guard for guard in (switches, detours, bodies) if guard]
     reason = ""
     until = time.monotonic() + _PATIENCE
     attempt = waits = 0
     while attempt < (_TRIES if change.inside is None else _PATIENT_TRIES):
-        mappings = target.mappings()
+        stacks = _Stacks(target)
         with target.stopped() as stopped:
             used = change.idle(stopped) if change.idle is not None else ""
-            done = not used and _is_clear(target, stopped, mappings, (switches, detours, bodies))
+            done = not used and _is_clear(stopped, stacks, guards)
             reason = change.inside(stopped) if done and change.inside is not None else ""
             done = done and not reason
             if done:
-                _write_all(target, change, slots)
+                writes.write()
         if done:
             return FlipResult(stopped.duration_ns)
         if used:
@@ -228,22 +237,35 @@ def _word(value: int) -> bytes:
     return value.to_bytes(8, "little")
 
 
-def _write_all(target: Target, change: Flip, slots: Sequence[TextWrite]) -> None:
-    done: list[TextWrite] = []
-    # The program writes to its data whenever it runs: what it holds is known only now.
-    data = [TextWrite(address, target.memory.read(address, len(new)), new) for address, new in change.data]
-    text = [*_runs(change.text), *([write] for write in (*change.cells, *data))]
-    runs = [[write] for write in slots]
-    try:
-        for run in (*runs, *text) if change.restores else (*text, *runs):
-            write = _as_one(target, run)
-            done.append(write)
-            target.memory.write(write.address, write.new)
-    except (PatcherError, OSError):
-        for write in reversed(done):
-            with suppress(PatcherError):
-                target.memory.write(write.address, write.old)
-        raise
+class _Writes:
+    """What a change writes, put together before the process stands still."""
+
+    def __init__(self, target: Target, change: Flip, slots: Sequence[TextWrite]) -> None:
+        self._target = target
+        self._change = change
+        turns = sorted({write.turn for write in change.text}, reverse=change.restores)
+        text = [run for turn in turns for run in _runs([write for write in change.text if write.turn == turn])]
+        self._text = [(run, _as_one(target, run)) for run in (*text, *([write] for write in change.cells))]
+        self._slots = [([write], write) for write in slots]
+
+    def write(self) -> None:
+        """Write all, or nothing."""
+        memory = self._target.memory
+        # The program writes to its data whenever it runs: what it holds is known only now.
+        data = [TextWrite(address, memory.read(address, len(new)), new) for address, new in self._change.data]
+        text = [*self._text, *(([write], write) for write in data)]
+        done: list[TextWrite] = []
+        try:
+            for run, write in (*self._slots, *text) if self._change.restores else (*text, *self._slots):
+                if memory.read(write.address, len(write.old)) != write.old:
+                    write = _as_one(self._target, run)  # between these, something else has changed
+                done.append(write)
+                memory.write(write.address, write.new)
+        except (PatcherError, OSError):
+            for write in reversed(done):
+                with suppress(PatcherError):
+                    memory.write(write.address, write.old)
+            raise
 
 
 def _runs(text: Sequence[TextWrite]) -> list[list[TextWrite]]:
@@ -251,7 +273,11 @@ def _runs(text: Sequence[TextWrite]) -> list[list[TextWrite]]:
     runs: list[list[TextWrite]] = []
     end = 0
     for write in sorted(text, key=attrgetter("address")):
-        if runs and end <= write.address <= end + _GAP and write.address // PAGE == runs[-1][0].address // PAGE:
+        if (
+            runs
+            and end + _APART <= write.address <= end + _GAP
+            and write.address // PAGE == runs[-1][0].address // PAGE
+        ):
             runs[-1].append(write)
         else:
             runs.append([write])
@@ -285,11 +311,12 @@ class _Guard:
         self._ends = np.array([e for _, e in ordered], dtype=np.uint64)
         self._step_out = not include_start
 
+    def __bool__(self) -> bool:
+        return len(self._starts) > 0
+
     def step_out(self, stopped: Stopped) -> bool:
         """Tell whether no thread stands in the bytes, after stepping out of a detour's whoever does."""
-        if not len(self._starts):
-            return True
-        counters = np.array([thread.pc for thread in stopped.threads], dtype=np.uint64)
+        counters = np.array(stopped.counters(), dtype=np.uint64)
         for i in np.flatnonzero(self._inside(counters)):
             if not self._step_out or not self._has_stepped(stopped, stopped.threads[i]):
                 return False
@@ -306,34 +333,72 @@ class _Guard:
 
     def holds(self, words: Words) -> bool:
         """Tell whether one of the words of stacks points into the bytes."""
-        if not len(self._starts):
-            return False
         # Almost every word is out of range altogether: one cheap pass leaves the few that need a search.
-        words = words[(words >= self._starts[0]) & (words < self._ends[-1])]
-        return bool(np.any(self._inside(words)))
+        # What is less than the first start wraps around.
+        near = words - self._starts[0] < self._ends[-1] - self._starts[0]
+        return bool(near.any()) and bool(np.any(self._inside(words[near])))
 
     def _inside(self, addresses: Words) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         position = np.searchsorted(self._starts, addresses, "right").astype(np.int64) - 1
         return (position >= 0) & (addresses < self._ends[position])
 
 
-def _is_clear(target: Target, stopped: Stopped, mappings: Sequence[Mapping], guards: Sequence[_Guard]) -> bool:
+def _is_clear(stopped: Stopped, stacks: _Stacks, guards: Sequence[_Guard]) -> bool:
     """Tell whether all bytes that are guarded may change: no thread is in them or will return into them."""
     if not all(guard.step_out(stopped) for guard in guards):
         return False
-    return not any(guard.holds(words) for words in _stacks(target, stopped, mappings) for guard in guards)
+    return not any(guard.holds(words) for words in stacks.words(stopped) for guard in guards)
 
 
-def _stacks(target: Target, stopped: Stopped, mappings: Sequence[Mapping]) -> Iterator[Words]:
-    """Return the words of all stacks, many together: a thousand small arrays would take milliseconds."""
-    parts, size = [], 0
-    for thread in stopped.threads:
-        parts.append(_stack_bytes(target, thread.sp, mappings))
-        size += len(parts[-1])
-        if size > _TOGETHER:
+class _Stacks:
+    """Where the stacks of a process may be, looked up before it stands still."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._mappings = target.mappings()
+        self._starts = np.array([m.start for m in self._mappings], dtype=np.uint64)
+        self._ends = np.array([m.end for m in self._mappings], dtype=np.uint64)
+        self._buffer = bytearray(2 * _TOGETHER)
+
+    def words(self, stopped: Stopped) -> Iterator[Words]:
+        """Yield the words of all stacks, many together: a thousand small arrays would take milliseconds.
+
+        What was yielded before is overwritten.
+        """
+        if len(stopped.pointers()) < _MANY:
+            parts = [_stack_bytes(self._target, pointer, self._mappings) for pointer in stopped.pointers()]
             yield np.frombuffer(b"".join(parts), dtype=np.uint64)
-            parts, size = [], 0
-    yield np.frombuffer(b"".join(parts), dtype=np.uint64)
+            return
+        pointers = np.array(stopped.pointers(), dtype=np.uint64)
+        lows = pointers & np.uint64(~7 & (1 << 64) - 1)
+        index = np.searchsorted(self._starts, pointers, "right") - 1
+        sizes = np.minimum(self._ends[index] - lows, np.uint64(_STACK_LIMIT)) & np.uint64(~7 & (1 << 64) - 1)
+        sizes[(index < 0) | (pointers >= self._ends[index])] = _STACK_LIMIT  # a stack that was mapped since
+        extents = np.stack((lows, sizes), axis=1)
+        tid = stopped.a_thread
+        first = 0
+        for last in self._portions(sizes):
+            wanted = int(sizes[first:last].sum())
+            view = memoryview(self._buffer)[:wanted]
+            if wanted <= len(self._buffer) and self._target.memory.read_together(
+                tid, extents[first:last].tobytes(), view
+            ):
+                yield np.frombuffer(view, dtype=np.uint64)
+            else:
+                for pointer in pointers[first:last].tolist():
+                    yield read_stack(self._target, pointer, self._mappings)
+            first = last
+
+    def _portions(self, sizes: Words) -> Iterator[int]:
+        """Yield where to part the stacks so that each part but the large ones takes no more than _TOGETHER bytes."""
+        taken = 0
+        for number, size in enumerate(sizes.tolist()):
+            if taken and taken + size > _TOGETHER:
+                yield number
+                taken = 0
+            taken += size
+        if taken:
+            yield len(sizes)
 
 
 def read_stack(target: Target, sp: int, mappings: Sequence[Mapping]) -> Words:

@@ -8,9 +8,11 @@ ended or replaced its program, it reads nothing, and never another process's mem
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -18,7 +20,11 @@ from patcher.errors import PatcherError, TargetBusy, TargetGone
 from patcher.target.maps import read_mappings
 
 _PAGE = 4096
+_MOST_AT_ONCE = 1024  # IOV_MAX
 _REFUSALS = frozenset({errno.EIO, errno.EFAULT, errno.EPERM, errno.EACCES, errno.ENOMEM, errno.EAGAIN})
+_read_at_once = ctypes.CDLL(None).process_vm_readv
+_read_at_once.argtypes = (ctypes.c_int, *(ctypes.c_void_p, ctypes.c_ulong) * 2, ctypes.c_ulong)
+_read_at_once.restype = ctypes.c_ssize_t
 
 
 class WriteRefused(PatcherError):
@@ -82,6 +88,22 @@ class Memory:
             return os.preadv(self._descriptor, [buffer], address)
         except (OSError, OverflowError):
             return 0
+
+    def read_together(self, tid: int, extents: bytes, buffer: memoryview) -> bool:
+        """Read many extents (struct iovec), one after another into a buffer of their size; tell whether all could be.
+
+        `tid` is a thread that stands still for us. For the stacks of a thousand threads it takes a third of the time.
+        """
+        place = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+        done = 0
+        for first in range(0, len(extents), 16 * _MOST_AT_ONCE):
+            remote = extents[first : first + 16 * _MOST_AT_ONCE]
+            local = struct.pack("<QQ", ctypes.addressof(place) + done, len(buffer) - done)
+            wanted = sum(struct.unpack(f"<{len(remote) // 8}Q", remote)[1::2])
+            if _read_at_once(tid, local, 1, remote, len(remote) // 16, 0) != wanted:
+                return False
+            done += wanted
+        return True
 
     def read_u64(self, address: int) -> int:
         """Return the little-endian 8-byte word at `address`; raises as `read` does."""

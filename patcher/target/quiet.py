@@ -8,11 +8,12 @@ delivered afterwards. Specification: pthread_sigmask(3), PEP 475.
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 _ALL = signal.valid_signals()
@@ -45,6 +46,24 @@ def uninterrupted() -> Iterator[None]:
         _give_back(handlers)
         for number in dict.fromkeys(arrived):
             handlers[number](number, None)
+
+
+@contextmanager
+def ahead() -> Iterator[None]:
+    """Keep whoever we wake from taking our processor for the length of the block, where we may (sched(7)).
+
+    Do not wait for them in it: they may be behind us on the same processor.
+    """
+    before = None
+    with suppress(OSError):
+        before = os.sched_getscheduler(0), os.sched_getparam(0)
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    try:
+        yield
+    finally:
+        if before is not None:
+            with suppress(OSError):
+                os.sched_setscheduler(0, *before)
 
 
 def _hold_handlers(arrived: list[int]) -> _Handlers:

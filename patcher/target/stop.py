@@ -20,16 +20,17 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 from patcher.errors import AttachDenied, PatcherError, TargetBusy, TargetGone
 from patcher.target.confined import may_resume_call
 from patcher.target.process import command_name, read_status, tracer_of
-from patcher.target.quiet import uninterrupted
+from patcher.target.quiet import ahead, uninterrupted
 from patcher.target.tracing import Halt, Registers, Tracee, thread_state
 
 STOP_SECONDS = 2.0
+_MANY = 16  # threads, each of which would take our processor as it wakes
 
 _UNSIGNED = 1 << 64
 EINTR = _UNSIGNED - 4
@@ -69,16 +70,34 @@ class StoppedThread:
 class Stopped:
     """All threads of the target while they stand still.
 
-    `threads` are the values read at the stop; `duration_ns` is 0 during the block and afterwards the time
-    from the first interruption to the last release.
+    `duration_ns` is 0 during the block and afterwards the time from the first interruption to the last release.
     """
 
     def __init__(self, pid: int, tracees: list[Tracee]) -> None:
         self._pid = pid
         self._tracees = {tracee.tid: tracee for tracee in tracees}
-        self._stepped = False
-        self.threads = tuple(_thread(tracee) for tracee in tracees)
+        self._threads: tuple[StoppedThread, ...] | None = None
         self.duration_ns = 0
+
+    @property
+    def threads(self) -> tuple[StoppedThread, ...]:
+        """The threads where they stand now; what has to be quick takes `counters` and `pointers`."""
+        if self._threads is None:
+            self._threads = tuple(_thread(tracee) for tracee in self._tracees.values())
+        return self._threads
+
+    def counters(self) -> list[int]:
+        """Return the program counters of `threads`."""
+        return [tracee.registers.rip for tracee in self._tracees.values()]
+
+    def pointers(self) -> list[int]:
+        """Return the stack pointers of `threads`."""
+        return [tracee.registers.rsp for tracee in self._tracees.values()]
+
+    @property
+    def a_thread(self) -> int:
+        """The number of one of the threads."""
+        return next(iter(self._tracees))
 
     def described(self) -> tuple[StoppedThread, ...]:
         """Return the threads with their general registers."""
@@ -104,9 +123,8 @@ class Stopped:
         if not tracee.step() or not _await_step(tracee, seconds):
             raise TargetGone(f"thread {tid} of process {self._pid} ended while it was stepped")
         conceal_interruption(tracee)
-        thread = _thread(tracee)
-        self.threads = tuple(thread if other.tid == tid else other for other in self.threads)
-        return thread
+        self._threads = None
+        return _thread(tracee)
 
 
 class Lingering:
@@ -229,8 +247,9 @@ class _Gathering:
         return Stopped(self.pid, standing)
 
     def _stop(self, tracees: list[Tracee], deadline: int) -> None:
-        for tracee in tracees:
-            tracee.interrupt()
+        with self._in_haste(tracees):
+            for tracee in tracees:
+                tracee.interrupt()
         for tracee in tracees:
             self._await_stop(tracee, deadline)
 
@@ -242,6 +261,8 @@ class _Gathering:
         count = _thread_count(self.pid)
         if len(listed) != count:
             return False
+        if self.tracees.keys() == set(listed) and all(tracee.standing for tracee in self.tracees.values()):
+            return True
         if not {tid for tid, tracee in self.tracees.items() if tracee.standing}.issubset(listed):
             raise TargetBusy(f"a thread of process {self.pid} ended, and its number was given away", "try again")
         rest = [tid for tid in listed if tid not in self.tracees or not self.tracees[tid].standing]
@@ -260,15 +281,19 @@ class _Gathering:
         return tracee
 
     def release(self) -> int:
-        for tracee in self.tracees.values():
-            if tracee.standing and (tracee.detach() or (tracee.standing and tracee.detach())):
-                continue
+        tracees = list(self.tracees.values())
+        with self._in_haste(tracees):
+            left = [t for t in tracees if not (t.standing and (t.detach() or (t.standing and t.detach())))]
+        for tracee in left:
             with suppress(PatcherError):  # the request may be what failed
                 tracee.interrupt()
             if not _settled(tracee, 0.02):
                 self.lingering.add(tracee)
         self.lingering.held = {}
         return time.monotonic_ns() - self.started if self.started else 0
+
+    def _in_haste(self, tracees: list[Tracee]) -> AbstractContextManager[None]:
+        return ahead() if len(tracees) >= _MANY else nullcontext()
 
     def _start(self) -> None:
         self.started = time.monotonic_ns()

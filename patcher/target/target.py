@@ -35,6 +35,7 @@ from patcher.target.stop import (
 from patcher.target.tracing import Tracee, forget_exit, noted_exit, thread_state
 
 _BITE = 512  # bytes poked while one thread stands still: some 0.1 ms
+_PAGE, _JUMP = 4096, 5
 
 
 class Target:
@@ -276,13 +277,13 @@ class Target:
         return False
 
     def _poke_words(self, tracee: Tracee, address: int, data: bytes) -> bool:
-        start, end = address & -8, (address + len(data) + 7) & -8
+        start, end = address & -_PAGE, (address + len(data) + _PAGE - 1) & -_PAGE
         try:
             before = self.memory.read(start, end - start)
         except PatcherError:
             return False
-        words = before[: address - start] + data + before[address - start + len(data) :]
-        return all(tracee.poke(start + i, words[i : i + 8]) for i in range(0, len(words), 8))
+        after = before[: address - start] + data + before[address - start + len(data) :]
+        return all(tracee.poke(start + at, after[at : at + 8]) for at in _words_to_poke(before, after))
 
     def close(self) -> None:
         """Close our descriptors; the process goes on."""
@@ -303,6 +304,24 @@ class Target:
 
     def _gone(self) -> TargetGone:
         return TargetGone(f"process {self.pid} ({self.program}) has ended")
+
+
+def _words_to_poke(before: bytes, after: bytes) -> Iterator[int]:
+    """Yield where eight bytes have to be written, of whole pages.
+
+    A word that is aligned is written at once; so is a jump of five bytes that lies in two of them, but on one page.
+    """
+    position = 0
+    while position < len(after):
+        if before[position] == after[position]:
+            position += 1
+            continue
+        at = position & -8
+        few = before[position + _JUMP : position + 8] == after[position + _JUMP : position + 8]
+        if few and before[at + 8 : position + _JUMP] != after[at + 8 : position + _JUMP]:
+            at = min(position, (position & -_PAGE) + _PAGE - 8)
+        yield at
+        position = at + 8
 
 
 def _open_process(pid: int) -> int:

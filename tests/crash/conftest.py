@@ -39,6 +39,25 @@ __asm__(".text\\n.p2align 4\\n.globl quiet\\n.type quiet, @function\\nquiet:\\n"
         "movl $" VALUE(STEP) ", %eax\\n"
         "ret\\n.size quiet, .-quiet\\n");
 """
+# Functions of a program whose entries lie across the border of two pages, with one to four bytes before it.
+ACROSS = """\
+#define TEXT(x) #x
+#define VALUE(x) TEXT(x)
+#if STEP == 1
+#define PLACE(before) ".p2align 12\\n.skip 4096 - " #before ", 0x90\\n"
+#else
+#define PLACE(before) ".p2align 4\\n"
+#endif
+#define ACROSS(before) int across##before(int n); \\
+    __asm__(".text\\n" PLACE(before) ".globl across" #before "\\n.type across" #before ", @function\\n" \\
+            "across" #before ":\\npushq %rbx\\nmovl %edi, %ebx\\nmovl $" VALUE(STEP) ", %eax\\n" \\
+            ".rept 4\\naddl %ebx, %eax\\nsubl %ebx, %eax\\n.endr\\naddl %ebx, %eax\\npopq %rbx\\nret\\n" \\
+            ".size across" #before ", . - across" #before "\\n");
+ACROSS(1)
+ACROSS(2)
+ACROSS(3)
+ACROSS(4)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +86,8 @@ def _case(name: str, root: Path) -> Case:
     units = {"a": unit("a", 600), "b": unit("b", 30)} if many else {"a": unit("a"), "b": unit("b", 3)}
     if of == "of many quiet functions":
         units = {"a": unit("a", 600, more=QUIET, asked=["quiet"]), "b": unit("b", 2)}
+    if of == "across pages":
+        units = {"a": unit("a", more=ACROSS, asked=[f"across{n}" for n in range(1, 5)]), "b": unit("b", 3)}
     shared = ("b.c",) if of == "in two modules" else ()
     scene = Scene(root, units, shared=shared)
     options = {"force": True, **({"libraries": ["m"]} if of == "with a library" else {})}

@@ -44,7 +44,8 @@ def trapped(session: Session, active: Sequence[str]) -> Iterator[int]:
     redirects = [r for r in session.ledger.journal.redirects if not r.born and r.name not in active]
     saved = []
     for r in redirects:
-        start, size = r.original + DETOUR_SIZE, r.size - DETOUR_SIZE
+        taken = max(DETOUR_SIZE, len(bytes.fromhex(r.entry)))  # a detour across a page's border has parts further on
+        start, size = r.original + taken, r.size - taken
         if size > 0:
             saved.append((start, memory.read(start, size)))
             memory.write(start, TRAP * size)
