@@ -15,7 +15,14 @@ from patcher.blocks import Block, Blocks, External, Kind, Place
 from patcher.data.counterparts import Counterpart, goes_by_use
 from patcher.data.migrate import Migration
 from patcher.data.statics import Found, Variables, is_scoped
-from patcher.data.threads import Models, NewThreadLocals, StaticModel, initialised_with
+from patcher.data.threads import (
+    Models,
+    NewThreadLocals,
+    StaticModel,
+    ThreadPlace,
+    initialised_with,
+    place_of,
+)
 from patcher.elf import ObjectFile, SymbolType
 from patcher.elf.relocations import R
 from patcher.errors import LinkError, UnsafeChange
@@ -178,7 +185,13 @@ class Linkage:
         return self._variable(part, variable) is not None
 
     def address_of(self, part: Part, variable: Block) -> int | None:
-        """Return where the process has a variable of a unit, thread-locals left out; None where it cannot be told."""
+        """Return where the process has a variable of a unit, or the number that stands for a thread-local.
+
+        None where it cannot be told.
+        """
+        if variable.kind is Kind.THREAD_LOCAL:
+            there = self.thread_place(part, variable)
+            return there.key if there is not None else None
         if variable.kind is not Kind.DATA:
             return None
         try:
@@ -186,6 +199,23 @@ class Linkage:
         except (UnsafeChange, StaticModel):
             return None  # refused, or compiled otherwise, if new code uses it
         return found.address if found is not None else None
+
+    def thread_place(self, part: Part, variable: Block) -> ThreadPlace | None:
+        """Return where each thread has a thread-local of a unit; None for a new one, and where it cannot be told."""
+        if self._interposed(part, variable) is not None:
+            return None
+        matched = part.matched(variable)
+        address = part.delta.bindings.get(matched) if matched is not None else None
+        try:
+            found = self._find_variable(part, variable) if address is None else None
+            address = found.address if found is not None and found.size == variable.size else address
+            if address is None:
+                return None
+            bound = _added(address) or self._in_thread_block(part.module, address, variable.name)
+        except (UnsafeChange, LinkError):
+            return None  # refused, if new code uses it
+        added = {p.address for p in self.ledger.journal.placed if p.kind == THREAD_LOCAL}
+        return place_of(self.image, part.module, bound, added)
 
     def constant_of(self, part: Part, block: Block) -> Counterpart | None:
         """Return the live constant that a block is, None where there is none or it cannot be told."""

@@ -51,7 +51,7 @@ from patcher.patch.journal import (
     Stretch,
     without,
 )
-from patcher.patch.ledger import Choice, Commit, Constructor, Fill, Ledger
+from patcher.patch.ledger import Choice, Commit, Constructor, Fill, Ledger, ThreadValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,7 @@ class _Generation:
         self.storages: list[Storage] = []
         self.stretches: list[Stretch] = []
         self.fills: list[Fill] = []
+        self.threads_written: list[ThreadValue] = []
         self.constants: list[Constant] = []  # that are other than they were
         self.out_of_use: list[Extent] = []  # old code that nothing enters once the generation is live
 
@@ -175,6 +176,7 @@ class _Generation:
             constructors,
             tuple(self.data_writes),
             tuple(self.fills),
+            tuple(self.threads_written),
         )
         kept = tuple(name for part in parts for name in part.kept)
         return Linked(
@@ -322,6 +324,7 @@ class _Generation:
         self._record(found, placement, doors, {copy.block: copy for copy in copies}, linkage)
         self._record_constructors(doors, placement)
         self._record_data(writing, placement)
+        self._record_thread_values(writing, placement, linkage)
         self._record_migrations(placement, linkage)
         self._record_stretches(found, space, placement, linkage)
         self._use(home, placement.space, end, sum(1 for d in doors if d.fresh))
@@ -493,6 +496,7 @@ class _Generation:
             self.threads.fill(block, block.data if image is None else _contents(placement, image))
             place = thread_number(bound.address, bound.module_id)
             self.placed.append(_placed(block, part, THREAD_LOCAL, place))
+            self.initials.append(first_value(part, block, place))
             self._define(block, bound)
             if not part.supplied:
                 self._tell(block, part, Fate.ADDED, "each thread has its own")
@@ -511,11 +515,24 @@ class _Generation:
         self.data += [c.datum() for c in writing.data.constants if c.holders]
         self.constants += writing.data.constants
         self.initials += [c.as_record(written=True) for c in writing.data.renewed]
-        self.data += [c.datum(Fate.REINITIALISED) for c in writing.data.renewed]
+        own = [c for c in writing.data.renewed if c.block.kind is not Kind.THREAD_LOCAL]
+        self.data += [c.datum(Fate.REINITIALISED) for c in own]
         news = self.asked.news(writing.data.kept, self.ledger.journal)
         self.initials += self.asked.to_record(writing.data.kept, self.ledger.journal)
         self.data += [c.datum(Fate.KEPT) for c in news]
         self.told += writing.data.kept
+
+    def _record_thread_values(self, writing: Writing, placement: Placement, linkage: Linkage) -> None:
+        """Note what each thread's own variables become, and what threads to come start with."""
+        for changed, there, new in writing.thread_values(linkage.thread_place, placement.addresses, placement.writes):
+            value = ThreadValue(changed.name, changed.part.source, there.offset, there.module_id, new)
+            self.threads_written.append(value)
+            kept = new[: there.image_size]
+            if kept:
+                self.data_writes.append((there.image, kept))
+            datum = changed.datum(Fate.REINITIALISED)
+            said = "in every thread; threads to come start with " + ("zeros" if any(new[len(kept) :]) else "it")
+            self.data.append(replace(datum, note=f"{datum.note} {said}".strip()))
 
     def _record_constructors(self, doors: list[_Door], placement: Placement) -> None:
         for part in dict.fromkeys(door.part for door in doors):

@@ -527,7 +527,7 @@ class Session:
         record = linked.commit.record
         functions = tuple(Function(*status) for status in record.statuses)
         variables = told_of(linked.data)
-        if not functions and not linked.commit.data and not record.placed:
+        if not functions and not linked.commit.data and not linked.commit.threads and not record.placed:
             return Generation(self.ledger.generation, kept=linked.kept, variables=variables)
         outcome = Generation(record.number, functions, variables=variables, kept=linked.kept, data_only=not functions)
         if self.options.dry_run:
@@ -577,15 +577,20 @@ class Session:
 
     def _made_live(self, commit: Commit) -> FlipResult:
         idle = self._condition(self.ledger.unused_by(commit.record))
-        if not commit.fills:
+        if not commit.fills and not commit.threads:
             return self.ledger.commit(commit, self._construct, idle=idle)
         from patcher.filling import Filling
         from patcher.loader import workspace
+        from patcher.thread_values import ThreadValues
 
+        values = ThreadValues(self.image, commit.threads)
+        if not commit.fills:
+            return self.ledger.commit(commit, self._construct, values, idle, values.writes)
         calls = any(f.moved is None for f in commit.fills)
         with workspace(self.target) if calls else nullcontext() as memory:
             filling = Filling(self.image, self.ledger.view(), commit.fills, memory, self.options.hook_timeout)
-            return self.ledger.commit(commit, self._construct, filling, idle)
+            inside = (lambda stopped: values(stopped) or filling(stopped)) if commit.threads else filling
+            return self.ledger.commit(commit, self._construct, inside, idle, values.writes)
 
     @contextmanager
     def _with_hooks(self, happening: Happening) -> Iterator[None]:

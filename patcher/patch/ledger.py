@@ -28,7 +28,7 @@ from patcher.patch.arena import (
 from patcher.patch.bodies import Bodies, Door, Version
 from patcher.patch.departed import find_departed, instances, missing, modules_of, without_departed
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
-from patcher.patch.transaction import Flip, FlipResult, Inside, TextWrite, flip
+from patcher.patch.transaction import Flip, FlipResult, Inside, Late, TextWrite, flip
 from patcher.target import FunctionCall, Target, read_stat
 
 _READINGS = 20  # of what another controller may be changing just now
@@ -76,6 +76,18 @@ class Fill:
 
 
 @dataclass(frozen=True, slots=True)
+class ThreadValue:
+    """What every thread's own of a thread-local variable becomes; the offset is in the block of the module of a
+    number, or, for 0, from the thread pointer."""
+
+    name: str
+    file: str
+    offset: int
+    module_id: int
+    contents: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """A generation that is linked and ready: what to write where nobody looks yet, and what then changes at once."""
 
@@ -86,6 +98,7 @@ class Commit:
     constructors: tuple[Constructor, ...] = ()  # in the order in which they run
     data: tuple[tuple[int, bytes], ...] = ()  # what the program's own data becomes with it: address, contents
     fills: tuple[Fill, ...] = ()  # done when all stand still, right before the generation is live
+    threads: tuple[ThreadValue, ...] = ()  # found and written when all stand still
     published: tuple[tuple[int, bytes], ...] = ()  # what leads the program to some of the writes, in this order
 
 
@@ -327,12 +340,13 @@ class Ledger:
         construct: Construct | None = None,
         inside: Inside | None = None,
         idle: Inside | None = None,
+        late: Late | None = None,
     ) -> FlipResult:
         """Make a generation live, or leave everything as it was and raise.
 
         `construct` runs the generation's constructors in the target, or raises. What they may have handed out to the
-        program by then is not used again, should the generation not become live. `inside` does the fills, `idle` says
-        who is in the old code: see `Flip`.
+        program by then is not used again, should the generation not become live. `inside` does the fills and finds
+        what threads have of their own, which `late` returns; `idle` says who is in the old code: see `Flip`.
         """
         change = self._with_instances(change)
         running: list[Constructor] = []
@@ -370,7 +384,7 @@ class Ledger:
             for address, data in change.published:
                 self.target.memory.write(address, data)
             self._refuse_departed(change)
-            decided = replace(self._flip(change), inside=inside if change.fills else None, idle=idle)
+            decided = replace(self._flip(change), inside=inside, idle=idle, late=late)
             result = flip(self.target, decided)
         except BaseException as error:
             with suppress(PatcherError, OSError):
