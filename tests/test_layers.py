@@ -69,6 +69,8 @@ ALLOWED: dict[str, set[str]] = {
     "directory": {"image", "link.place", "patch"},
     # What fills new storage runs while all stand still, when nobody refers to the old any more.
     "filling": {"data.still_used", "errors", "image", "loader", "patch", "target"},
+    # What each thread has of its own is found, and written, while all stand still.
+    "thread_values": {"errors", "image", "linkmap", "patch", "target", "unwind"},
     # Who is in old code, and whether it may go out of use all the same.
     "activity": {"code", "errors", "image", "patch", "report", "target", "unwind"},
     "policy": {"activity", "errors", "options", "patch", "report", "target"},
@@ -92,6 +94,7 @@ ALLOWED: dict[str, set[str]] = {
         "data",
         "directory",
         "filling",
+        "thread_values",
         "hooks",
         "loader",
         "data.threads",
