@@ -32,9 +32,10 @@ from patcher.data.writing import DataDelta, Writing, data_delta
 from patcher.elf import SymbolBinding
 from patcher.errors import LinkError, TargetBusy, UnsafeChange
 from patcher.image import Image, LoadedModule
+from patcher.labels import Kept
 from patcher.link.place import ArenaFull, Placement, Region, Space, place
 from patcher.link.plan import Bound, Plan, plan
-from patcher.linkage import Beyond, Kept, Linkage, Supply, is_chosen
+from patcher.linkage import Beyond, Linkage, Supply, is_chosen
 from patcher.live import THREAD_LOCAL, UNDEFINED, LiveFunction, base_name, thread_number
 from patcher.match import Status
 from patcher.part import Part

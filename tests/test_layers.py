@@ -55,10 +55,12 @@ ALLOWED: dict[str, set[str]] = {
     "part": MATCHING | {"match", "constructors", "data.carry", "data.migrate"},
     # What becomes of variables; the types are read from a copy of the object, in which relocations are mended.
     "data": MATCHING | {"match", "part", "patch.journal"},
+    # Tables of labels go with their functions.
+    "labels": {"blocks", "errors", "live", "match", "part"},
     # What the names and blocks of parts mean in the process.
-    "linkage": MATCHING | {"match", "part", "patch", "data", "undefined"},
+    "linkage": MATCHING | {"match", "part", "labels", "patch", "data", "undefined"},
     # Joins verdicts, linker and arena to a generation that is ready to be written.
-    "relink": MATCHING | {"match", "part", "linkage", "patch", "convention", "constructors", "data"},
+    "relink": MATCHING | {"match", "part", "labels", "linkage", "patch", "convention", "constructors", "data"},
     # What a program starts with: lists of functions in an object.
     "constructors": READING | {"blocks"},
     # An object that nobody compiled: it has the tables of one, and its unit has a name of its own.
