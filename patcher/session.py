@@ -554,7 +554,8 @@ class Session:
     def _note(self, units: Units, changes: Changes, linked: Linked, outcome: Generation) -> None:
         """Remember what a change that is live means for the next ones."""
         if not self.options.dry_run:
-            units.admission.applied(outcome.number, (*changes.parts, *linked.supplied))
+            time = linked.commit.record.time
+            units.admission.applied(outcome.number, time, (*changes.parts, *linked.supplied))
         for part in changes.parts:
             self.texts.applied(Path(part.source))
         if not self.options.dry_run:

@@ -7,7 +7,7 @@ Nothing here looks at the target process; ELF files are read by path, for their 
 from patcher.build.build_command import BuildCommand
 from patcher.build.command import LINE_SHIFT, CompileCommand, Unit, Variant, is_unit, object_of
 from patcher.build.commands import Commands
-from patcher.build.compiler import CompiledUnit, Compiler
+from patcher.build.compiler import CompiledUnit, Compiler, kept_directory
 from patcher.build.linking import LinkLine, find_link_line, locate_library
 from patcher.build.probe import PREFIX as PROBED
 from patcher.build.probe import Probes, files_included
@@ -41,6 +41,7 @@ __all__ = [
     "files_included",
     "find_link_line",
     "is_unit",
+    "kept_directory",
     "locate_library",
     "object_of",
     "program_index",
