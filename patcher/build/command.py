@@ -19,7 +19,8 @@ from patcher.build.toolchain import Family, Toolchain, program_index
 from patcher.errors import BuildError, NoCompileCommand
 
 SOURCE_SUFFIXES = frozenset({".c", ".cc", ".cpp", ".cxx", ".c++", ".cp", ".C", ".s", ".S", ".sx"})
-_C_SUFFIXES = (".c", ".i", ".s", ".S", ".sx")
+ASSEMBLY = (".s", ".S", ".sx")
+_C_SUFFIXES = (".c", ".i", *ASSEMBLY)
 LINE_SHIFT = 100_000
 
 

@@ -204,6 +204,10 @@ class Admission:
             for definer in dict.fromkeys(f.unit for f in seen.variables)
             for v in self._of_foreign(module, part, lineage, declared[0], seen, definer)
         ]
+        for lost in unchecked:  # of those, the unit has the types by name, if it has them at all
+            judgement = self._judgement(module, part, lineage, seen.unit, lost.unit)
+            types = undescribed.types_within(lost.unit, [lost.variable.name])
+            verdicts += judgement.verdicts_of([n for n in types if n in seen.unit.types], ())
         return _Seen((*verdicts, *undescribed.beyond(part, file, unchecked)), (seen.unit,), tuple(unchecked))
 
     def _of_foreign(
