@@ -257,18 +257,6 @@ def test_another_session_goes_on_from_what_was_carried_over(tmp_path, monkeypatc
             assert program.ask(2) == "6"
 
 
-def test_another_session_changes_at_once_what_was_carried_over(tmp_path):
-    project = single(tmp_path, KINDS)
-    with project.running() as program, patcher.attach(program.pid, watched=[project.sources]) as session:
-        assert program.ask(2) == "3"
-        session.apply(rewrite(project, "unit.c", LARGER))
-        with patcher.attach(program.pid, watched=[project.sources]) as other:
-            done = other.apply(rewrite(project, "unit.c", LARGER.replace("points[5]", "points[9]")))
-            assert [(v.name, v.note) for v in done.variables] == [
-                ("points", "60 -> 108 bytes, elements copied by index")
-            ]
-
-
 THREADS = """\
 #include <pthread.h>
 struct tally { int count; int unused; };
