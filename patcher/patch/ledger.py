@@ -207,7 +207,7 @@ class Ledger:
         """Tell whether a function's entry leads to its island, or has always been it."""
         return redirect.born or all(self._is_written(part) for part in self._detour(redirect))
 
-    def _is_in_place(self, redirect: Redirect) -> bool:
+    def is_in_place(self, redirect: Redirect) -> bool:
         """Tell whether a detour, or a part of one, stands in the text."""
         return not redirect.born and any(self._is_written(part) for part in self._detour(redirect))
 
@@ -225,6 +225,12 @@ class Ledger:
 
     def _is_written(self, write: TextWrite) -> bool:
         return self.target.memory.read_available(write.address, len(write.new)) == write.new
+
+    def void(self) -> list[tuple[GenerationRecord, Redirect]]:
+        """Return the functions, and the records of them, that went with a library which was unloaded."""
+        counted = {(r.arena, r.index) for r in self.journal.redirects}
+        every = ((g, r) for g in self._recorded.generations.values() for r in g.redirects)
+        return [(g, r) for g, r in every if (r.arena, r.index) not in counted]
 
     # --- arenas -----------------------------------------------------------------------------------------------
 
@@ -320,7 +326,7 @@ class Ledger:
         live = self.generation
         torn = self.slots != {base: self._slots_at(base, live) for base in self.slots}
         # Detours that lead to the old bodies do no harm, but a process that was taken back to 0 has none.
-        detoured = live == 0 and any(self._is_in_place(r) for r in self.journal.redirects)
+        detoured = live == 0 and any(self.is_in_place(r) for r in self.journal.redirects)
         if torn or detoured or self._rewrites_to(live):
             self.revert(live)
 
@@ -425,7 +431,7 @@ class Ledger:
 
     def _take_back(self, change: Commit, before: Mapping[int, Usage], exposed: bool) -> None:
         # A detour that is in place must stay on record.
-        if any(self._is_in_place(r) for r in change.record.redirects):
+        if any(self.is_in_place(r) for r in change.record.redirects):
             self._fresh.clear()
         else:
             for base, usage in before.items():
