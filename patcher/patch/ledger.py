@@ -357,6 +357,17 @@ class Ledger:
         change = self._with_instances(change)
         running: list[Constructor] = []
         exposed = False  # whether the program may know of what was written
+
+        def expose() -> None:
+            nonlocal exposed
+            exposed = True
+            self._fresh.clear()
+
+        def publish() -> None:
+            for address, data in change.published:
+                expose()
+                self.target.memory.write(address, data)
+
         before = {base: self.arenas[base].usage() for base in self.arenas}
         primary = self.primary
         assert primary is not None
@@ -384,13 +395,10 @@ class Ledger:
             self.target.memory.write(primary.journal + start, encoded)
             usage = primary.usage()
             primary.set_usage(replace(usage, journal=start + len(encoded)))
-            exposed = bool(change.published or change.fills)
-            if exposed:
-                self._fresh.clear()
-            for address, data in change.published:
-                self.target.memory.write(address, data)
+            if change.fills:
+                expose()
             self._refuse_departed(change)
-            decided = replace(self._flip(change), inside=inside, idle=idle, late=late)
+            decided = replace(self._flip(change), inside=inside, idle=idle, late=late, publish=publish)
             result = flip(self.target, decided)
         except BaseException as error:
             with suppress(PatcherError, OSError):
@@ -437,7 +445,21 @@ class Ledger:
             for base, usage in before.items():
                 kept = replace(self.arenas[base].usage(), journal=usage.journal) if exposed else usage
                 self.arenas[base].set_usage(kept)
+            if exposed:
+                self._withdraw(change)
         self.refresh()
+
+    def _withdraw(self, change: Commit) -> None:
+        """Note that memory which was free and got what the program may know of by now is free no longer."""
+        self.refresh()
+        primary, taken = self.primary, sorted((s.start, s.end) for s in change.record.stretches)
+        free = self._recorded.free
+        left = records.without(free, taken)
+        if primary is None or left == free:
+            return
+        first, *others = self._recorded.generations.values()
+        written = [replace(first, holes=tuple(left)), *(replace(g, holes=()) for g in others)]
+        primary.replace_journal(self.usages[primary.base].journal, b"".join(map(records.encode, written)))
 
     def _chosen(self, change: Commit) -> Commit:
         """Ask the resolvers of new IFUNCs, whose code is in place by now, and return the change with their choices."""
