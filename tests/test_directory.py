@@ -224,9 +224,10 @@ def test_what_was_shown_and_did_not_become_live_is_not_used_again(tmp_path, monk
 
         for number in range(1, 25):
             session.apply(versions[number % 5])
-            with monkeypatch.context() as patched, pytest.raises(PatcherError):
-                patched.setattr(transaction, "_as_one", fail)
+            monkeypatch.setattr(transaction, "_as_one", fail)
+            with pytest.raises(PatcherError):
                 session.apply(versions[(number + 1) % 5])
+            monkeypatch.undo()
             assert session.status().generation == number
             taken += session.ledger.journal.free != free
         assert taken, "it was never led into memory that was free"
