@@ -34,8 +34,8 @@ def explain(
 ) -> Explanation:
     """Explain what some sources would change; `link` links changes without any effect on the process.
 
-    `with_data` says what becomes of data where there is no new code; `standing` who is now in the code that changes, and
-    why the change may not be made then, if so.
+    `with_data` says what becomes of data where there is no new code; `standing` who is now in the code that changes,
+    and why the change may not be made then, if so.
     """
     files = tuple(dict.fromkeys(str(s.file) for s in sources))
     found = Explanation(Outlook.UNCHANGED, files)
