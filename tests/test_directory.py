@@ -218,13 +218,14 @@ def test_what_was_shown_and_did_not_become_live_is_not_used_again(tmp_path, monk
         session.policy = Policy(keep=2, enough=1, poison=True)
         taken, free = 0, []
 
-        def fail(target: object, run: object) -> object:
+        def fail(writes: transaction._Writes) -> None:
             free[:] = session.ledger.journal.free
+            writes._change.publish()
             raise OSError(errno.EIO, "no")
 
         for number in range(1, 25):
             session.apply(versions[number % 5])
-            monkeypatch.setattr(transaction, "_as_one", fail)
+            monkeypatch.setattr(transaction._Writes, "write", fail)
             with pytest.raises(PatcherError):
                 session.apply(versions[(number + 1) % 5])
             monkeypatch.undo()
