@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from patcher.build import BuildCancelled, BuildCommand, is_unit
-from patcher.errors import BuildError, PatcherError, TargetBusy, TargetError
+from patcher.errors import BuildError, PatcherError, TargetGone
 from patcher.report import BuildFailed, Note, Ready, Refused, Saved
 from patcher.session import Session
 from patcher.watch import Watcher
@@ -57,7 +57,7 @@ class Loop:
     def round(self, saved: Iterable[Path], pending: Pending) -> None:
         """Handle one round of saves; `pending` tells whether more was saved meanwhile.
 
-        Raises `TargetError` only, and not `TargetBusy`: without a target there is nothing to go on with.
+        Raises `TargetGone` only: without a target there is nothing to go on with.
         """
         began = time.perf_counter()
         detect = _since_save(saved)
@@ -90,7 +90,7 @@ class Loop:
         except BuildCancelled:
             raise
         except PatcherError as error:
-            if isinstance(error, TargetError) and not isinstance(error, TargetBusy):
+            if isinstance(error, TargetGone):
                 raise
             return error
         self._built.update(files)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import chain, count
 
 from patcher.blocks import Block, Kind, Place
 from patcher.code.entry import COPY_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
@@ -328,7 +328,7 @@ class _Generation:
         self._record_thread_values(writing, placement, linkage)
         self._record_migrations(placement, linkage)
         self._record_stretches(found, space, placement, linkage)
-        self._use(home, placement.space, end, sum(1 for d in doors if d.fresh))
+        self._use(home, placement.space, end, [d.index for d in doors if d.fresh])
         placed = {block.object for block in found.placed}
         self.supplied += [p for p in linkage.supplied if p.blocks.object in placed or p.unit.key == UNDEFINED]
 
@@ -379,10 +379,12 @@ class _Generation:
     def _usage(self, arena: Arena) -> Usage:
         return self.usages.get(arena.base) or self.ledger.usages[arena.base]
 
-    def _use(self, home: _Home, space: Space, end_of_copies: int, slots: int) -> None:
+    def _use(self, home: _Home, space: Space, end_of_copies: int, doors: Sequence[int]) -> None:
         """Note how far arenas are in use now."""
         entries = self._usage(home.entries)
-        self.usages[home.entries.base] = replace(entries, code=end_of_copies, slots=entries.slots + slots)
+        self.usages[home.entries.base] = replace(
+            entries, code=end_of_copies, slots=max([entries.slots, *(index + 1 for index in doors)])
+        )
         bodies = self._usage(home.bodies)
         self.usages[home.bodies.base] = replace(
             bodies,  # which end below what was placed, unless that is in memory that was freed
@@ -392,8 +394,8 @@ class _Generation:
         )
 
     def _doors(self, arena: Arena, found: Plan, linkage: Linkage) -> list[_Door]:
-        following = self._usage(arena).slots
-        doors = []
+        free = self._free_slots(arena)
+        doors, following = [], 0
         for block in found.code:
             if block not in found.doors:
                 continue
@@ -403,11 +405,18 @@ class _Generation:
                 home = self.ledger.arenas[live.redirect.arena]
                 doors.append(_Door(block, part, live, home, live.redirect.index, False))
                 continue
+            following = next(free)
             doors.append(_Door(block, part, live, arena, following, True))
-            following += 1
-        if following > SLOT_COUNT:
+        if following >= SLOT_COUNT:
             raise ArenaFull(f"the arena at {arena.base:#x} has no slot left", "restart the program")
         return doors
+
+    def _free_slots(self, arena: Arena) -> Iterator[int]:
+        """Yield the slots that no function has: those that were given back, and then those that none had yet."""
+        taken = {r.index for r in (*self.ledger.journal.redirects, *self.redirects) if r.arena == arena.base}
+        slots = self.ledger.slots[arena.base]
+        yield from (i for i, body in enumerate(slots) if i and not body and i not in taken)
+        yield from count(self._usage(arena).slots)
 
     def _entries(self, doors: list[_Door], near: int) -> list[_Entry]:
         """Plan the entries of the functions that get their island now, with copies to stand at `near` or behind it."""
@@ -580,7 +589,8 @@ class _Generation:
             self.replaced.append(Replaced(live.name, ((live.body, live.body + live.size), *pieces)))
         if not door.fresh:
             return
-        self._allocate(part, islands=DOOR_SIZE)
+        if door.index >= self._usage(door.arena).slots:
+            self._allocate(part, islands=DOOR_SIZE)
         island = door.arena.island(door.index)
         if live is None:
             self._define(block, Bound(island))

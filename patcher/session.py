@@ -25,6 +25,7 @@ from patcher.errors import (
     AttachDenied,
     ObjectError,
     PatcherError,
+    TargetBusy,
     TargetGone,
     UnresolvedSymbol,
     UnsafeChange,
@@ -357,9 +358,24 @@ class Session:
         with self._transaction():
             try:
                 link = partial(self._link, units, dry_run=True)
-                return explain(units, sources, self._with_data, link)
+                return explain(units, sources, self._with_data, link, self._standing)
             finally:
                 self.ledger.forget_plans()
+
+    def _standing(self, linked: Linked) -> tuple[tuple[OldFrame, ...], PatcherError | None]:
+        """Return who is now in the code that a change replaces, and why it may not be made then, if so."""
+        from patcher.policy import objection
+
+        frames: tuple[OldFrame, ...] = ()
+        with suppress(AttachDenied, TargetBusy, OSError):  # as when somebody traces the process
+            limit = _LOOKED_THROUGH if self.options.coroutines else 0
+            frames = self.lookout.running(self.ledger.unused_by(linked.commit.record), limit)
+        return frames, objection(self.options, frames)
+
+    def _check_standing(self, linked: Linked) -> None:
+        _, objection = self._standing(linked) if self.options.active == "refuse" else ((), None)
+        if objection is not None:
+            raise objection
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -387,7 +403,7 @@ class Session:
             changes = units.changes(sources)
             try:
                 if changes.parts:
-                    self._link(units, changes, dry_run=True)
+                    self._check_standing(self._link(units, changes, dry_run=True))
             except UnsafeChange as error:
                 if error.code != "dry-run":
                     raise
@@ -531,6 +547,7 @@ class Session:
             return Generation(self.ledger.generation, kept=linked.kept, variables=variables)
         outcome = Generation(record.number, functions, variables=variables, kept=linked.kept, data_only=not functions)
         if self.options.dry_run:
+            self._check_standing(linked)
             return outcome
         from patcher.directory import published
         from patcher.hooks import Named, applying

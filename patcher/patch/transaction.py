@@ -90,6 +90,7 @@ class Flip:
     inside: Inside | None = None
     idle: Inside | None = None
     late: Late | None = None
+    publish: Callable[[], None] | None = None
 
     @property
     def needs_stop(self) -> bool:
@@ -254,6 +255,8 @@ class _Writes:
     def write(self) -> None:
         """Write all, or nothing."""
         memory = self._target.memory
+        if self._change.publish is not None:
+            self._change.publish()
         # The program writes to its data whenever it runs: what it holds is known only now.
         wanted = (*self._change.data, *(self._change.late() if self._change.late is not None else ()))
         data = [TextWrite(address, memory.read(address, len(new)), new) for address, new in wanted]
