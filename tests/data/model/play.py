@@ -230,7 +230,7 @@ class Play:
         try:
             generation = session.apply(*files)
         except PatcherError as error:
-            if error.code not in may_refuse and (STRICT or error.code != AMBIGUOUS):
+            if error.code not in may_refuse and (self.style.debug or STRICT or error.code != AMBIGUOUS):
                 raise Deviation(f"refused with {error.code}: {error.message}") from None
             self.refused.append(error.code)
             self._write(self.live)
