@@ -202,8 +202,10 @@ class Linkage:
 
     def living(self, part: Part, variable: Block) -> LiveVariable | None:
         """Return where the process has a variable of a unit now, whatever its size; None for one it has not."""
-        if not variable.symbols or is_scoped(variable):
+        if not variable.symbols:
             return None
+        if is_scoped(variable):
+            return self._variables.outgrown(part, variable)
         interposed = self._interposed_variable(part, variable)
         return interposed or next((v for s in variable.symbols for v in part.unit.variables(s.name, s.local)), None)
 

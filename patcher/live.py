@@ -308,7 +308,22 @@ class LiveUnit:
         return [self._variable(s) for s in found if not s.local and not s.function]
 
     def own_variables(self) -> list[LiveVariable]:
-        """Return every variable that is the unit's own by its name: its statics, and what patches brought to it."""
+        """Return every variable that is the unit's own by its name: its statics, and what patches brought to it.
+
+        Storage that was given up for one of another layout is nobody's.
+        """
+        given_up = {s.old for s in self._storages}
+        return [v for v in self.every_variable() if v.address not in given_up or v.thread_local]
+
+    def before_migrations(self, address: int) -> int:
+        """Return where a variable was at first that got other storage because its layout changed."""
+        earlier = {s.address: s.old for s in self._storages}
+        while address in earlier:
+            address = earlier[address]
+        return address
+
+    def every_variable(self) -> list[LiveVariable]:
+        """Return the unit's own variables, with the storage that was given up."""
         keys = self._keys.values()
         placed = [v for v, _, unit in self._placed_variables() if unit in keys]
         return ([] if self.born else self._linked_variables()) + placed

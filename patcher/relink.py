@@ -242,7 +242,9 @@ class _Generation:
         if not any(part.layouts for part in parts):
             return ()
         concerned = [*parts, *(part for part in waiting if part.carried)]
-        found = migrations(concerned, linkage.living, linkage.denoted_variable)
+        found = migrations(
+            concerned, linkage.living, linkage.denoted_variable, lambda block: linkage.described(block).function
+        )
         linkage.renewed = {m.variable: m for m in found}
         if found:
             require_users([*parts, *waiting], found)
@@ -256,7 +258,7 @@ class _Generation:
             start = placed.address
             layout, types = (m.layout.as_text(), m.layout.types) if m.layout is not None else ("", ())
             where = (placed.module, placed.unit, placed.local, start, placed.size, m.old.address, m.old.size)
-            self.storages.append(Storage(m.name, placed.names, *where, types, layout, m.how.name))
+            self.storages.append(Storage(m.name, m.names(placed.names), *where, types, layout, m.how.name))
             fill = Fill(m.name, m.part.source, start, placed.size, m.old.address, m.old.size)
             self.fills.append(_filled_by(fill, m.how, placement))
             self.data.append(Datum(m.name, m.part.source, Fate.MIGRATED, m.note))

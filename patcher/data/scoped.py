@@ -34,6 +34,18 @@ class Scoped:
         """Return the variable that a function's static variable is."""
         return self._guard(block) if spelling(block.name).guard else self._by_evidence(block)
 
+    def outgrown(self, block: Block) -> LiveVariable | None:
+        """Return the live variable that a static is, of whatever type. Raises `UnsafeChange` if two would do."""
+        matched = self.known.part.matched(block)
+        bound = self.known.part.delta.bindings.get(matched) if matched is not None else None
+        if bound is not None:
+            return next((v for v in self.known.variables if v.address == bound), None)
+        found = [v for v in self._named_alike(block) if self._agrees(block, v, certainly=True)]
+        rivals = [b for b in self._family(block) if self.known.function_of(b) == self.known.function_of(block)]
+        if len(found) > 1 or len(rivals) > 1:
+            raise ambiguous(self.known, block, found, [self.known.describe(v) for v in found])
+        return found[0] if found else None
+
     def _by_evidence(self, block: Block) -> Found | None:
         options = self.resolved(block)
         found = options.get(block, [])
@@ -253,6 +265,8 @@ class Scoped:
         known = next((v for b in variables if (v := self._live(b)) is not None), None)
         if known is None:
             return None
+        first = self.known.live.before_migrations(known.address)
+        known = next((v for v in (*self.known.live.every_variable(), known) if v.address == first), known)
         wanted = guard_of(known.name)
         candidates = [*self.known.variables, *self.known.live.exported_variables(base_name(wanted))]
         found = [v for v in candidates if v.name == wanted and v.born == known.born]

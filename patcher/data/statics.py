@@ -43,6 +43,13 @@ class Variables:
         """Return which of some live constants a function's own one is, None when it is new or cannot be told."""
         return counterpart(self._unit(part).known, block, known)
 
+    def outgrown(self, part: Part, block: Block) -> LiveVariable | None:
+        """Return the live variable that a static of a function is, of whatever type that is.
+
+        Raises `UnsafeChange` when two would do.
+        """
+        return self._unit(part).scoped.outgrown(block)
+
     def describe(self, part: Part, block: Block) -> Description:
         """Return what debug information says of a variable of an object."""
         return self._unit(part).known.description(block)
