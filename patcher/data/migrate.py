@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from patcher.live import LiveVariable, base_name
 from patcher.match import Status, is_private_piece
 
 if TYPE_CHECKING:
+    from patcher.data.layouts import LayoutVerdict
     from patcher.part import Part
     from patcher.patch.journal import ArenaView, Storage
 
@@ -267,7 +268,7 @@ def _migration(
 ) -> Migration | None:
     if spelling(block.name).scoped:
         if carried is not None:
-            return _carried_static(part, block, carried, living)
+            return _carried_static(part, block, carried, functions, living)
         _check_static(part, block, functions)
         return None
     old = living(part, block)
@@ -303,9 +304,13 @@ def _carried(part: Part, block: Block, old: LiveVariable, comparison: Comparison
 
 
 def _carried_static(
-    part: Part, block: Block, carried: Carried, living: Callable[[Part, Block], LiveVariable | None]
+    part: Part,
+    block: Block,
+    carried: Carried,
+    functions: Functions,
+    living: Callable[[Part, Block], LiveVariable | None],
 ) -> Migration | None:
-    """Have the value of a function's static variable carried over, unless an earlier change has done that."""
+    """Have a function's static variable filled from what it was, unless an earlier change has done that."""
     old = living(part, block)
     if old is None:
         raise _taken_apart(part, carried.name)
@@ -317,7 +322,38 @@ def _carried_static(
     migration = _carried(part, block, old, Comparison(before, layout), carried)
     if storage is not None and before is None:
         raise _taken_apart(part, carried.name)
-    return replace(migration, qualified=carried.name)
+    how = _filled_static(part, block, carried, functions) or migration.how
+    return replace(migration, qualified=carried.name, how=how)
+
+
+def _filled_static(part: Part, block: Block, carried: Carried, functions: Functions) -> ByFunction | None:
+    """Return the function of the user's that fills a static variable; None if there is none.
+
+    Raises `UnsafeChange` when there is one for a part of it only.
+    """
+    own = functions.get(spelling(block.name).source)
+    if own:
+        return ByFunction(*_one_of(own, part), 1, carried.new.size, carried.old.size)
+    old, new, count = carried.old, carried.new, 1
+    while old.element is not None and new.element is not None:
+        old, new, count = old.element, new.element, count * min(old.count, new.count)
+    name = _type_name(new)
+    if name in functions and name == _type_name(old):
+        return ByFunction(*_one_of(functions[name], part), count, new.size, old.size)
+    if functions.keys() & set(_type_names(carried.new)):
+        raise _to_be_moved_out(part, carried.name)
+    return None
+
+
+def _type_name(shape: Shape) -> str:
+    return shape.text.rpartition(" ")[2].rpartition("::")[2]
+
+
+def _type_names(shape: Shape) -> Iterator[str]:
+    yield _type_name(shape)
+    for inner in (shape.element, *(p.shape for p in shape.parts)):
+        if inner is not None:
+            yield from _type_names(inner)
 
 
 def _layout_of(shape: Shape) -> Layout | None:
@@ -392,11 +428,24 @@ def _check_static(part: Part, block: Block, functions: Functions) -> None:
     # Debug information is read by name, which a variable of a function has only there.
     sizes = {c.new.element_size for c in part.layouts.values() if c.new for n in c.new.names if n in functions}
     if name in functions or any(size and block.size % size == 0 for size in sizes):
-        raise UnsafeChange(
-            f"`{name}` of {part.source} is a static variable of a function, and may be of a type that is migrated",
-            "move it out of the function, to the level of the file",
-            code="layout",
-        )
+        raise _to_be_moved_out(part, name)
+
+
+def check_statics(part: Part, verdicts: Iterable[LayoutVerdict]) -> None:
+    """Refuse functions' static variables of types that may differ because functions of the user's fill them, if these
+    cannot be carried over: nobody would fill them."""
+    for verdict in verdicts:
+        for variable in verdict.variables if verdict.allowed and not verdict.carried else ():
+            if variable.scoped:
+                raise _to_be_moved_out(part, variable.name)
+
+
+def _to_be_moved_out(part: Part, name: str) -> UnsafeChange:
+    return UnsafeChange(
+        f"`{name}` of {part.source} is a static variable of a function, and may be of a type that is migrated",
+        "move it out of the function, to the level of the file",
+        code="layout",
+    )
 
 
 def _taken_apart(part: Part, name: str) -> UnsafeChange:
