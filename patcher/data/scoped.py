@@ -283,6 +283,9 @@ class Scoped:
         """Return the live variable that a static is, by its own name."""
         bound = self.known.part.delta.bindings.get(self.known.part.matched(variable) or variable)
         if bound is None:
+            alike = self._named_alike(variable)
+            if alike and not any(self.known.same_type(variable, v) for v in alike):
+                return self.outgrown(variable)  # carried over, or refused by itself
             found = self._by_evidence(variable)
             return found.variable if found is not None else None
         known = [*self.known.variables, *self.known.live.exported_variables(base_name(variable.name))]
