@@ -105,8 +105,7 @@ class _Evidence:
 
     def _is_unedited(self, way: Pairs) -> bool:
         """Tell whether the code around what a way pairs is the same, and is not around any of the others."""
-        alike = all(self.seen.alike(b, v.address) >= _ALIKE for b, v in way.items())
-        return alike and self._is_complete(way) and self._is_clear(way, strictly=True)
+        return self._is_complete(way) and self._is_clear(way, strictly=True)
 
     def supports(self, way: Pairs, *, apart: bool) -> bool:
         """Tell whether the code says so too; a little is enough where all are declared in different depths."""
