@@ -8,6 +8,7 @@ from patcher.blocks import Block, Kind
 from patcher.data.known import Found, Known, ambiguous, is_scoped, source_of
 from patcher.data.names import Spelling, spelling
 from patcher.data.outcome import Fate
+from patcher.data.rivals import paired
 from patcher.data.scoped import Scoped, same_static
 from patcher.live import LiveVariable
 
@@ -21,16 +22,34 @@ class Moves:
 
     def find(self, block: Block) -> Found | None:
         """Return the variable of this unit that is declared otherwise now: in a function, or outside of any."""
-        said = spelling(block.name)
-        if block.kind is not Kind.DATA or said.guard or (said.scoped and self._names_outside(said.source)):
+        found = self._candidates(block)
+        if len(found) == 1 and not self._is_told_apart(block, found):
             return None
-        found = [v for v in self._declared_otherwise(block, said) if self._same_users(block, v)]
         if len(found) > 1:
             raise ambiguous(self.known, block, found, [self.known.describe(v) for v in found])
         if not found:
             return None
         where = self.known.home(found[0])
         return Found(found[0], Fate.MOVED, f"was a static of `{where}`" if where else "was declared elsewhere")
+
+    def _candidates(self, block: Block) -> list[LiveVariable]:
+        said = spelling(block.name)
+        if block.kind is not Kind.DATA or said.guard or (said.scoped and self._names_outside(said.source)):
+            return []
+        return [v for v in self._declared_otherwise(block, said) if self._same_users(block, v)]
+
+    def _is_told_apart(self, block: Block, found: list[LiveVariable]) -> bool:
+        """Tell which of several statics of functions is the one that was declared elsewhere: whether it is this one.
+
+        Raises `UnsafeChange` where that cannot be told.
+        """
+        rivals = [b for b in self.scoped.unmatched(block) if is_scoped(block) and self._candidates(b) == found]
+        if len(rivals) < 2:
+            return True
+        pairs = paired(self.known, rivals, found)
+        if pairs is None:
+            raise ambiguous(self.known, block, found, [self.known.describe(v) for v in found])
+        return block in pairs
 
     def _names_outside(self, source: str) -> bool:
         """Tell whether the object still has, or refers to, something of a static's name outside of functions."""

@@ -41,7 +41,7 @@ class Scoped:
         if bound is not None:
             return next((v for v in self.known.variables if v.address == bound), None)
         found = [v for v in self._named_alike(block) if self._agrees(block, v, certainly=True)]
-        rivals = [b for b in self._family(block) if self.known.function_of(b) == self.known.function_of(block)]
+        rivals = [b for b in self.unmatched(block) if self.known.function_of(b) == self.known.function_of(block)]
         if len(found) > 1 or len(rivals) > 1:
             raise ambiguous(self.known, block, found, [self.known.describe(v) for v in found])
         return found[0] if found else None
@@ -96,14 +96,14 @@ class Scoped:
             self._options[key] = self._resolve(block)
         return self._options[key]
 
-    def _family(self, block: Block) -> list[Block]:
+    def unmatched(self, block: Block) -> list[Block]:
         """Return the static variables of functions that share a name and that matching did not bind."""
         name = spelling(block.name)
         data = (b for b in self.known.part.blocks.data_blocks() if b.kind is block.kind and b.symbols)
         return [b for b in data if same_static(spelling(b.name), name) and not self.known.is_matched(b)]
 
     def _resolve(self, block: Block) -> Options:
-        options = {b: self._evident(b) for b in self._family(block)}
+        options = {b: self._evident(b) for b in self.unmatched(block)}
         self._exclude(options)
         for variable in [found[0] for found in options.values() if len(found) == 1]:
             self._prefer_same_users(options, variable)
