@@ -14,16 +14,15 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from patcher.blocks import Block, Blocks, Kind
+from patcher.data.holders import Holders
 from patcher.data.initial import initially_same
 from patcher.data.located import NONE, Declarations, Declared, declared_in_object, declared_in_program, place
 from patcher.data.names import spelling
 from patcher.data.outcome import Fate
-from patcher.data.still_used import words_into
 from patcher.data.uses import Uses, owner
 from patcher.errors import UnsafeChange
 from patcher.live import LiveVariable
 from patcher.part import Part
-from patcher.target import Mapping
 
 _declared: WeakKeyDictionary[Blocks, Declarations] = WeakKeyDictionary()  # an object may be linked more than once
 _HINT = "give the function's static variables different names, one save at a time"
@@ -143,9 +142,10 @@ class Known:
 
     def function_now(self, variable: LiveVariable) -> str:
         """Return the function that a live variable was last known to be declared in."""
-        return self.live.scope_of(variable.address) or self.home(variable)
+        return self.live.scope_of(variable.address) or self.function_declaring(variable)
 
-    def home(self, variable: LiveVariable) -> str:
+    def function_declaring(self, variable: LiveVariable) -> str:
+        """Return the function that a live variable was declared in, "" where that is not known, or none."""
         known = self.declaration(variable)
         said = spelling(variable.name).function or (known.function if known is not None else "")
         return said or variable.scope
@@ -153,7 +153,7 @@ class Known:
     def homes(self, variable: LiveVariable) -> set[str]:
         """Return the functions that a variable has been declared in, as far as that is known."""
         records = (v for v in self.variables if v.address == variable.address and v.born)
-        found = {self.home(variable), *(v.scope or spelling(v.name).function for v in records)}
+        found = {self.function_declaring(variable), *(v.scope or spelling(v.name).function for v in records)}
         return found - {""}
 
     def type_of(self, variable: LiveVariable) -> str:
@@ -215,13 +215,9 @@ class Known:
     def is_pointed_to(self, function: str) -> bool:
         """Tell whether a word of the program's data holds the address of one of its functions."""
         symbols = (s for s in self.module.module.symbols.named(function) if s.function)
-        starts = [s.value + self.module.bias for s in symbols]
-        target = self.live.image.target
-        data = [m for m in target.mappings() if m.readable and not m.executable and self._holds_data(m)]
-        return any(True for start in starts for _ in words_into(target, data, start, start + 1))
-
-    def _holds_data(self, mapping: Mapping) -> bool:
-        return self.module.contains(mapping.start) or self.live.view.contains(mapping.start)
+        ranges = [(s.value + self.module.bias, s.value + self.module.bias + 1) for s in symbols]
+        holders = Holders(self.live.image, self.live.view)
+        return bool(ranges) and any(found.cells or found.others for found in holders.words(holders.mapped(), ranges))
 
     def starts_as(self, block: Block, variable: LiveVariable) -> bool | None:
         """Tell whether a live variable has, or has been told to have, the initial value of one of an object."""

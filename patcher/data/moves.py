@@ -29,7 +29,7 @@ class Moves:
             raise ambiguous(self.known, block, found, [self.known.describe(v) for v in found])
         if not found:
             return None
-        where = self.known.home(found[0])
+        where = self.known.function_declaring(found[0])
         return Found(found[0], Fate.MOVED, f"was a static of `{where}`" if where else "was declared elsewhere")
 
     def _candidates(self, block: Block) -> list[LiveVariable]:

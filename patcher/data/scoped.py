@@ -179,7 +179,7 @@ class Scoped:
 
     def _carries_over(self, block: Block, variable: LiveVariable) -> bool:
         """Tell whether a new function that stands for one that is gone is that function, renamed."""
-        ours, theirs = self.known.function_of(block), self.known.home(variable)
+        ours, theirs = self.known.function_of(block), self.known.function_declaring(variable)
         direct = self.known.uses.direct(block)
         if any(self.known.part.live(f) is not None for f in direct):
             return True
