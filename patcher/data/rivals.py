@@ -115,9 +115,6 @@ class _Evidence:
             return True
         return all(self.seen.alike(b, v.address) >= _ALIKE for b, v in way.items())
 
-    def _likeness(self, way: Pairs) -> float:
-        return sum(self.seen.alike(b, v.address) for b, v in way.items())
-
     def _is_outvoted(self, way: Pairs) -> bool:
         """Tell whether the places in the code say of one of a way's variables only that it is another one."""
         at = {v.address: b for b, v in way.items()}
