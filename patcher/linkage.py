@@ -13,8 +13,9 @@ from typing import Protocol
 
 from patcher.blocks import Block, Blocks, External, Kind
 from patcher.data.counterparts import Counterpart, goes_by_use
+from patcher.data.known import Description, Found, is_scoped
 from patcher.data.migrate import Migration
-from patcher.data.statics import Found, Variables, is_scoped
+from patcher.data.statics import Variables
 from patcher.data.threads import (
     Models,
     NewThreadLocals,
@@ -201,8 +202,10 @@ class Linkage:
 
     def living(self, part: Part, variable: Block) -> LiveVariable | None:
         """Return where the process has a variable of a unit now, whatever its size; None for one it has not."""
-        if not variable.symbols or is_scoped(variable):
+        if not variable.symbols:
             return None
+        if is_scoped(variable):
+            return self._variables.outgrown(part, variable)
         interposed = self._interposed_variable(part, variable)
         return interposed or next((v for s in variable.symbols for v in part.unit.variables(s.name, s.local)), None)
 
@@ -472,12 +475,12 @@ class Linkage:
         found = self._variables.find(part, block)
         if found is None:
             return None
-        if found.fate is not None:
+        if found.fate is not None or found.shifted:
             self.found[block] = found
         return found.variable
 
-    def described(self, block: Block) -> tuple[str, str]:
-        """Return the type and the function of a variable, "" where no debug information says so."""
+    def described(self, block: Block) -> Description:
+        """Return what debug information says of a variable."""
         return self._variables.describe(self.part_of(block), block)
 
     # --- names the object does not define -----------------------------------------------------------------------

@@ -308,7 +308,22 @@ class LiveUnit:
         return [self._variable(s) for s in found if not s.local and not s.function]
 
     def own_variables(self) -> list[LiveVariable]:
-        """Return every variable that is the unit's own by its name: its statics, and what patches brought to it."""
+        """Return every variable that is the unit's own by its name: its statics, and what patches brought to it.
+
+        Storage that was given up for one of another layout is nobody's.
+        """
+        given_up = {s.old for s in self._storages}
+        return [v for v in self.every_variable() if v.address not in given_up or v.thread_local]
+
+    def before_migrations(self, address: int) -> int:
+        """Return where a variable was at first that got other storage because its layout changed."""
+        earlier = {s.address: s.old for s in self._storages}
+        while address in earlier:
+            address = earlier[address]
+        return address
+
+    def every_variable(self) -> list[LiveVariable]:
+        """Return the unit's own variables, with the storage that was given up."""
         keys = self._keys.values()
         placed = [v for v, _, unit in self._placed_variables() if unit in keys]
         return ([] if self.born else self._linked_variables()) + placed
@@ -375,10 +390,28 @@ class LiveUnit:
         is_thread_local = symbol.type == SymbolType.TLS
         return LiveVariable(symbol.name, symbol.value + bias, symbol.size, local, thread_local=is_thread_local)
 
-    def has_moved(self, address: int, name: str) -> bool:
-        """Tell whether it is recorded that a variable of that name is what stood at an address before."""
+    def has_moved(self, address: int, name: str, scope: str) -> bool:
+        """Tell whether it is recorded that a variable of that name, in that function, is what stood at an address."""
         known = (p for p in self._recorded.get(address, ()) if p.moved and p.unit in self._keys.values())
-        return any(base_name(p.name) == base_name(name) for p in known)
+        return any((base_name(p.name), p.scope) == (base_name(name), scope) for p in known)
+
+    def scope_of(self, address: int) -> str:
+        """Return the function that a variable is in by the newest record of it, "" if there is none."""
+        found = self._newest(address, lambda p: bool(p.scope))
+        return found.scope if found is not None else ""
+
+    def position_of(self, address: int) -> tuple[int, int] | None:
+        """Return the place of a variable in its function (depth and order) by the newest record of it."""
+        found = self._newest(address, lambda p: p.depth >= 0)
+        return (found.depth, found.order) if found is not None else None
+
+    def _newest(self, address: int, says: Callable[[Placed], bool]) -> Placed | None:
+        """Return the newest record of a variable that says something: one of a live generation, if there is any."""
+        known = [p for p in self._recorded.get(address, ()) if says(p)]
+        if not known:
+            return None
+        live = {id(p) for record in self.view.journal.lineage(self.view.generation) for p in record.placed}
+        return next((p for p in reversed(known) if id(p) in live), known[-1])
 
     def moved_away(self, address: int) -> bool:
         """Tell whether a variable has become another unit's."""

@@ -21,10 +21,10 @@ from patcher.data.constants import Constant, unbound_constants
 from patcher.data.counterparts import is_made
 from patcher.data.holders import Extent, Holders
 from patcher.data.initial import Changed, Initials, first_value
+from patcher.data.known import Description, Found, is_scoped
 from patcher.data.migrate import ByFunction, ByMoves, How, Migration, migrations, require_users, users
 from patcher.data.names import spelling
 from patcher.data.outcome import Datum, Fate
-from patcher.data.statics import Found, is_scoped
 from patcher.data.still_used import give_up
 from patcher.data.strings import texts_left
 from patcher.data.threads import NewThreadLocals
@@ -242,7 +242,9 @@ class _Generation:
         if not any(part.layouts for part in parts):
             return ()
         concerned = [*parts, *(part for part in waiting if part.carried)]
-        found = migrations(concerned, linkage.living, linkage.denoted_variable)
+        found = migrations(
+            concerned, linkage.living, linkage.denoted_variable, lambda block: linkage.described(block).function
+        )
         linkage.renewed = {m.variable: m for m in found}
         if found:
             require_users([*parts, *waiting], found)
@@ -256,7 +258,7 @@ class _Generation:
             start = placed.address
             layout, types = (m.layout.as_text(), m.layout.types) if m.layout is not None else ("", ())
             where = (placed.module, placed.unit, placed.local, start, placed.size, m.old.address, m.old.size)
-            self.storages.append(Storage(m.name, placed.names, *where, types, layout, m.how.name))
+            self.storages.append(Storage(m.name, m.names(placed.names), *where, types, layout, m.how.name))
             fill = Fill(m.name, m.part.source, start, placed.size, m.old.address, m.old.size)
             self.fills.append(_filled_by(fill, m.how, placement))
             self.data.append(Datum(m.name, m.part.source, Fate.MIGRATED, m.note))
@@ -463,8 +465,8 @@ class _Generation:
             if block.symbols:
                 part = linkage.part_of(block)
                 address = placement.addresses[block]
-                type_, scope = linkage.described(block) if _is_described(block) else ("", "")
-                self.placed.append(_placed(block, part, _KINDS[block.kind], address, type=type_, scope=scope))
+                said = linkage.described(block) if _is_described(block) else Description()
+                self.placed.append(_placed(block, part, _KINDS[block.kind], address, said))
                 if block.kind is not Kind.CODE:
                     self._define(block, Bound(address))
                 if block.kind is Kind.DATA:
@@ -485,13 +487,13 @@ class _Generation:
     def _record_found(self, block: Block, known: Found, linkage: Linkage) -> None:
         """Keep where a variable is that is declared otherwise than before: its own records have another name."""
         part = linkage.part_of(block)
-        if known.fate is Fate.MOVED:
-            address = known.variable.address
-            if part.unit.has_moved(address, block.name):
-                return
-            type_, scope = linkage.described(block)
-            self.placed.append(_placed(block, part, _KINDS[Kind.DATA], address, type=type_, scope=scope, moved=True))
-        self._tell(block, part, known.fate, known.note)
+        address = known.variable.address
+        said = linkage.described(block)
+        told = known.fate is Fate.MOVED and part.unit.has_moved(address, block.name, said.function)
+        if known.shifted or (known.fate is Fate.MOVED and not told):
+            self.placed.append(_placed(block, part, _KINDS[Kind.DATA], address, said, moved=True))
+        if not told:
+            self._tell(block, part, known.fate, known.note)
 
     def _tell(self, block: Block, part: Part, fate: Fate | None, note: str = "") -> None:
         said = spelling(block.name)
@@ -868,8 +870,10 @@ _KINDS = {Kind.CODE: "code", Kind.READ_ONLY: "read-only", Kind.DATA: "data"}
 
 
 def _placed(
-    block: Block, part: Part, kind: str, address: int, *, type: str = "", scope: str = "", moved: bool = False
+    block: Block, part: Part, kind: str, address: int, said: Description | None = None, *, moved: bool = False
 ) -> Placed:
+    said = said or Description()
+    depth, order = said.position or (-1, -1)
     return Placed(
         name=block.name,
         names=tuple(dict.fromkeys(s.name for s in block.symbols)),
@@ -879,7 +883,9 @@ def _placed(
         local=not block.exported,
         address=address,
         size=block.size,
-        type=type,
-        scope=scope,
+        type=said.type,
+        scope=said.function,
         moved=moved,
+        depth=depth,
+        order=order,
     )

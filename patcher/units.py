@@ -423,6 +423,7 @@ class Units:
         self.layouts += [v for j in judged for v in j.verdicts]
         for one in judged:
             check_layouts(one.part.source, one.verdicts)
+            migrate.check_statics(one.part, [v for v in one.verdicts if not self.admission.is_spared(v)])
 
     def _judged(
         self, part: Part, lineage: Numbers, migrated: Sequence[str] = (), stored: Sequence[str] = ()

@@ -95,6 +95,23 @@ def test_a_program_knows_its_generation_and_symbols(tmp_path, flags):
         assert_untouched(program.pid)
 
 
+@pytest.mark.parametrize("compiler", ["clang -O0", "clang -O2", "g++ -O0", "g++ -O2", "clang++ -O0", "clang++ -O2"])
+def test_programs_of_every_language_and_compiler_know_it(tmp_path, monkeypatch, compiler):
+    name, optimise = compiler.split()
+    monkeypatch.setattr("project.COMPILE", (name, *(["-x", "c++"] if "++" in name else []), "-g", optimise))
+    project = make(tmp_path)
+    answer = "_Z6answeri" if "++" in name else "answer"
+    with project.running() as program, patcher.attach(program.pid) as session:
+        assert program.ask("s") == "0 0"
+        for number, text in ((1, "20"), (2, "30")):
+            session.apply(project.object("unit.c", ("10", text)))
+            assert program.ask("s").startswith(f"{number} 0 {answer}:unit.c:")
+        assert session.revert() == 1
+        assert program.ask("s").startswith(f"1 0 {answer}:unit.c:")
+        session.revert(0)
+        assert program.ask("s") == "0 0"
+
+
 def test_sizes_and_addresses_are_those_of_the_code_that_runs(tmp_path):
     look = READER.replace(
         '" %s:%s:%d", s[i].name, s[i].file, (int)s[i].size', '" %p %d", (void *)s[i].address, (int)s[i].size'

@@ -86,6 +86,25 @@ def test_told_of_each_change_before_and_after_it(tmp_path, flags):
         assert_untouched(program.pid)
 
 
+@pytest.mark.parametrize("compiler", ["gcc -O0", "clang -O2", "g++ -O0", "g++ -O2", "clang++ -O0", "clang++ -O2"])
+def test_hooks_of_every_language_and_compiler(tmp_path, monkeypatch, compiler):
+    name, optimise = compiler.split()
+    language = ("-x", "c++") if name.endswith("++") else ()
+    monkeypatch.setattr("project.COMPILE", (name, *language, "-g", optimise))
+    project = make(tmp_path)
+    answer = "_Z6answeri" if language else "answer"
+    with project.running() as program, patcher.attach(program.pid) as session:
+        for number, new in ((1, "20"), (2, "30")):
+            session.apply(project.object("unit.c", ("10", new)))
+            change, told = f"1 1 {number - 1}->{number}", f"[{answer} unit.c changed;]"
+            assert program.ask("t") == f"before {change} {10 * number}{told}after {change} {new}{told}"
+        assert session.revert() == 1
+        told = f"[{answer} unit.c reverted;]"
+        assert program.ask("t") == f"before 1 2 2->1 30{told}after 1 2 2->1 20{told}"
+        session.revert(0)
+        assert_untouched(program.pid)
+
+
 def test_nothing_is_told_when_nothing_changes_or_all_is_tried_only(tmp_path):
     project = make(tmp_path)
     with project.running() as program:

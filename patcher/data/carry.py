@@ -10,6 +10,7 @@ Not seen is what goes around the types: bytes of a variable that were copied to 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,11 +30,13 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """A variable whose value is carried over."""
+    """A variable whose value is carried over; `scoped`: within a function, which its name says."""
 
+    name: str
     old: Shape
     new: Shape
     moves: tuple[Move, ...]
+    scoped: bool = False
 
     @property
     def note(self) -> str:
@@ -85,6 +88,8 @@ def _obstacles(v: LayoutVerdict, files: set[str], defined: set[str], history_kno
         yield "it is of a change that was taken back"
     if not history_known and not v.fresh:
         yield "an earlier change was made by another controller"
+    names = [variable.name for variable in v.variables]
+    yield from (f"there are several `{name}`" for name in dict.fromkeys(names) if names.count(name) > 1)
     for variable in v.variables:
         if not variable.defined and variable.name not in defined and not unsaved:
             yield f"the file that defines `{variable.name}` is not part of the change"
@@ -92,9 +97,7 @@ def _obstacles(v: LayoutVerdict, files: set[str], defined: set[str], history_kno
 
 
 def _of_variable(variable: Restructured) -> Iterator[str]:
-    if variable.scoped:
-        yield f"`{variable.name}` is a static variable of a function"
-    elif variable.constant:
+    if variable.constant:
         yield f"`{variable.name}` is constant"
     elif _is_virtual(variable.old) or _is_virtual(variable.new):
         yield f"`{variable.name}` has virtual functions or base classes"
@@ -118,7 +121,7 @@ def carried_by(judged: Judged) -> dict[str, Carried]:
         for variable in verdict.variables if verdict.carried else ():
             moves = tuple(m for m in copy_plan(variable.old, variable.new) if isinstance(m, Move))
             if variable.defined:
-                found[variable.name] = Carried(variable.old, variable.new, moves)
+                found[variable.name] = Carried(variable.name, variable.old, variable.new, moves, variable.scoped)
     return found
 
 
@@ -130,3 +133,13 @@ def symbols_of(name: str) -> frozenset[str]:
         return frozenset((own, f"_ZL{last}"))
     prefix = "".join(f"{len(part)}{part}" for part in outer)
     return frozenset((f"_ZN{prefix}{last}E", f"_ZN{prefix}L{last}E"))
+
+
+def is_function(symbol: str, name: str) -> bool:
+    """Tell whether a symbol may be that of a function with a qualified name; of which of its overloads is not said."""
+    *outer, own = name.replace("(anonymous namespace)", "_GLOBAL__N_1").split("::")
+    last = f"{len(own)}{own}"
+    if not outer:
+        return symbol == own or re.match(f"_ZL?{re.escape(last)}", symbol) is not None
+    prefix = "".join(f"{len(part)}{part}" for part in outer)
+    return re.match(f"_ZN[rVK]*{re.escape(prefix)}L?{re.escape(last)}E", symbol) is not None

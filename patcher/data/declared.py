@@ -7,7 +7,8 @@ is seen through. Specification: DWARF 5, chapter 5; bit-fields of DWARF 4 in sec
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -93,6 +94,8 @@ _PIECE = 0x93  # DW_OP_piece
 _PLUS, _CONSTANT = 0x23, 0x10  # DW_OP_plus_uconst, constu
 _NOWHERE = 0  # the place of no entry: `void`
 VOID = Node(Kind.VOID)
+_NESTED = re.compile(r"_ZN[rVK]*(.*)")
+_LENGTH = re.compile(r"\d+")
 _VALUES = frozenset((Tag.PARAMETER, Tag.VARIABLE))
 _PASSING = frozenset((Tag.PARAMETER, Tag.SUBPROGRAM, Tag.SUBROUTINE_TYPE))
 _LEADING = frozenset((Tag.POINTER, Tag.REFERENCE, Tag.RVALUE_REFERENCE, Tag.POINTER_TO_MEMBER))
@@ -257,12 +260,22 @@ class Declared:
         origin = self._reference(raw, At.SPECIFICATION) or self._reference(raw, At.ABSTRACT_ORIGIN)
         if origin and origin != entry.offset and origin in self._at:
             name = self._qualified(self._at[origin])
+        elif origin and not own:
+            name = self._declared_elsewhere(origin)
         elif not own and entry.tag == Tag.NAMESPACE:
             name = self._joined(entry, "(anonymous namespace)")
         else:
             name = self._joined(entry, own) if own else ""
         self._names[entry.offset] = name
         return name
+
+    def _declared_elsewhere(self, offset: int) -> str:
+        """Return the qualified name of a function that is declared in a class or namespace, and defined outside."""
+        raw = self._dies.attributes(offset)
+        symbol, own = self._dies.text(raw.get(At.LINKAGE_NAME)), self._dies.text(raw.get(At.NAME))
+        found = _NESTED.match(symbol)
+        parts = list(_parts(found[1])) if found is not None else []
+        return "::".join(parts) if parts and parts[-1] == own else own
 
     def _joined(self, entry: Entry, own: str) -> str:
         outer = entry.outer
@@ -372,6 +385,14 @@ class Declared:
 
     def _reference(self, raw: Mapping[int, Value], attribute: int) -> int:
         return self._dies.reference(raw.get(attribute))
+
+
+def _parts(mangled: str) -> Iterator[str]:
+    """Yield the plain names that a nested name begins with (Itanium C++ ABI, section 5.1.3)."""
+    while (found := _LENGTH.match(mangled)) is not None:
+        end = found.end() + int(found[0])
+        name, mangled = mangled[found.end() : end], mangled[end:]
+        yield "(anonymous namespace)" if name.startswith("_GLOBAL__N") else name
 
 
 def _int(value: Value) -> int:

@@ -67,6 +67,23 @@ def first_value(part: Part, block: Block, address: int) -> Initial:
     return Initial(address, digest(part.blocks, block), shown(part.blocks, block), True)
 
 
+def initially_same(part: Part, block: Block, address: int) -> bool | None:
+    """Tell whether a live variable began with the value that the source has for it now, or was told to have had it.
+
+    None where it is not known what it began with.
+    """
+    journal = part.unit.view.journal
+    known = [found[address] for written in (True, False) if address in (found := journal.initials(written=written))]
+    if any(i.digest == digest(part.blocks, block) for i in known):
+        return True
+    if any(i.written for i in known):
+        return False
+    home = _home(part, block, address)
+    if home is None:
+        return None
+    return not any(True for _ in _other_than_at_first(part, [_Live(block, address, *home)]))
+
+
 class Initials:
     """What a user wants of changed initialisers in a session, and was told of them.
 

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from patcher.blocks import Block, External, Kind, Place
-from patcher.data.carry import Carried, symbols_of
+from patcher.data.carry import Carried, is_function, symbols_of
+from patcher.data.names import spelling
 from patcher.data.shapes import Form, Move, Shape
 from patcher.errors import UnsafeChange
-from patcher.live import LiveVariable, base_name, numbered
+from patcher.live import LiveVariable, base_name
 from patcher.match import Status, is_private_piece
 
 if TYPE_CHECKING:
+    from patcher.data.layouts import LayoutVerdict
     from patcher.part import Part
     from patcher.patch.journal import ArenaView, Storage
 
@@ -148,10 +150,15 @@ class Migration:
     old: LiveVariable
     layout: Layout | None
     how: How
+    qualified: str = ""  # of a static variable of a function
 
     @property
     def name(self) -> str:
-        return base_name(self.variable.name)
+        return self.qualified or base_name(self.variable.name)
+
+    def names(self, symbols: tuple[str, ...]) -> tuple[str, ...]:
+        """Return what it is found by in later changes: its symbols, where these last."""
+        return (self.qualified,) if self.qualified else symbols
 
     @property
     def note(self) -> str:
@@ -211,16 +218,18 @@ def migrations(
     parts: Sequence[Part],
     living: Callable[[Part, Block], LiveVariable | None],
     denoted: Callable[[Part, str], LiveVariable | None],
+    function: Callable[[Block], str],
 ) -> tuple[Migration, ...]:
     """Return the variables of some units that get new storage.
 
-    `living` says where the process has a variable that a unit defines, `denoted` what a name denotes that it does not.
+    `living` says where the process has a variable that a unit defines, `denoted` what a name denotes that it does not,
+    `function` in which function a variable is.
     Raises `UnsafeChange` for one that changed and that nothing fills.
     """
     functions = functions_of(parts)
     found = []
     for part in parts:
-        carried = _carried_blocks(part)
+        carried = _carried_blocks(part, function)
         for block in part.blocks.data_blocks():
             if block.kind is Kind.DATA and block.symbols:
                 migration = _migration(part, block, functions, carried.get(block), living)
@@ -229,17 +238,25 @@ def migrations(
     return tuple(found)
 
 
-def _carried_blocks(part: Part) -> dict[Block, Carried]:
+def _carried_blocks(part: Part, function: Callable[[Block], str]) -> dict[Block, Carried]:
     """Return the blocks of the variables that are carried over. Raises `UnsafeChange` for one that is not whole."""
     found = {}
     for name, carried in part.carried.items():
-        wanted = symbols_of(name)
-        every = (b for b in part.blocks.data_blocks() if b.kind is Kind.DATA)
-        blocks = [b for b in every if any(s.name in wanted for s in b.symbols)]
-        if len(blocks) != 1 or blocks[0].size != carried.new.size:
+        blocks = _blocks_of(part, name, carried, function)
+        if len(blocks) != 1 or blocks[0].size != carried.new.size or (carried.scoped and blocks[0].exported):
             raise _taken_apart(part, name)
         found[blocks[0]] = carried
     return found
+
+
+def _blocks_of(part: Part, name: str, carried: Carried, function: Callable[[Block], str]) -> list[Block]:
+    every = [b for b in part.blocks.data_blocks() if b.kind is Kind.DATA and b.symbols]
+    if not carried.scoped:
+        wanted = symbols_of(name)
+        return [b for b in every if any(s.name in wanted for s in b.symbols)]
+    outer, _, own = name.rpartition("::")
+    scoped = (b for b in every if (said := spelling(b.name)).scoped and not said.guard and said.source == own)
+    return [b for b in scoped if is_function(function(b), outer)]
 
 
 def _migration(
@@ -249,8 +266,10 @@ def _migration(
     carried: Carried | None,
     living: Callable[[Part, Block], LiveVariable | None],
 ) -> Migration | None:
-    if numbered(block.name):
-        _check_numbered(part, block, functions)
+    if spelling(block.name).scoped:
+        if carried is not None:
+            return _carried_static(part, block, carried, functions, living)
+        _check_static(part, block, functions)
         return None
     old = living(part, block)
     comparison = part.layouts.get(block.name, Comparison(None, None))
@@ -282,6 +301,67 @@ def _carried(part: Part, block: Block, old: LiveVariable, comparison: Comparison
             code="layout",
         )
     return Migration(part, block, old, comparison.new, ByMoves(carried.moves, carried.note))
+
+
+def _carried_static(
+    part: Part,
+    block: Block,
+    carried: Carried,
+    functions: Functions,
+    living: Callable[[Part, Block], LiveVariable | None],
+) -> Migration | None:
+    """Have a function's static variable filled from what it was, unless an earlier change has done that."""
+    old = living(part, block)
+    if old is None:
+        raise _taken_apart(part, carried.name)
+    view, layout = part.unit.view, _layout_of(carried.new)
+    storage = next((s for s in view.journal.storages_at(view.generation) if s.address == old.address), None)
+    before = Layout.from_text(storage.layout) if storage is not None else _layout_of(carried.old)
+    if storage is not None and before is not None and Comparison(before, layout).is_same and old.size == block.size:
+        return None
+    migration = _carried(part, block, old, Comparison(before, layout), carried)
+    if storage is not None and before is None:
+        raise _taken_apart(part, carried.name)
+    how = _filled_static(part, block, carried, functions) or migration.how
+    return replace(migration, qualified=carried.name, how=how)
+
+
+def _filled_static(part: Part, block: Block, carried: Carried, functions: Functions) -> ByFunction | None:
+    """Return the function of the user's that fills a static variable; None if there is none.
+
+    Raises `UnsafeChange` when there is one for a part of it only.
+    """
+    own = functions.get(spelling(block.name).source)
+    if own:
+        return ByFunction(*_one_of(own, part), 1, carried.new.size, carried.old.size)
+    old, new, count = carried.old, carried.new, 1
+    while old.element is not None and new.element is not None:
+        old, new, count = old.element, new.element, count * min(old.count, new.count)
+    name = _type_name(new)
+    if name in functions and name == _type_name(old):
+        return ByFunction(*_one_of(functions[name], part), count, new.size, old.size)
+    if functions.keys() & set(_type_names(carried.new)):
+        raise _to_be_moved_out(part, carried.name)
+    return None
+
+
+def _type_name(shape: Shape) -> str:
+    return shape.text.rpartition(" ")[2].rpartition("::")[2]
+
+
+def _type_names(shape: Shape) -> Iterator[str]:
+    yield _type_name(shape)
+    for inner in (shape.element, *(p.shape for p in shape.parts)):
+        if inner is not None:
+            yield from _type_names(inner)
+
+
+def _layout_of(shape: Shape) -> Layout | None:
+    count = 1
+    while shape.element is not None:
+        count, shape = count * shape.count, shape.element
+    spec = _spec(shape)
+    return Layout((), count, spec, ()) if spec is not None else None
 
 
 def _fits(layout: Layout | None, shape: Shape) -> bool:
@@ -338,8 +418,9 @@ def _one_of(functions: Sequence[tuple[Part, Block]], part: Part) -> tuple[Part, 
     return own[0]
 
 
-def _check_numbered(part: Part, block: Block, functions: Functions) -> None:
-    name = base_name(block.name)
+def _check_static(part: Part, block: Block, functions: Functions) -> None:
+    """Refuse a function's static variable that a function of the user's would have to fill."""
+    name = spelling(block.name).source
     comparison = part.layouts.get(block.name, Comparison(None, None))
     known = [layout for layout in (comparison.old, comparison.new) if layout is not None]
     if comparison.differs or (known and (name in functions or any(n in functions for k in known for n in k.names))):
@@ -347,11 +428,24 @@ def _check_numbered(part: Part, block: Block, functions: Functions) -> None:
     # Debug information is read by name, which a variable of a function has only there.
     sizes = {c.new.element_size for c in part.layouts.values() if c.new for n in c.new.names if n in functions}
     if name in functions or any(size and block.size % size == 0 for size in sizes):
-        raise UnsafeChange(
-            f"`{name}` of {part.source} is a static variable of a function, and may be of a type that is migrated",
-            "move it out of the function, to the level of the file",
-            code="layout",
-        )
+        raise _to_be_moved_out(part, name)
+
+
+def check_statics(part: Part, verdicts: Iterable[LayoutVerdict]) -> None:
+    """Refuse functions' static variables of types that may differ because functions of the user's fill them, if these
+    cannot be carried over: nobody would fill them."""
+    for verdict in verdicts:
+        for variable in verdict.variables if verdict.allowed and not verdict.carried else ():
+            if variable.scoped:
+                raise _to_be_moved_out(part, variable.name)
+
+
+def _to_be_moved_out(part: Part, name: str) -> UnsafeChange:
+    return UnsafeChange(
+        f"`{name}` of {part.source} is a static variable of a function, and may be of a type that is migrated",
+        "move it out of the function, to the level of the file",
+        code="layout",
+    )
 
 
 def _taken_apart(part: Part, name: str) -> UnsafeChange:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from typing import NamedTuple
 
 from patcher.blocks import Block, Blocks, Place
 from patcher.live import LiveFunction, LiveVariable
@@ -19,7 +20,8 @@ _AWAY = ("j", "ret", "bnd", "end")  # what comes next in the listing need not co
 _AROUND = 5  # instructions on either side of a place that tell what it is
 _MEMORY = re.compile(r"\[[^]]*\]")
 _LONGEST = 20_000  # instructions that are compared; more would take too long
-_NUMBER = re.compile(r"0x[0-9a-f]+")
+_NUMBER = re.compile(r"\b(0x[0-9a-f]+|0)\b")
+_SMALL = 0xFFFF  # a larger number may be an address
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,40 +29,21 @@ class Votes:
     """Which old variable stands where a new one does; what has other places; and how alike the places are.
 
     `likeness`: of each new variable and each old one, wherever in the functions they stand; once between the nearest
-    jumps only, and once beyond them.
+    jumps only, and once beyond them. `parts`: which part of the words around all places of both is the same.
     """
 
     pairs: frozenset[tuple[Block, int]]
     loose_new: frozenset[Block]
     loose_old: frozenset[int]
     likeness: Mapping[tuple[Block, int], tuple[int, int]]
+    parts: Mapping[tuple[Block, int], float]
 
     def of(self, block: Block) -> set[int]:
         return {address for b, address in self.pairs if b is block}
 
-
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """What the code says: `complete`, no place is left over; `likely`, no other pair is more alike; `distinct`, none
-    is as alike."""
-
-    pairs: dict[Block, LiveVariable]
-    complete: bool
-    likely: bool
-    distinct: bool
-
-
-def clearly(
-    pairs: dict[Block, LiveVariable], seen: Votes, group: Sequence[Block], found: Sequence[LiveVariable]
-) -> tuple[bool, bool]:
-    """Tell whether no other pair's places are more alike than those of each pair, and whether none are as much so."""
-    gaps = []
-    for block, variable in pairs.items():
-        own = seen.likeness[block, variable.address]
-        others = [(b, variable.address) for b in group if b is not block]
-        others += [(block, v.address) for v in found if v is not variable]
-        gaps += [a - b for other in others for a, b in zip(own, seen.likeness[other], strict=True)]
-    return all(gap >= 0 for gap in gaps), all(gap > 0 for gap in gaps)
+    def alike(self, block: Block, address: int) -> float:
+        """Return which part of the code around a new variable and an old one is the same."""
+        return self.parts[block, address]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +75,10 @@ def votes(
                     paired_old.add(b + i)
     loose_new = {v for i, v in ours.uses.items() if i not in paired_new and isinstance(v, Block)}
     loose_old = {v for i, v in theirs.uses.items() if i not in paired_old and isinstance(v, int)}
-    likeness = {(b, v.address): _likeness(ours, b, theirs, v.address) for b in wanted for v in variables}
-    return Votes(frozenset(pairs), frozenset(loose_new), frozenset(loose_old), likeness)
+    compared = {(b, v.address): _compared(ours, b, theirs, v.address) for b in wanted for v in variables}
+    likeness = {pair: _likeness(rows) for pair, rows in compared.items()}
+    parts = {pair: _part(rows) for pair, rows in compared.items()}
+    return Votes(frozenset(pairs), frozenset(loose_new), frozenset(loose_old), likeness, parts)
 
 
 def same_code(blocks: Blocks, function: Block, live: LiveFunction) -> bool:
@@ -101,17 +86,35 @@ def same_code(blocks: Blocks, function: Block, live: LiveFunction) -> bool:
     return _new_listing(blocks, function, ()).words == _old_listing(live, ()).words
 
 
-def _likeness(ours: _Listing, block: Block, theirs: _Listing, address: int) -> tuple[int, int]:
-    """Return how many of the words around the places of a new variable stand around places of an old one."""
+def _compared(ours: _Listing, block: Block, theirs: _Listing, address: int) -> list[list[_Alike]]:
+    """Compare the words around each place of a new variable with those around each place of an old one."""
     new = [i for i, v in ours.uses.items() if v is block]
     old = [i for i, v in theirs.uses.items() if v == address]
-    found = [[_alike(ours.words, i, theirs.words, j) for j in old] for i in new]
-    return sum(max((a for a, _ in f), default=0) for f in found), sum(max((b for _, b in f), default=0) for f in found)
+    return [[_alike(ours.words, i, theirs.words, j) for j in old] for i in new]
 
 
-def _alike(ours: Sequence[str], i: int, theirs: Sequence[str], j: int) -> tuple[int, int]:
-    """Compare the words around two places, between the nearest jumps and beyond them."""
-    within, beyond = 0, 0
+def _likeness(rows: list[list[_Alike]]) -> tuple[int, int]:
+    """Return how many of the words around the places of a new variable stand around places of an old one."""
+    return sum(max((a.within for a in r), default=0) for r in rows), sum(
+        max((a.beyond for a in r), default=0) for r in rows
+    )
+
+
+def _part(rows: list[list[_Alike]]) -> float:
+    best = [max((a.part for a in row), default=0.0) for row in (*rows, *zip(*rows, strict=True))]
+    return sum(best) / len(best) if best else 0.0
+
+
+class _Alike(NamedTuple):
+    """How many words around two places are the same, between the nearest jumps and beyond them; and which part."""
+
+    within: int
+    beyond: int
+    part: float
+
+
+def _alike(ours: Sequence[str], i: int, theirs: Sequence[str], j: int) -> _Alike:
+    within, beyond, compared = 0, 0, 0
     for step in (-1, 1):
         straight = True
         for k in range(0 if step > 0 else 1, _AROUND + 1):
@@ -121,8 +124,9 @@ def _alike(ours: Sequence[str], i: int, theirs: Sequence[str], j: int) -> tuple[
             straight = straight and not (step < 0 and ours[a].startswith(_AWAY))
             beyond += ours[a] == theirs[b]
             within += straight and ours[a] == theirs[b]
+            compared += 1 + straight
             straight = straight and not ours[a].startswith(_AWAY)
-    return within, beyond
+    return _Alike(within, beyond, (within + beyond) / max(compared, 1))
 
 
 def _joined(listings: Sequence[_Listing]) -> _Listing:
@@ -166,8 +170,7 @@ def _old_listing(live: LiveFunction, variables: Sequence[LiveVariable]) -> _List
         used = next((v for v in variables for n in named if v.address <= n < v.address + max(v.size, 1)), None)
         if used is not None:
             uses[len(words)] = used.address
-        refers = used is not None or address is not None or any(n > 0xFFFF for n in named)
-        words.append(_word(instruction[2], instruction[3], used is not None, refers))
+        words.append(_word(instruction[2], instruction[3], used is not None, used is not None or address is not None))
     return _Listing(words, uses)
 
 
@@ -175,9 +178,10 @@ def _word(mnemonic: str, operands: str, used: bool, refers: bool) -> str:
     """Return an instruction without what may differ although it means the same."""
     if mnemonic.startswith(("j", "call", "bnd")):
         return mnemonic
+    refers = refers or any(int(n, 16) > _SMALL for n in _NUMBER.findall(operands))
     plain = _MEMORY.sub(lambda found: "[]" if refers else _without_distance(found[0]), operands)
-    if refers:
-        plain = _NUMBER.sub("", plain) if "[]" not in plain else plain
+    if refers and "[]" not in plain:
+        plain = _NUMBER.sub("", plain)
     return f"{mnemonic} {plain}{' *' if used else ''}"
 
 

@@ -57,6 +57,7 @@ class Placed:
     """A block that stands in an arena. For code: a body; for data: storage that lives as long as the process.
 
     `type` and `scope` are what debug information says of a variable's layout and of the function that it is in.
+    `depth` says within how many blocks of it, and `order` as which of the variables of one name there; -1 if unknown.
     `moved`: storage that was there before, which is a variable's under this name from then on.
     """
 
@@ -68,9 +69,11 @@ class Placed:
     local: bool
     address: int
     size: int
-    type: str = ""  # these three are not in the records of older versions
+    type: str = ""  # these are not in the records of older versions
     scope: str = ""
     moved: bool = False
+    depth: int = -1
+    order: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -501,6 +504,7 @@ def _placed(raw: dict[str, Any]) -> Placed:
         str(raw.get("type", "")),
         str(raw.get("scope", "")),
         bool(raw.get("moved", False)),
+        *(int(raw.get(name, -1)) for name in ("depth", "order")),
     )
 
 

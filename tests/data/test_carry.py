@@ -330,7 +330,7 @@ int answer(int n)
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("int x, y;", "int x, tag, y;", r"`answer::last` is a static variable of a function"),
+        ("int x, y;", "int x, tag; float y;", r"`answer::last\.y`: "),
         ("grid[2][3] = {{1, 2, 3}, {4, 5, 6}}", "grid[3][2]", r"array bounds \[2\]\[3\] -> \[3\]\[2\]"),
     ],
     ids=["function's own", "rows"],

@@ -221,6 +221,51 @@ def test_a_variable_that_a_patch_brought_may_come_back_as_another_one(tmp_path: 
         assert program.ask(1) == "16"
 
 
+@pytest.mark.parametrize("optimise", ["-O0", "-O2"])
+@pytest.mark.parametrize("debug", ["-g", "-g0"])
+def test_a_static_of_the_file_does_not_become_two_of_a_function(tmp_path: Path, optimise: str, debug: str):
+    text = "static int n = 5;\nint answer(int x)\n{\n    n += x;\n    return n;\n}\n"
+    made = project(tmp_path, text, optimise, debug)
+    inner = "    if (x == 2) {\n        static int n = 900;\n        return n += 30;\n    }\n"
+    with made.running() as program, session(made, program.pid) as patching:
+        assert program.ask(1) == "6"
+        path = made.sources / "unit.c"
+        path.write_text(text.replace("static int n = 5;\n", "").replace("{\n", "{\n    static int n = 5;\n" + inner, 1))
+        error = refusal(patching, path)
+        if error is not None:
+            assert error.code == "ambiguous-variable"
+            assert program.ask(2) == "8"
+        else:
+            assert program.ask(2) == "930"
+            assert program.ask(1) == "7"
+
+
+@pytest.mark.parametrize("optimise", ["-O0", "-O2"])
+def test_a_new_function_is_not_one_that_was_gone_before(tmp_path: Path, optimise: str):
+    text = """\
+#define OWN __attribute__((noinline)) static int
+OWN one(int x) { static int n = 100; return n += x; }
+OWN two(int x) { return 10 * x; }
+int answer(int x) { return x > 5 ? one(x) : two(x); }
+"""
+    made = project(tmp_path, text, optimise)
+    path = made.sources / "unit.c"
+    gone = "".join(line for line in text.splitlines(keepends=True) if "one(int" not in line)
+    gone = gone.replace("x > 5 ? one(x) :", "x > 5 ? 77 :")
+    new = gone.replace("int answer", "OWN three(int x) { static int n = 500; return n -= x; }\nint answer")
+    with made.running() as program, session(made, program.pid) as patching:
+        assert program.ask(6) == "106"
+        path.write_text(gone)
+        patching.apply(path)
+        assert program.ask(6) == "77"
+        path.write_text(new.replace("? 77", "? three(x)"))
+        assert fates(patching.apply(path)) == {("n", "added")}
+        assert program.ask(6) == "494"
+        path.write_text(text)
+        assert ("n", "added") not in fates(patching.apply(path))
+        assert program.ask(6) == "112"
+
+
 # --- what compilers say ---------------------------------------------------------------------------------------------
 
 

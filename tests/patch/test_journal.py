@@ -85,13 +85,13 @@ def test_a_record_of_an_older_version_has_no_allocations():
 
 
 def test_a_record_of_an_older_version_says_less_of_variables():
-    placed = Placed("n", ("n",), "data", "/bin/program", "unit.c", True, 16, 4, "integer (4)", "f", True)
+    placed = Placed("n", ("n",), "data", "/bin/program", "unit.c", True, 16, 4, "integer (4)", "f", True, 1, 0)
     fields = asdict(replace(record(1, 0), placed=(placed,)))
     assert decode(framed(zlib.compress(json.dumps(fields).encode()))).placed == [placed]
-    for name in ("type", "scope", "moved"):
+    for name in ("type", "scope", "moved", "depth", "order"):
         del fields["placed"][0][name]
     found = decode(framed(zlib.compress(json.dumps(fields).encode()))).placed
-    assert found == [replace(placed, type="", scope="", moved=False)]
+    assert found == [replace(placed, type="", scope="", moved=False, depth=-1, order=-1)]
 
 
 def test_a_circle_of_parents_is_refused():

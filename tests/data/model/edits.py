@@ -71,9 +71,11 @@ class History:
         return self.uid
 
     initials: dict[int, set[tuple[int, ...] | str]] = field(default_factory=dict)
+    homes: dict[int, set[int]] = field(default_factory=dict)  # the functions that a variable has been in
 
     def applied(self, program: Program) -> None:
         for variable in program.variables:
+            self.homes.setdefault(variable.uid, set()).add(variable.function)
             self.initials.setdefault(variable.uid, set()).add(variable.initial)
         self.variables.update({v.uid: (v, program) for v in program.variables})
         self.functions.update({f.uid: (f, program) for f in program.functions})
@@ -235,7 +237,7 @@ class Author:
 
     def _former_names(self, program: Program, function: Function) -> set[str]:
         """Return the names of what a function had once: a static of such a name would be that one."""
-        return {v.name for v, _ in self.history.gone(program) if v.function == function.uid}
+        return {v.name for v, _ in self.history.gone(program) if function.uid in self.history.homes[v.uid]}
 
     def _with_new_file_variable(self, program: Program) -> Program:
         linkage = self.random.choice((Linkage.GLOBAL, Linkage.STATIC))
