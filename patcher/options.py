@@ -17,6 +17,7 @@ from patcher.errors import PatcherError
 
 WATCHING = ("spawn", "attach")
 CHANGING = (*WATCHING, "apply", "revert", "explain")
+SHOWING = "config"  # the command that has all options which may be configured
 
 
 class Kind(enum.Enum):
@@ -94,6 +95,13 @@ class Options:
 
     watched: tuple[Path, ...] = field(
         default=(), metadata=_row("watch", "Apply saves below PATH.", of=WATCHING, metavar="PATH")
+    )
+    ignore: tuple[str, ...] = field(
+        default=(),
+        metadata=_row("ignore", "Leave saves of these alone, written as in .gitignore.", of=WATCHING, metavar="GLOB"),
+    )
+    gitignore: bool = field(
+        default=True, metadata=_row("gitignore", "Leave saves of what git ignores alone.", of=WATCHING)
     )
     build: str = field(
         default="",
@@ -176,6 +184,8 @@ class Options:
         default=False, metadata=_row("dry-run", "Say what would be done, and do nothing.", configured=False)
     )
     colour: bool = False  # whether compilers shall use it: what we write to decides that
+    ignore_from: Path | None = None  # the directory that the globs are relative to; None: the current one
+    build_in: Path | None = None  # likewise, where `build` runs
 
     def __post_init__(self) -> None:
         for row in TABLE:
@@ -200,7 +210,16 @@ class Settings(Options):
         metadata=_row(
             "json",
             "Print the outcome as JSON on stdout.",
-            of=("apply", "revert", "explain", "status"),
+            of=("apply", "revert", "explain", "status", SHOWING),
+            configured=False,
+        ),
+    )
+    config: bool = field(
+        default=True,
+        metadata=_row(
+            "config",
+            "Read patcher.toml, or [tool:patcher] of setup.cfg.",
+            of=(*CHANGING, "status", SHOWING),
             configured=False,
         ),
     )
@@ -229,4 +248,4 @@ TABLE = _table()
 
 def rows_of(command: str) -> tuple[Row, ...]:
     """Return the options of a command, in the order in which they are shown."""
-    return tuple(row for row in TABLE if command in row.commands)
+    return tuple(r for r in TABLE if command in r.commands or (command == SHOWING and r.configured))

@@ -78,6 +78,9 @@ ALLOWED: dict[str, set[str]] = {
     "policy": {"activity", "errors", "options", "patch", "report", "target"},
     "hooks": {"errors", "image", "live", "loader", "part", "patch", "target"},
     "options": {"errors"},
+    "ignored": {"errors"},
+    # Whose word is taken is decided in one place, for compile commands and for this.
+    "configuration": {"build", "errors", "options"},
     "texts": {"errors", "build"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
     "units": MATCHING
@@ -111,8 +114,8 @@ ALLOWED: dict[str, set[str]] = {
     # Several sessions as one.
     "tree": {"errors", "options", "report", "session", "target", "units"},
     # The watch loop drives a session, which starts it.
-    "loop": {"errors", "session", "build", "watch", "report"},
-    "cli": {"errors", "options", "report", "session", "target", "tree", "build", ""},
+    "loop": {"errors", "session", "build", "watch", "report", "ignored"},
+    "cli": {"errors", "options", "report", "session", "target", "tree", "build", "configuration", ""},
     "": {"errors", "options", "session", "target", "tree", "report"},  # the package itself: the public API
     "__main__": {"cli"},
 }
@@ -124,6 +127,7 @@ ONE_IMPORTER = {
     "watchfiles": "watch",
     "rich": "report",
     "click": "cli",
+    "pathspec": "ignored",
 }
 
 

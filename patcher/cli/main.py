@@ -12,6 +12,7 @@ import click
 from patcher import __version__
 from patcher.cli.attach import attach
 from patcher.cli.change import apply, revert
+from patcher.cli.configured import config
 from patcher.cli.explain import explain
 from patcher.cli.header import header
 from patcher.cli.spawn import spawn
@@ -33,7 +34,7 @@ def cli() -> None:
     """
 
 
-for command in (spawn, attach, apply, revert, status, explain, header):
+for command in (spawn, attach, apply, revert, status, explain, config, header):
     cli.add_command(command)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from patcher.configuration import ConfigurationError, Setting, read_configuration
 from patcher.errors import PatcherError
 from patcher.options import Kind, Options, Row, Settings, rows_of
 from patcher.report.console import ConsoleReport
@@ -20,6 +21,9 @@ from patcher.target import Target
 from patcher.tree import Tree
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+FLAG = "flag"
+DEFAULT = "default"
 
 # Nothing here has a default: what was not given is told from what was given and is the default.
 _TYPES: dict[Kind, Callable[[Row], Any]] = {
@@ -67,22 +71,59 @@ def _help(row: Row) -> str:
     return f"{row.meaning[:-1]} (default: {default})." if default else row.meaning
 
 
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The value of an option, and where it comes from: the command line, a file (its name and line), or nowhere."""
+
+    row: Row
+    value: Any
+    origin: str  # "flag", "default", or FILE:LINE
+    setting: Setting | None = None
+
+
+def choose(command: str, arguments: dict[str, Any]) -> tuple[Chosen, ...]:
+    """Return a command's options: what was given wins over what is configured, as a whole, and that over defaults."""
+    rows = [row for row in rows_of(command) if row.field != "config"]
+    found = read_configuration(Path.cwd()) if arguments["config"] in (None, True) else ()
+    configured = {setting.row: setting for setting in found}
+    chosen = tuple(_choose(row, arguments[row.parameter], configured.get(row)) for row in rows)
+    for one in chosen:
+        _check_present(one)
+    return chosen
+
+
+def _choose(row: Row, given: Any, setting: Setting | None) -> Chosen:
+    if given not in (None, ()):
+        return Chosen(row, given, FLAG)
+    if setting is not None:
+        return Chosen(row, setting.value, setting.place, setting)
+    return Chosen(row, row.default, DEFAULT)
+
+
 def gather(command: str, arguments: dict[str, Any]) -> Settings:
-    """Take a command's options out of its arguments."""
-    given = {row: arguments[row.parameter] for row in rows_of(command)}
-    given = {row: value for row, value in given.items() if value not in (None, ())}
-    for row, value in given.items():
-        _check_present(row, value)
-    return Settings(**{row.field: value for row, value in given.items()})
+    """Take a command's options out of its arguments and the configuration."""
+    chosen = {one.row.field: one for one in choose(command, arguments)}
+    values = {field: one.value for field, one in chosen.items()}
+    for field, place in (("ignore", "ignore_from"), ("build", "build_in")):
+        if field in chosen and (setting := chosen[field].setting) is not None:
+            values[place] = setting.file.parent
+    return Settings(**values)
 
 
-def _check_present(row: Row, value: Any) -> None:
+def _check_present(chosen: Chosen) -> None:
     """Refuse paths that lead nowhere before anything is started."""
-    for path in value if row.kind is Kind.PATHS else (value,) if row.kind is Kind.PATH else ():
+    row, value = chosen.row, chosen.value
+    said = f"--{row.switch}" if chosen.setting is None else f"{chosen.origin}: {row.switch}"
+    for path in value if row.kind is Kind.PATHS else (value,) if row.kind is Kind.PATH and value else ():
+        wrong = ""
         if not path.exists():
-            raise click.UsageError(f"--{row.switch} {path}: no such file or directory")
-        if row.metavar == "FILE" and path.is_dir():
-            raise click.UsageError(f"--{row.switch} {path}: is a directory, not a file")
+            wrong = "no such file or directory"
+        elif row.metavar == "FILE" and path.is_dir():
+            wrong = "is a directory, not a file"
+        if wrong and chosen.setting is None:
+            raise click.UsageError(f"{said} {path}: {wrong}")
+        if wrong:
+            raise ConfigurationError(f"{said} {path}: {wrong}", "correct the file, or give another on the command line")
 
 
 def options_for(settings: Settings) -> Options:
