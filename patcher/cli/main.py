@@ -12,6 +12,7 @@ import click
 from patcher import __version__
 from patcher.cli.attach import attach
 from patcher.cli.change import apply, revert
+from patcher.cli.completion import completion
 from patcher.cli.configured import config
 from patcher.cli.explain import explain
 from patcher.cli.header import header
@@ -34,14 +35,14 @@ def cli() -> None:
     """
 
 
-for command in (spawn, attach, apply, revert, status, explain, config, header):
+for command in (spawn, attach, apply, revert, status, explain, config, completion, header):
     cli.add_command(command)
 
 
 def main() -> None:
     """Run the command line, and end with the exit status that is promised."""
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        sys.exit(cli.main(prog_name="patcher", standalone_mode=False) or 0)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
