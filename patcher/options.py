@@ -17,6 +17,7 @@ from patcher.errors import PatcherError
 
 WATCHING = ("spawn", "attach")
 CHANGING = (*WATCHING, "apply", "revert", "explain")
+LOOKING = (*WATCHING, "doctor")  # commands that have to know what will be watched, and built
 SHOWING = "config"  # the command that has all options which may be configured
 
 
@@ -94,7 +95,7 @@ class Options:
     """What a session is told; each choice has the default that suits most."""
 
     watched: tuple[Path, ...] = field(
-        default=(), metadata=_row("watch", "Apply saves below PATH.", of=WATCHING, metavar="PATH")
+        default=(), metadata=_row("watch", "Apply saves below PATH.", of=LOOKING, metavar="PATH")
     )
     ignore: tuple[str, ...] = field(
         default=(),
@@ -105,10 +106,13 @@ class Options:
     )
     build: str = field(
         default="",
-        metadata=_row("build", "Build with this; take the objects that it wrote.", of=WATCHING, metavar="COMMAND"),
+        metadata=_row("build", "Build with this; take the objects that it wrote.", of=LOOKING, metavar="COMMAND"),
     )
     compile_commands: Path | None = field(
-        default=None, metadata=_row("compile-commands", "The compile_commands.json to use.", metavar="FILE")
+        default=None,
+        metadata=_row(
+            "compile-commands", "The compile_commands.json to use.", of=(*CHANGING, "doctor"), metavar="FILE"
+        ),
     )
     archives: tuple[Path, ...] = field(
         default=(), metadata=_row("archive", "Take what is missing from this archive.", metavar="FILE")
@@ -210,7 +214,7 @@ class Settings(Options):
         metadata=_row(
             "json",
             "Print the outcome as JSON on stdout.",
-            of=("apply", "revert", "explain", "status", SHOWING),
+            of=("apply", "revert", "explain", "status", "doctor", SHOWING),
             configured=False,
         ),
     )
@@ -219,7 +223,7 @@ class Settings(Options):
         metadata=_row(
             "config",
             "Read patcher.toml, or [tool:patcher] of setup.cfg.",
-            of=(*CHANGING, "status", SHOWING),
+            of=(*CHANGING, "status", "doctor", SHOWING),
             configured=False,
         ),
     )

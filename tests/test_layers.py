@@ -115,7 +115,9 @@ ALLOWED: dict[str, set[str]] = {
     "tree": {"errors", "options", "report", "session", "target", "units"},
     # The watch loop drives a session, which starts it.
     "loop": {"errors", "session", "build", "watch", "report", "ignored"},
-    "cli": {"errors", "options", "report", "session", "target", "tree", "build", "configuration", ""},
+    # Looks at files and at a process of its own, before there is a target.
+    "doctor": {"build", "code", "elf", "errors", "image", "target"},
+    "cli": {"doctor", "errors", "options", "report", "session", "target", "tree", "build", "configuration", ""},
     "": {"errors", "options", "session", "target", "tree", "report"},  # the package itself: the public API
     "__main__": {"cli"},
 }

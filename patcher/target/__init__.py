@@ -3,7 +3,7 @@
 from patcher.target.jobcontrol import JobControl, exit_code, wait_exit
 from patcher.target.maps import Mapping, processes_mapping
 from patcher.target.memory import Memory, WriteRefused
-from patcher.target.process import read_parent, read_stat
+from patcher.target.process import has_trace_capability, read_parent, read_stat, read_status, yama_scope
 from patcher.target.spawn import NoSuchProgram, SpawnedProcess, spawn
 from patcher.target.steps import FunctionCall, Result, Step, SystemCall
 from patcher.target.stop import Stopped, StoppedThread
@@ -24,9 +24,12 @@ __all__ = [
     "Target",
     "WriteRefused",
     "exit_code",
+    "has_trace_capability",
     "processes_mapping",
     "read_parent",
     "read_stat",
+    "read_status",
     "spawn",
     "wait_exit",
+    "yama_scope",
 ]
