@@ -19,7 +19,12 @@ def attach(pid: int, **rest: Any) -> int:
     """Apply every save below the watched paths to process PID.
 
     Until the process ends, or Ctrl-C, which leaves it running with the code it has.
-    Without --watch, only check that the process can be patched.
+    Without --watch (or a configuration that has it), only check that the process can be patched.
+
+    \b
+    patcher attach 4711 --watch src/
+    patcher attach 4711 --watch src/ --build 'make -s'     with the project's own build
+    patcher attach 4711                                    can it be patched
     """
     asked = gather("attach", rest)
     with open_reporter(asked) as reporter, open_session(asked, pid, reporter) as session:

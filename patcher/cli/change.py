@@ -50,7 +50,13 @@ def _offer(variables: Sequence[Variable]) -> bool:
 @click.argument("generation", required=False, type=click.IntRange(min=0))
 @takes("revert")
 def revert(pid: int, generation: int | None, **rest: Any) -> int:
-    """Take process PID back to GENERATION (default: the one before; 0: as it was started)."""
+    """Take process PID back to GENERATION (default: the one before; 0: as it was started).
+
+    \b
+    patcher revert 4711                   back by one
+    patcher revert 4711 0                 the program as it was started
+    patcher revert 4711 --active refuse   not while anybody is in the code that goes
+    """
     asked = gather("revert", rest)
     with open_reporter(asked) as reporter, open_session(asked, pid, reporter) as session:
         number = session.revert(generation)

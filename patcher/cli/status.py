@@ -21,6 +21,10 @@ from patcher.tree import Tree
 def status(pid: int, **rest: Any) -> int:
     """Tell which generation process PID runs, and where each patched function goes.
 
+    \b
+    patcher status 4711
+    patcher status 4711 --json | jq .generation
+
     With --tree, --json prints one object a line; -v tells how much memory each object takes.
     """
     asked = gather("status", rest)
