@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
+from patcher.cli.mistakes import pid_argument
 from patcher.cli.options import gather, open_reporter, open_session, takes
 from patcher.errors import TargetGone
 from patcher.report import Exited, Note
 
 
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@pid_argument
 @takes("attach")
 def attach(pid: int, **rest: Any) -> int:
     """Apply every save below the watched paths to process PID.

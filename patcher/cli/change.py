@@ -10,12 +10,13 @@ from typing import Any
 
 import click
 
+from patcher.cli.mistakes import pid_argument
 from patcher.cli.options import gather, open_reporter, open_session, takes
 from patcher.report import Applied, Reverted, Variable
 
 
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@pid_argument
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @takes("apply")
 def apply(pid: int, files: tuple[Path, ...], **rest: Any) -> int:
@@ -46,7 +47,7 @@ def _offer(variables: Sequence[Variable]) -> bool:
 
 
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@pid_argument
 @click.argument("generation", required=False, type=click.IntRange(min=0))
 @takes("revert")
 def revert(pid: int, generation: int | None, **rest: Any) -> int:

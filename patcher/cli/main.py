@@ -17,6 +17,7 @@ from patcher.cli.configured import config
 from patcher.cli.doctor import doctor
 from patcher.cli.explain import explain
 from patcher.cli.header import header
+from patcher.cli.mistakes import explained
 from patcher.cli.spawn import spawn
 from patcher.cli.status import status
 from patcher.errors import BuildError, PatcherError
@@ -46,8 +47,11 @@ def main() -> None:
         sys.exit(cli.main(prog_name="patcher", standalone_mode=False) or 0)
     except click.exceptions.Abort:
         sys.exit(130)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        print_error(PatcherError(*explained(error)))
         sys.exit(error.exit_code)
     except PatcherError as error:
         print_error(error)

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from patcher.cli.mistakes import pid_argument
 from patcher.cli.options import gather, takes
 from patcher.session import ObjectUse, Status
 from patcher.target import Target
@@ -16,7 +17,7 @@ from patcher.tree import Tree
 
 
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@pid_argument
 @takes("status")
 def status(pid: int, **rest: Any) -> int:
     """Tell which generation process PID runs, and where each patched function goes.

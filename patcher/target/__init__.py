@@ -1,7 +1,7 @@
 """The target: the only room that touches the live process, its threads, memory and mappings."""
 
 from patcher.target.jobcontrol import JobControl, exit_code, wait_exit
-from patcher.target.maps import Mapping, processes_mapping
+from patcher.target.maps import Mapping, processes_mapping, processes_named
 from patcher.target.memory import Memory, WriteRefused
 from patcher.target.process import has_trace_capability, read_parent, read_stat, read_status, yama_scope
 from patcher.target.spawn import NoSuchProgram, SpawnedProcess, spawn
@@ -26,6 +26,7 @@ __all__ = [
     "exit_code",
     "has_trace_capability",
     "processes_mapping",
+    "processes_named",
     "read_parent",
     "read_stat",
     "read_status",
