@@ -16,7 +16,7 @@ MISTAKES: dict[str, tuple[str, int, str, str]] = {
     # what is typed; the status; parts of the sentence, and of the hint
     "a name instead of a process": ("attach {name}", 2, "'{name}' is not a process id; {name} runs as {pid}", "--help"),
     "a program that does not run": (
-        "attach ./prog",
+        "attach ./{name}x",
         2,
         "no process of that name runs; start one with `patcher spawn`",
         "",
