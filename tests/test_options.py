@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import fields
+from pathlib import Path
 
 import click
 import pytest
@@ -54,6 +55,12 @@ def test_every_switch_is_there_once():
     switches = [row.switch for row in TABLE]
     assert len(set(switches)) == len(switches)
     assert {row.field for row in TABLE} == {f.name for f in fields(Settings)} - {"colour", "ignore_from", "build_in"}
+
+
+def test_the_readme_tells_every_switch():
+    text = (Path(patcher.__file__).parents[1] / "README.md").read_text("utf-8")
+    told = {r.switch for r in TABLE if f"`--{r.switch}" in text or f"`--no-{r.switch}" in text}
+    assert {r.switch for r in TABLE} - told == set()
 
 
 @pytest.mark.parametrize("row", [r for r in TABLE if r.choices], ids=lambda r: r.switch)
