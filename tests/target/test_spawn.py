@@ -104,7 +104,7 @@ def test_programs_that_cannot_be_started(tmp_path, build):
             spawn(name, [])
         assert (caught.value.code, caught.value.exit_status) == ("no-such-program", 1)
     text.chmod(0o755)
-    with pytest.raises(NoSuchProgram, match="is not a program$"):
+    with pytest.raises(NoSuchProgram, match=r"is not a program$"):
         spawn(str(text), [])
     text.write_bytes(b"\x7fELF")
     with pytest.raises(NoSuchProgram, match="not a program that this machine can run"):
