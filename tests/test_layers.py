@@ -215,3 +215,10 @@ def test_starting_up_imports_nothing_heavy() -> None:
     text = f"import sys, patcher.cli.main; print(*[m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) <= {"ptrace"}
+
+
+def test_starting_up_starts_no_thread() -> None:
+    """Signals are taken by a thread of ours alone only if those before it are none: numpy's would take them too."""
+    text = "import os, patcher.cli.main; print(len(os.listdir('/proc/self/task')))"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"

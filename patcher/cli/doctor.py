@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from patcher.cli.options import gather, takes
-from patcher.doctor import Examination, Finding, State, examine_machine, examine_program
+
+if TYPE_CHECKING:
+    from patcher.doctor import Examination, Finding
 
 
 @click.command()
@@ -26,6 +28,8 @@ def doctor(program: str | None, **rest: Any) -> int:
 
     The exit status is 1 when nothing could be changed as it is.
     """
+    from patcher.doctor import State, examine_machine, examine_program  # numpy, which starts threads
+
     asked = gather("doctor", rest)
     machine = examine_machine()
     found = None
