@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 METADATA := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test proof kills generations lint format bench fuzz real real-full races soak clean
+.PHONY: help demo test proof kills generations lint format bench fuzz real real-full races soak man tutorial clean
 
 help: ## say what can be made (this)
 	@echo 'patcher: change the code of a native program while it runs'
@@ -41,6 +41,12 @@ lint: $(VENV)/dev.stamp ## check style, format and types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict patcher
+
+tutorial: $(VENV)/run.stamp ## bring the transcript in docs/tutorial.md up to date (needs gcc)
+	@$(BIN)/python fixtures/tutorial/run.py --write
+
+man: $(VENV)/run.stamp ## write the manual's pages (man/) from the commands
+	@$(BIN)/python -m patcher.cli.manual man
 
 format: $(VENV)/dev.stamp ## put the sources into the one format
 	@$(BIN)/ruff format .

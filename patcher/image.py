@@ -189,7 +189,7 @@ class Image:
             file = self.target.open_image(group[0])
             module = self._known.get(key)
             if module is None:
-                module = read_module(path, file, lambda build_id, link: _debug_files(path, build_id, link))
+                module = read_module(path, file, lambda build_id, link: debug_files(path, build_id, link))
                 self._known[key] = module
         except PatcherError:
             return []  # something executable that is no module, such as a JIT's file
@@ -659,7 +659,7 @@ def _all_mapped(module: Module, bias: int, group: list[Mapping]) -> bool:
     return True
 
 
-def _debug_files(path: str, build_id: str, link: str) -> list[Path]:
+def debug_files(path: str, build_id: str, link: str) -> list[Path]:
     """List where separate debug information of a module may lie (gdb's search order)."""
     found = []
     root = Path("/usr/lib/debug")
@@ -675,4 +675,5 @@ __all__ = [
     "Definition",
     "Image",
     "LoadedModule",
+    "debug_files",
 ]

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from patcher.build import BuildCancelled, BuildCommand, is_unit
 from patcher.errors import BuildError, PatcherError, TargetGone
+from patcher.ignored import IGNORE, Ignored
 from patcher.report import BuildFailed, Note, Ready, Refused, Saved
 from patcher.session import Session
-from patcher.watch import Watcher
+from patcher.watch import Watcher, source_filter
 
 Pending = Callable[[], bool]
 
@@ -34,19 +35,31 @@ class Loop:
         self.paths = tuple(paths)
         self._pending: set[Path] = set()
         self._built: set[Path] = set()  # what compiled at least once: its command is right
+        self._told: set[str] = set()  # whose rules were told of
         build = session.options.build
         roots = [p.resolve() for p in paths]
-        self._builder = BuildCommand(build, directory=Path.cwd(), objects_in=roots) if build else None
+        self._builder = (
+            BuildCommand(build, directory=session.options.build_in or Path.cwd(), objects_in=roots) if build else None
+        )
 
     def run(self, stop: threading.Event) -> None:
         """Apply every save until `stop` is set. Raises `TargetGone` when the process ends."""
         session = self.session
-        with Watcher(self.paths, stop=stop) as watcher:
+        options = session.options
+        wanted = Ignored(
+            self.paths,
+            source_filter(),
+            globs=options.ignore,
+            globs_from=options.ignore_from or Path.cwd(),
+            git=options.gitignore,
+        )
+        with Watcher(self.paths, stop=stop, is_source=wanted) as watcher:
             session.remember_texts(self.paths)
             session.prepare()
             session.emit(Ready(session.target.pid, session.target.program, tuple(str(p) for p in self.paths)))
             while not stop.is_set():
                 saved = watcher.next(0.5)
+                self._say_left_out(wanted.left_out)
                 if saved is None:
                     return
                 if saved:
@@ -77,6 +90,14 @@ class Loop:
                     return
                 if attempt is units:
                     self._report(error, sorted(units))
+
+    def _say_left_out(self, left_out: Mapping[str, Path]) -> None:
+        """Say once for each .gitignore that a save is left alone for it: --ignore was asked for, this was not."""
+        for rule, path in left_out.items():
+            if rule != IGNORE and rule not in self._told:
+                self._told.add(rule)
+                hint = "give it to --watch by name, or --no-gitignore, to have such files applied"
+                self.session.emit(Note(f"{path.name}: left alone, as {rule} ignores it; {hint}"))
 
     def _say_untouched(self, saved: Iterable[Path]) -> None:
         names = ", ".join(sorted(p.name for p in saved if p.exists()))

@@ -14,7 +14,14 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain, count
 
 from patcher.blocks import Block, Kind, Place
-from patcher.code.entry import COPY_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
+from patcher.code.entry import (
+    COPY_SIZE,
+    Displaced,
+    NotDetourable,
+    behind_function,
+    displaced_copy,
+    plan_entry,
+)
 from patcher.constructors import Starter, belonging, touched
 from patcher.convention import Registers
 from patcher.data.constants import Constant, unbound_constants
@@ -444,7 +451,7 @@ class _Generation:
         extent = max(door.part.unit.extent(live.address), live.size)
         ahead = self.image.target.memory.read(live.address, min(extent, live.size + 16))
         siblings = [(piece.body, piece.code) for piece in door.part.cold_pieces(door.block)]
-        following = _filled(ahead[live.size :], live.address + extent)
+        following = behind_function(ahead[live.size :], live.address + extent)
         table = door.part.module.offset_table
         displaced = plan_entry(live.name, ahead, live.address, live.size, following, siblings, table=table)
         return _Entry(door.block, live, ahead, displaced)
@@ -789,12 +796,6 @@ def _filled_by(fill: Fill, how: How, placement: Placement) -> Fill:
         return replace(fill, moved=how.moved)
     called = replace(fill, by=how.name, function=placement.addresses[how.function])
     return replace(called, count=how.count, new_step=how.new_step, old_step=how.old_step)
-
-
-def _filled(following: bytes, end: int) -> bytes:
-    """Return what follows a function; zeros up to the next aligned one are padding too (mold fills gaps so)."""
-    gap = end % 16 == 0 and len(following) < 16 and not any(following)
-    return b"\x90" * len(following) if gap else following
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,12 @@ from patcher.build.build_command import BuildCommand
 from patcher.build.command import LINE_SHIFT, CompileCommand, Unit, Variant, is_unit, object_of
 from patcher.build.commands import Commands
 from patcher.build.compiler import CompiledUnit, Compiler, kept_directory
+from patcher.build.debuginfo import DebugInformation, Recorded
 from patcher.build.linking import LinkLine, find_link_line, locate_library
 from patcher.build.probe import PREFIX as PROBED
 from patcher.build.probe import Probes, files_included
 from patcher.build.running import BuildCancelled
-from patcher.build.toolchain import program_index
+from patcher.build.toolchain import Family, identify, program_index
 
 PLAIN = Variant.PLAIN
 SHIFTED = Variant.SHIFTED
@@ -34,12 +35,16 @@ __all__ = [
     "CompileCommand",
     "CompiledUnit",
     "Compiler",
+    "DebugInformation",
+    "Family",
     "LinkLine",
     "Probes",
+    "Recorded",
     "Unit",
     "Variant",
     "files_included",
     "find_link_line",
+    "identify",
     "is_unit",
     "kept_directory",
     "locate_library",

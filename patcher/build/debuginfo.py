@@ -67,6 +67,21 @@ class DebugInformation:
     def __len__(self) -> int:
         return sum(map(len, self._named().values()))
 
+    def all_units(self) -> tuple[Recorded, ...]:
+        """Return every unit, in no order that means anything."""
+        return tuple(unit for units in self._named().values() for unit in units)
+
+    def extents(self) -> dict[int, tuple[tuple[int, int], ...]]:
+        """Return where the code of each unit lies (by the unit's offset), as link-time addresses.
+
+        Nothing for a unit whose ranges cannot be read.
+        """
+        from elftools.elf.elffile import ELFFile
+
+        with self.program.open("rb") as file:
+            dwarf = ELFFile(file).get_dwarf_info()
+            return {unit.offset: _extents(dwarf, unit.offset) for unit in self.all_units()}
+
     def command(self, unit: Recorded, source: Path) -> CompileCommand:
         """Put a unit's compile command together. Raises NoCompileCommand when too little is recorded, saying what."""
         if self._status is not None:
@@ -217,6 +232,27 @@ def _units_of(dwarf: Any, program: Path) -> Iterator[Recorded]:
         name, directory, producer = (_text(top, f"DW_AT_{key}") for key in ("name", "comp_dir", "producer"))
         if name and producer and is_unit(Path(name)):
             yield Recorded(name, directory, producer, program, unit.cu_offset)
+
+
+def _extents(dwarf: Any, offset: int) -> tuple[tuple[int, int], ...]:
+    """Read DW_AT_ranges, or DW_AT_low_pc and DW_AT_high_pc."""
+    unit = dwarf.get_CU_at(offset)
+    top = unit.get_top_DIE()
+    low = top.attributes["DW_AT_low_pc"].value if "DW_AT_low_pc" in top.attributes else 0
+    if "DW_AT_high_pc" in top.attributes:
+        high = top.attributes["DW_AT_high_pc"]
+        return ((low, high.value if high.form == "DW_FORM_addr" else low + high.value),)
+    if "DW_AT_ranges" not in top.attributes:
+        return ()
+    entries = dwarf.range_lists().get_range_list_at_offset(top.attributes["DW_AT_ranges"].value, cu=unit)
+    found, start = [], low
+    for entry in entries:
+        if hasattr(entry, "base_address"):
+            start = entry.base_address
+        else:
+            begin = 0 if getattr(entry, "is_absolute", False) else start
+            found.append((begin + entry.begin_offset, begin + entry.end_offset))
+    return tuple(found)
 
 
 def _text(entry: Any, key: str) -> str:

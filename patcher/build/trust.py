@@ -16,7 +16,7 @@ from patcher.errors import NoCompileCommand
 
 def check_trusted(status: os.stat_result, name: object) -> None:
     """Raise NoCompileCommand when somebody else than we or root may have written a file."""
-    why = _doubt(status)
+    why = doubt(status)
     if why:
         raise NoCompileCommand(
             f"{name}: {why}, so the commands in it are not run",
@@ -26,10 +26,11 @@ def check_trusted(status: os.stat_result, name: object) -> None:
 
 def is_private_directory(status: os.stat_result) -> bool:
     """Tell whether a directory is ours, and nobody else may make or rename files in it."""
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not _doubt(status)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not doubt(status)
 
 
-def _doubt(status: os.stat_result) -> str:
+def doubt(status: os.stat_result) -> str:
+    """Return why somebody else than we or root may have written a file; "" when nobody can."""
     if status.st_uid not in (0, os.geteuid()):
         return f"it belongs to user {status.st_uid}, we are user {os.geteuid()}"
     if status.st_mode & stat.S_IWOTH:

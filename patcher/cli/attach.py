@@ -7,23 +7,29 @@ from typing import Any
 
 import click
 
-from patcher.cli.options import common, gather
+from patcher.cli.mistakes import pid_argument
+from patcher.cli.options import gather, open_reporter, open_session, takes
 from patcher.errors import TargetGone
 from patcher.report import Exited, Note
 
 
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
-@common(watch=True)
+@pid_argument
+@takes("attach")
 def attach(pid: int, **rest: Any) -> int:
     """Apply every save below the watched paths to process PID.
 
     Until the process ends, or Ctrl-C, which leaves it running with the code it has.
-    Without --watch, only check that the process can be patched.
+    Without --watch (or a configuration that has it), only check that the process can be patched.
+
+    \b
+    patcher attach 4711 --watch src/
+    patcher attach 4711 --watch src/ --build 'make -s'     with the project's own build
+    patcher attach 4711                                    can it be patched
     """
-    asked = gather(rest)
-    with asked.reporter() as reporter, asked.session(pid, reporter) as session:
-        if not asked.watch:
+    asked = gather("attach", rest)
+    with open_reporter(asked) as reporter, open_session(asked, pid, reporter) as session:
+        if not asked.watched:
             session.prepare()
             known = sum(1 for m in session.image.modules if m.module.symbols_from)
             reporter.emit(
@@ -31,7 +37,7 @@ def attach(pid: int, **rest: Any) -> int:
             )
             return 0
         try:
-            session.watch(asked.watch, stop=threading.Event())
+            session.watch(asked.watched, stop=threading.Event())
         except TargetGone:
             reporter.emit(Exited(status=None))
         except KeyboardInterrupt:

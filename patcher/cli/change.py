@@ -10,16 +10,16 @@ from typing import Any
 
 import click
 
-from patcher.cli.options import common, gather
+from patcher.cli.mistakes import pid_argument
+from patcher.cli.options import gather, open_reporter, open_session, takes
 from patcher.report import Applied, Reverted, Variable
 
 
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@pid_argument
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON object on stdout.")
-@common(watch=False)
-def apply(pid: int, files: tuple[Path, ...], as_json: bool, **rest: Any) -> int:
+@takes("apply")
+def apply(pid: int, files: tuple[Path, ...], **rest: Any) -> int:
     """Make the code of FILES live in process PID, as one generation.
 
     \b
@@ -27,12 +27,12 @@ def apply(pid: int, files: tuple[Path, ...], as_json: bool, **rest: Any) -> int:
     patcher apply 4711 libphysics.a       every object of an archive
     patcher apply 4711 physics.c          a source: compiled as the program was
     """
-    asked = gather(rest)
+    asked = gather("apply", rest)
     offer = _offer if sys.stdin.isatty() and sys.stderr.isatty() else None
-    with asked.reporter() as reporter, asked.session(pid, reporter, offer) as session:
+    with open_reporter(asked) as reporter, open_session(asked, pid, reporter, offer) as session:
         outcome = session.apply(*files)
         event = session.report(outcome, files)
-        if as_json:
+        if asked.json:
             click.echo(json.dumps(event.as_json()))
         if asked.dry_run and isinstance(event, Applied):
             for function in event.functions:
@@ -47,17 +47,22 @@ def _offer(variables: Sequence[Variable]) -> bool:
 
 
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@pid_argument
 @click.argument("generation", required=False, type=click.IntRange(min=0))
-@click.option("--json", "as_json", is_flag=True, help="Print the outcome as one JSON object on stdout.")
-@common(watch=False)
-def revert(pid: int, generation: int | None, as_json: bool, **rest: Any) -> int:
-    """Take process PID back to GENERATION (default: the one before; 0: as it was started)."""
-    asked = gather(rest)
-    with asked.reporter() as reporter, asked.session(pid, reporter) as session:
+@takes("revert")
+def revert(pid: int, generation: int | None, **rest: Any) -> int:
+    """Take process PID back to GENERATION (default: the one before; 0: as it was started).
+
+    \b
+    patcher revert 4711                   back by one
+    patcher revert 4711 0                 the program as it was started
+    patcher revert 4711 --active refuse   not while anybody is in the code that goes
+    """
+    asked = gather("revert", rest)
+    with open_reporter(asked) as reporter, open_session(asked, pid, reporter) as session:
         number = session.revert(generation)
         event = Reverted(number, session.frames)
         reporter.emit(event)
-        if as_json:
+        if asked.json:
             click.echo(json.dumps(event.as_json()))
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from patcher.cli.options import common, gather
+from patcher.cli.options import gather, open_reporter, options_for, takes
 from patcher.report import Outlook
 from patcher.session import Session
 from patcher.target import Target, processes_mapping
@@ -18,9 +18,8 @@ from patcher.tree import Tree
 
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="[PID] FILES...")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@common(watch=False)
-def explain(words: tuple[str, ...], as_json: bool, **rest: Any) -> int:
+@takes("explain")
+def explain(words: tuple[str, ...], **rest: Any) -> int:
     """Tell what saving FILES would do to process PID, and whether it would be refused. Changes nothing.
 
     Without PID, the one process of yours that has been patched.
@@ -28,13 +27,13 @@ def explain(words: tuple[str, ...], as_json: bool, **rest: Any) -> int:
     \b
     patcher explain 4711 physics.c        functions that change, what becomes of data, types, the verdict
     """
-    asked = gather(rest)
+    asked = gather("explain", rest)
     pid, files = _split(words)
-    options = replace(asked.options(), dry_run=True)
+    options = replace(options_for(asked), dry_run=True)
     kind = Tree if asked.tree else Session
-    with asked.reporter() as reporter, kind(Target.attach(pid), options, reporter) as session:
+    with open_reporter(asked) as reporter, kind(Target.attach(pid), options, reporter) as session:
         found = session.explain(*files)
-    if as_json:
+    if asked.json:
         click.echo(json.dumps(found.as_json()))
     else:
         click.echo("\n".join(found.lines()))

@@ -12,8 +12,12 @@ import click
 from patcher import __version__
 from patcher.cli.attach import attach
 from patcher.cli.change import apply, revert
+from patcher.cli.completion import completion
+from patcher.cli.configured import config
+from patcher.cli.doctor import doctor
 from patcher.cli.explain import explain
 from patcher.cli.header import header
+from patcher.cli.mistakes import explained
 from patcher.cli.spawn import spawn
 from patcher.cli.status import status
 from patcher.errors import BuildError, PatcherError
@@ -33,18 +37,21 @@ def cli() -> None:
     """
 
 
-for command in (spawn, attach, apply, revert, status, explain, header):
+for command in (spawn, attach, apply, revert, status, explain, doctor, config, completion, header):
     cli.add_command(command)
 
 
 def main() -> None:
     """Run the command line, and end with the exit status that is promised."""
     try:
-        sys.exit(cli.main(standalone_mode=False) or 0)
+        sys.exit(cli.main(prog_name="patcher", standalone_mode=False) or 0)
     except click.exceptions.Abort:
         sys.exit(130)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        print_error(PatcherError(*explained(error)))
         sys.exit(error.exit_code)
     except PatcherError as error:
         print_error(error)

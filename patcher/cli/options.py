@@ -1,18 +1,19 @@
-"""Options that several commands share, and the reporters they ask for."""
+"""The options of the table as the command line takes them, and the session and reporters that they ask for."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from patcher.configuration import ConfigurationError, Setting, read_configuration
 from patcher.errors import PatcherError
-from patcher.options import CHOICES, Options
+from patcher.options import Kind, Options, Row, Settings, rows_of
 from patcher.report.console import ConsoleReport
 from patcher.report.events import EventStream, Reporter, Reporters
 from patcher.session import Offer, Session
@@ -21,212 +22,135 @@ from patcher.tree import Tree
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PATH = click.Path(path_type=Path)
+FLAG = "flag"
+DEFAULT = "default"
+
+# Nothing here has a default: what was not given is told from what was given and is the default.
+_TYPES: dict[Kind, Callable[[Row], Any]] = {
+    Kind.TEXT: lambda row: click.Choice(row.choices) if row.choices else click.STRING,
+    Kind.TEXTS: lambda row: click.STRING,
+    Kind.PATH: lambda row: click.Path(path_type=Path),
+    Kind.PATHS: lambda row: click.Path(path_type=Path),
+    Kind.COUNT: lambda row: click.IntRange(min=int(row.least)),
+    Kind.SECONDS: lambda row: click.FloatRange(min=row.least, min_open=row.above),
+}
 
 
-@dataclass(frozen=True, slots=True)
-class Common:
-    """The options that every command which changes something has."""
-
-    watch: tuple[Path, ...]
-    compile_commands: Path | None
-    build: str
-    events: str
-    quiet: bool
-    verbose: bool
-    dry_run: bool
-    force: bool
-    every_function: bool
-    allow_layout_change: tuple[str, ...]
-    archive: tuple[Path, ...]
-    library: tuple[str, ...]
-    allow_undefined: bool
-    tree: bool
-    best_effort: bool
-    reinit: tuple[str, ...]
-    hook_timeout: float
-    keep: int
-    active: str
-    consistency: str
-    timeout: float
-    coroutines: bool
-
-    def options(self) -> Options:
-        return Options(
-            compile_commands=self.compile_commands,
-            watched=self.watch,
-            build=self.build,
-            force=self.force,
-            every_function=self.every_function,
-            dry_run=self.dry_run,
-            colour=sys.stderr.isatty(),
-            allowed_layouts=self.allow_layout_change,
-            archives=self.archive,
-            libraries=self.library,
-            allow_undefined=self.allow_undefined,
-            best_effort=self.best_effort,
-            reinit=self.reinit,
-            hook_timeout=self.hook_timeout,
-            keep=self.keep,
-            active=self.active,
-            consistency=self.consistency,
-            timeout=self.timeout,
-            coroutines=self.coroutines,
-        )
-
-    def session(self, pid: int, reporter: Reporter, offer: Offer | None = None) -> Session:
-        """Open a session on a process, or on it and its descendants, where nobody is asked."""
-        if self.tree:
-            return Tree(Target.attach(pid), self.options(), reporter)
-        return Session(Target.attach(pid), self.options(), reporter, offer)
-
-    @contextlib.contextmanager
-    def reporter(self) -> Iterator[Reporter]:
-        """Yield what events go to: the console, and the stream or file of --events."""
-        reporters: list[Reporter] = []
-        with contextlib.ExitStack() as stack:
-            if self.events == "-":
-                reporters.append(EventStream(sys.stderr))
-            else:
-                reporters.append(ConsoleReport(sys.stderr, quiet=self.quiet, verbose=self.verbose))
-            if self.events not in ("", "-"):
-                try:
-                    stream = stack.enter_context(open(self.events, "a", encoding="utf-8"))
-                except OSError as error:
-                    raise PatcherError(f"{self.events}: {error.strerror}", "give another file to --events") from None
-                reporters.append(EventStream(stream))
-            yield Reporters(reporters)
-
-
-def common(watch: bool) -> Callable[[F], F]:
-    """Add the common options to a command, which gets them as one `common` argument."""
+def takes(command: str) -> Callable[[F], F]:
+    """Add a command's options; it gets them as keyword arguments, for `gather`."""
 
     def decorate(function: F) -> F:
-        options = [
-            click.option("--force", is_flag=True, help="Apply a unit even if most of it is not what runs."),
-            click.option(
-                "--allow-layout-change",
-                multiple=True,
-                metavar="TYPE",
-                help="Take it that nothing live has TYPE's old layout. Repeatable.",
-            ),
-            click.option(
-                "--reinit",
-                multiple=True,
-                metavar="NAME",
-                help="Write this variable's new initial value, if that changed. Repeatable.",
-            ),
-            click.option(
-                "--allow-undefined", is_flag=True, help="Let calls of functions that are nowhere abort when reached."
-            ),
-            click.option(
-                "--library",
-                multiple=True,
-                metavar="NAME|PATH",
-                help="Load this shared library (m, libm.so.6, ./libx.so) when it has what is missing. Repeatable.",
-            ),
-            click.option(
-                "--archive",
-                type=_PATH,
-                multiple=True,
-                metavar="FILE",
-                help="Take what is missing from this archive. Repeatable.",
-            ),
-            click.option(
-                "--hook-timeout",
-                type=click.FloatRange(min=0, min_open=True),
-                default=Options().hook_timeout,
-                metavar="SECONDS",
-                help="How long each hook and migration of the program may take (default: 5).",
-            ),
-            click.option(
-                "--keep",
-                type=click.IntRange(min=1),
-                default=Options().keep,
-                metavar="N",
-                help="How many generations can be gone back to at least (default: 50).",
-            ),
-            click.option(
-                "--coroutines/--no-coroutines",
-                default=True,
-                help="Look for old code on stacks that no thread is on (default), or not.",
-            ),
-            click.option(
-                "--timeout",
-                type=click.FloatRange(min=0),
-                default=Options().timeout,
-                metavar="SECONDS",
-                help="How long to wait until nobody is in old code (default: 5).",
-            ),
-            click.option(
-                "--consistency",
-                type=click.Choice(CHOICES["consistency"]),
-                default=Options().consistency,
-                help="Change functions each by itself, or while nobody is in any of them.",
-            ),
-            click.option(
-                "--active",
-                type=click.Choice(CHOICES["active"]),
-                default=Options().active,
-                help="Who is in old code goes on there, is waited for, or makes it be refused.",
-            ),
-            click.option("--every-function", is_flag=True, help="Replace functions that did not change as well."),
-            click.option("--best-effort", is_flag=True, help="With --tree: change those processes that can be."),
-            click.option("--tree", is_flag=True, help="Take the process and its descendants as one."),
-            click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing."),
-            click.option("-v", "--verbose", is_flag=True, help="Say more."),
-            click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
-            click.option(
-                "--events", default="", metavar="FILE", help="Append events, one JSON object a line; - is stderr."
-            ),
-            click.option("--compile-commands", type=_PATH, metavar="FILE", help="The compile_commands.json to use."),
-        ]
-        if watch:
-            options += [
-                click.option("--build", default="", metavar="COMMAND", help="Build with this; take what it rebuilt."),
-                click.option(
-                    "--watch", type=_PATH, multiple=True, metavar="PATH", help="Apply saves below PATH. Repeatable."
-                ),
-            ]
-        for option in options:
-            function = option(function)
+        for row in reversed(rows_of(command)):
+            function = _declared(row)(function)
         return function
 
     return decorate
 
 
-def gather(arguments: dict[str, Any]) -> Common:
-    """Take the common options out of a command's arguments."""
-    for path in arguments.get("watch", ()):
-        if not path.exists():
-            raise click.UsageError(f"--watch {path}: no such file or directory")
-    database = arguments["compile_commands"]
-    if database is not None and not database.exists():
-        raise click.UsageError(f"--compile-commands {database}: no such file or directory")
-    for archive in arguments["archive"]:
-        if not archive.is_file():
-            raise click.UsageError(f"--archive {archive}: no such file")
-    return Common(
-        watch=tuple(arguments.get("watch", ())),
-        compile_commands=arguments["compile_commands"],
-        build=arguments.get("build", ""),
-        events=arguments["events"],
-        quiet=arguments["quiet"],
-        verbose=arguments["verbose"],
-        dry_run=arguments["dry_run"],
-        force=arguments["force"],
-        every_function=arguments["every_function"],
-        allow_layout_change=tuple(arguments["allow_layout_change"]),
-        archive=tuple(arguments["archive"]),
-        library=tuple(arguments["library"]),
-        allow_undefined=arguments["allow_undefined"],
-        tree=arguments["tree"],
-        best_effort=arguments["best_effort"],
-        reinit=tuple(arguments["reinit"]),
-        hook_timeout=arguments["hook_timeout"],
-        keep=arguments["keep"],
-        active=arguments["active"],
-        consistency=arguments["consistency"],
-        timeout=arguments["timeout"],
-        coroutines=arguments["coroutines"],
+def _declared(row: Row) -> Callable[[F], F]:
+    names = [f"-{row.short}"] if row.short else []
+    names.append(f"--{row.switch}/--no-{row.switch}" if row.negatable else f"--{row.switch}")
+    if row.kind is Kind.FLAG:
+        return click.option(row.parameter, *names, is_flag=True, default=None, help=_help(row))
+    return click.option(
+        row.parameter,
+        *names,
+        type=_TYPES[row.kind](row),
+        multiple=row.kind.repeatable,
+        metavar=row.metavar or None,
+        help=_help(row),
     )
+
+
+def _help(row: Row) -> str:
+    if row.kind.repeatable:
+        return f"{row.meaning} Repeatable."
+    default = ("on" if row.default else "") if row.kind is Kind.FLAG else row.default
+    if isinstance(default, float):
+        default = f"{default:g}"
+    return f"{row.meaning[:-1]} (default: {default})." if default else row.meaning
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The value of an option, and where it comes from: the command line, a file (its name and line), or nowhere."""
+
+    row: Row
+    value: Any
+    origin: str  # "flag", "default", or FILE:LINE
+    setting: Setting | None = None
+
+
+def choose(command: str, arguments: dict[str, Any]) -> tuple[Chosen, ...]:
+    """Return a command's options: what was given wins over what is configured, as a whole, and that over defaults."""
+    rows = [row for row in rows_of(command) if row.field != "config"]
+    found = read_configuration(Path.cwd()) if arguments["config"] in (None, True) else ()
+    configured = {setting.row: setting for setting in found}
+    chosen = tuple(_choose(row, arguments[row.parameter], configured.get(row)) for row in rows)
+    for one in chosen:
+        _check_present(one)
+    return chosen
+
+
+def _choose(row: Row, given: Any, setting: Setting | None) -> Chosen:
+    if given not in (None, ()):
+        return Chosen(row, given, FLAG)
+    if setting is not None:
+        return Chosen(row, setting.value, setting.place, setting)
+    return Chosen(row, row.default, DEFAULT)
+
+
+def gather(command: str, arguments: dict[str, Any]) -> Settings:
+    """Take a command's options out of its arguments and the configuration."""
+    chosen = {one.row.field: one for one in choose(command, arguments)}
+    values = {field: one.value for field, one in chosen.items()}
+    for field, place in (("ignore", "ignore_from"), ("build", "build_in")):
+        if field in chosen and (setting := chosen[field].setting) is not None:
+            values[place] = setting.file.parent
+    return Settings(**values)
+
+
+def _check_present(chosen: Chosen) -> None:
+    """Refuse paths that lead nowhere before anything is started."""
+    row, value = chosen.row, chosen.value
+    said = f"--{row.switch}" if chosen.setting is None else f"{chosen.origin}: {row.switch}"
+    for path in value if row.kind is Kind.PATHS else (value,) if row.kind is Kind.PATH and value else ():
+        wrong = ""
+        if not path.exists():
+            wrong = "no such file or directory"
+        elif row.metavar == "FILE" and path.is_dir():
+            wrong = "is a directory, not a file"
+        if wrong and chosen.setting is None:
+            raise click.UsageError(f"{said} {path}: {wrong}")
+        if wrong:
+            raise ConfigurationError(f"{said} {path}: {wrong}", "correct the file, or give another on the command line")
+
+
+def options_for(settings: Settings) -> Options:
+    """Return what a session is to know: compilers use colour where we write to a terminal."""
+    return replace(settings, colour=sys.stderr.isatty())
+
+
+def open_session(settings: Settings, pid: int, reporter: Reporter, offer: Offer | None = None) -> Session:
+    """Open a session on a process, or on it and its descendants, where nobody is asked."""
+    if settings.tree:
+        return Tree(Target.attach(pid), options_for(settings), reporter)
+    return Session(Target.attach(pid), options_for(settings), reporter, offer)
+
+
+@contextlib.contextmanager
+def open_reporter(settings: Settings) -> Iterator[Reporter]:
+    """Yield what events go to: the console, and the stream or file of --events."""
+    reporters: list[Reporter] = []
+    with contextlib.ExitStack() as stack:
+        if settings.events == "-":
+            reporters.append(EventStream(sys.stderr))
+        else:
+            reporters.append(ConsoleReport(sys.stderr, quiet=settings.quiet, verbose=settings.verbose))
+        if settings.events not in ("", "-"):
+            try:
+                stream = stack.enter_context(open(settings.events, "a", encoding="utf-8"))
+            except OSError as error:
+                raise PatcherError(f"{settings.events}: {error.strerror}", "give another file to --events") from None
+            reporters.append(EventStream(stream))
+        yield Reporters(reporters)

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from patcher.cli.options import Common, common, gather
+from patcher.cli.options import gather, open_reporter, open_session, takes
 from patcher.errors import PatcherError, TargetGone
+from patcher.options import Settings
 from patcher.report import Exited, Note, Ready, Reporter
 from patcher.target import JobControl, exit_code, wait_exit
 from patcher.target import spawn as start
@@ -18,9 +19,8 @@ from patcher.target import spawn as start
 @click.command()
 @click.argument("program")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-@click.option("--aslr/--no-aslr", default=False, help="Leave address randomisation on (default: off).")
-@common(watch=True)
-def spawn(program: str, arguments: tuple[str, ...], aslr: bool, **rest: Any) -> int:
+@takes("spawn")
+def spawn(program: str, arguments: tuple[str, ...], **rest: Any) -> int:
     """Start PROGRAM, and apply every save below the watched paths to it.
 
     \b
@@ -29,9 +29,9 @@ def spawn(program: str, arguments: tuple[str, ...], aslr: bool, **rest: Any) -> 
 
     What follows -- is the program's own. The exit status is the program's (128+N when signal N killed it).
     """
-    asked = gather(rest)
-    with asked.reporter() as reporter, JobControl() as jobs:
-        child = start(program, arguments, aslr=aslr, signal_mask=jobs.original_mask)
+    asked = gather("spawn", rest)
+    with open_reporter(asked) as reporter, JobControl() as jobs:
+        child = start(program, arguments, aslr=asked.aslr, signal_mask=jobs.original_mask)
         jobs.forward_to(child.pid)
         if child.note:
             reporter.emit(Note(child.note))
@@ -42,11 +42,11 @@ def spawn(program: str, arguments: tuple[str, ...], aslr: bool, **rest: Any) -> 
         return _end(wait_exit(child.pid), reporter)
 
 
-def _accompany(pid: int, program: str, asked: Common, reporter: Reporter, jobs: JobControl) -> None:
+def _accompany(pid: int, program: str, asked: Settings, reporter: Reporter, jobs: JobControl) -> None:
     try:
-        with asked.session(pid, reporter) as session:
-            if asked.watch:
-                session.watch(asked.watch, stop=jobs.ended)
+        with open_session(asked, pid, reporter) as session:
+            if asked.watched:
+                session.watch(asked.watched, stop=jobs.ended)
             else:
                 reporter.emit(Ready(pid, session.target.program, ()))
                 jobs.ended.wait()

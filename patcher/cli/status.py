@@ -5,29 +5,38 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, astuple
+from typing import Any
 
 import click
 
+from patcher.cli.mistakes import pid_argument
+from patcher.cli.options import gather, takes
 from patcher.session import ObjectUse, Status
 from patcher.target import Target
 from patcher.tree import Tree
 
 
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-@click.option("-v", "--verbose", is_flag=True, help="Say how much memory each object takes.")
-@click.option("--tree", is_flag=True, help="Of the process and its descendants; with --json, one object a line.")
-def status(pid: int, as_json: bool, verbose: bool, tree: bool) -> int:
-    """Tell which generation process PID runs, and where each patched function goes."""
+@pid_argument
+@takes("status")
+def status(pid: int, **rest: Any) -> int:
+    """Tell which generation process PID runs, and where each patched function goes.
+
+    \b
+    patcher status 4711
+    patcher status 4711 --json | jq .generation
+
+    With --tree, --json prints one object a line; -v tells how much memory each object takes.
+    """
+    asked = gather("status", rest)
     with Tree(Target.attach(pid)) as session:
-        statuses = session.statuses() if tree else [session.status()]
+        statuses = session.statuses() if asked.tree else [session.status()]
     for found in statuses:
-        if as_json:
+        if asked.json:
             click.echo(json.dumps(_as_json(found)))
             continue
         _print(found)
-        if verbose and found.objects:
+        if asked.verbose and found.objects:
             _print_objects(found.objects)
     return 0
 

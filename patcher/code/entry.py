@@ -132,6 +132,15 @@ def _ends_before(needed: int, copied: int) -> str | None:
     return f"a page ends inside of it, so that it takes {needed} bytes, and the function has {copied}"
 
 
+def behind_function(following: bytes, end: int) -> bytes:
+    """Return what follows a function up to `end`, where the next begins, as `plan_entry` is to be given it.
+
+    Zeros up to the next aligned function are padding too (mold fills gaps so).
+    """
+    gap = end % 16 == 0 and len(following) < 16 and not any(following)
+    return b"\x90" * len(following) if gap else following
+
+
 def _short(instructions: Sequence[Instruction], size: int, following: bytes) -> str | None:
     if not instructions:
         return "it has no instructions"

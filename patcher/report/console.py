@@ -55,8 +55,10 @@ class ConsoleReport:
         if isinstance(event, Note):
             self._say(_escape(event.text))
         elif isinstance(event, Ready):
-            watching = f", watching {_escape(', '.join(event.watching))}" if event.watching else ""
-            self._say(f"{_escape(Path(event.program).name)} runs as process {event.pid}{watching}")
+            watching = f"watching {_escape(', '.join(event.watching))}"
+            unwatched = f"nothing is watched: give --watch, or tell saves with `patcher apply {event.pid} FILE`"
+            name = _escape(Path(event.program).name)
+            self._say(f"{name} runs as process {event.pid}, {watching if event.watching else unwatched}")
         elif isinstance(event, Applied):
             self._applied(event)
         elif isinstance(event, Unchanged):

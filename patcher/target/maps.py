@@ -83,6 +83,19 @@ def processes_mapping(path: str) -> list[int]:
     return sorted(found)
 
 
+def processes_named(name: str) -> list[int]:
+    """Return the processes whose program's file, or whose own name, is called so, in the order of their numbers."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            called = (folder / "comm").read_text(encoding="utf-8", errors="surrogateescape").rstrip("\n")
+            if called == name or os.path.basename(os.readlink(folder / "exe")) == name:
+                found.append(int(folder.name))
+        except OSError:
+            continue  # it ended meanwhile, or may not be looked at
+    return sorted(found)
+
+
 def _mapping(line: str) -> Mapping:
     fields = line.rstrip("\n").split(None, 5)
     start, _, end = fields[0].partition("-")

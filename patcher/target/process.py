@@ -126,9 +126,9 @@ def permission_denied(pid: int, name: str) -> AttachDenied:
     """Say which of the kernel's rules keeps us from a process: Yama, its owner, or its not being dumpable."""
     status = read_status(pid)
     ours, theirs = os.geteuid(), int(status.get("Uid", "-1").split()[0])
-    scope = _yama_scope()
+    scope = yama_scope()
     what = f"not permitted to trace process {pid} ({name})"
-    if ours != theirs and not _has_trace_capability():
+    if ours != theirs and not has_trace_capability():
         return AttachDenied(
             f"{what}: it belongs to user {theirs}, we are user {ours} without CAP_SYS_PTRACE",
             f"run patcher as user {theirs} or as root",
@@ -138,11 +138,11 @@ def permission_denied(pid: int, name: str) -> AttachDenied:
             f"{what}: kernel.yama.ptrace_scope is 3, no process may be traced until the next boot",
             "boot with another setting of kernel.yama.ptrace_scope",
         )
-    if scope == 2 and not _has_trace_capability():
+    if scope == 2 and not has_trace_capability():
         return AttachDenied(
             f"{what}: kernel.yama.ptrace_scope is 2, tracing needs CAP_SYS_PTRACE", "run patcher as root"
         )
-    if scope == 1 and not _has_trace_capability():
+    if scope == 1 and not has_trace_capability():
         return AttachDenied(
             f"{what}: kernel.yama.ptrace_scope is 1, only descendants may be traced",
             "start it with `patcher spawn`, or run `sysctl kernel.yama.ptrace_scope=0`, or run patcher as root",
@@ -203,13 +203,15 @@ def _refuse_machine(pid: int, program: str) -> None:
         )
 
 
-def _yama_scope() -> int | None:
+def yama_scope() -> int | None:
+    """Return kernel.yama.ptrace_scope; None where the kernel has no Yama."""
     try:
         return int(Path(_YAMA).read_text(encoding="ascii"))
     except (OSError, ValueError):
         return None
 
 
-def _has_trace_capability() -> bool:
+def has_trace_capability() -> bool:
+    """Tell whether we may trace whom we like (CAP_SYS_PTRACE)."""
     effective = int(read_status(os.getpid()).get("CapEff", "0"), 16)
     return bool(effective >> _CAP_SYS_PTRACE & 1)

@@ -114,6 +114,15 @@ def _note(program: str, aslr: bool, fixed: bool, randomized: bool) -> str:
     return f"{program} runs at random addresses: {why}"
 
 
+def _is_program(path: Path) -> bool:
+    """Tell whether a file is an ELF file or a script, or may not be read: then it is taken for one."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4).startswith((b"\x7fELF", b"#!"))
+    except OSError:
+        return True
+
+
 def _no_such_program(program: str, error: OSError | ValueError) -> NoSuchProgram:
     number = error.errno if isinstance(error, OSError) else None
     found = program if "/" in program else shutil.which(program, mode=os.F_OK)
@@ -128,6 +137,8 @@ def _no_such_program(program: str, error: OSError | ValueError) -> NoSuchProgram
         return NoSuchProgram(f"there is no program {program}", "build it first, or correct the path")
     if number == errno.ENOENT:
         return NoSuchProgram(f"{program} is there, but the interpreter that it names is not")
+    if number in (errno.EACCES, errno.ENOEXEC) and not _is_program(path):
+        return NoSuchProgram(f"{program} is not a program", "name what the linker made, and build it first if need be")
     if number == errno.EACCES:
         return NoSuchProgram(f"{program} may not be executed by us", f"chmod +x {program}")
     if number == errno.ENOEXEC:

@@ -90,17 +90,23 @@ def test_exit_codes(build, arguments, code):
 def test_programs_that_cannot_be_started(tmp_path, build):
     text = tmp_path / "text"
     text.write_text("hello")
+    script = tmp_path / "script"
+    script.write_text("#!/bin/sh\n")
     for name, message in [
         ("./no-such-program", "there is no program ./no-such-program"),
         ("no-such-program-in-path", "in PATH"),
         (str(tmp_path), "is a directory"),
-        (str(text), "may not be executed"),
+        (str(text), "is not a program"),
+        (str(script), "may not be executed"),
         ("", "cannot be started"),
     ]:
         with pytest.raises(NoSuchProgram, match=message) as caught:
             spawn(name, [])
         assert (caught.value.code, caught.value.exit_status) == ("no-such-program", 1)
     text.chmod(0o755)
+    with pytest.raises(NoSuchProgram, match=r"is not a program$"):
+        spawn(str(text), [])
+    text.write_bytes(b"\x7fELF")
     with pytest.raises(NoSuchProgram, match="not a program that this machine can run"):
         spawn(str(text), [])
     text.write_text("#!/no/such/interpreter\n")
