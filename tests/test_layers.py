@@ -78,6 +78,9 @@ ALLOWED: dict[str, set[str]] = {
     # A unit's share in a save: compiled, read, matched, and its types compared.
     "units": MATCHING
     | {"match", "origin", "part", "patch", "relink", "supply", "options", "texts", "stamps", "build", "data"},
+    # What becomes of each saved file; knows no process.
+    "edits": set(),
+    "touched": {"build", "image", "options", "units"},
     "explain": {"data", "errors", "match", "part", "relink", "units", "report"},
     "session": MATCHING
     | {
@@ -97,6 +100,7 @@ ALLOWED: dict[str, set[str]] = {
         "data.threads",
         "options",
         "texts",
+        "touched",
         "units",
         "build",
         "watch",
@@ -106,7 +110,7 @@ ALLOWED: dict[str, set[str]] = {
     # Several sessions as one.
     "tree": {"errors", "options", "report", "session", "target", "units"},
     # The watch loop drives a session, which starts it.
-    "loop": {"errors", "session", "build", "watch", "report"},
+    "loop": {"errors", "edits", "session", "build", "watch", "report", "units"},
     "cli": {"errors", "options", "report", "session", "target", "tree", "build", ""},
     "": {"errors", "options", "session", "target", "tree", "report"},  # the package itself: the public API
     "__main__": {"cli"},

@@ -88,7 +88,7 @@ def test_a_saved_header_is_told_to_touch_nothing(loop: tuple[Loop, Seen, Path]) 
     (saved, note) = seen.take()
     assert isinstance(saved, Saved)
     assert isinstance(note, Note)
-    assert "unit.h: no source file" in note.text
+    assert "unit.h: nothing that the process was built from includes it" in note.text
 
 
 def test_a_busy_process_ends_no_watch(loop: tuple[Loop, Seen, Path]) -> None:

@@ -5,9 +5,11 @@ Nothing here looks at the target process; ELF files are read by path, for their 
 """
 
 from patcher.build.build_command import BuildCommand
-from patcher.build.command import LINE_SHIFT, CompileCommand, Unit, Variant, is_unit, object_of
+from patcher.build.command import LINE_SHIFT, CompileCommand, Variant, is_header, is_unit, object_of
 from patcher.build.commands import Commands
 from patcher.build.compiler import CompiledUnit, Compiler
+from patcher.build.dependencies import Dependencies
+from patcher.build.gathering import Gathering
 from patcher.build.linking import LinkLine, find_link_line, locate_library
 from patcher.build.probe import PREFIX as PROBED
 from patcher.build.probe import Probes, files_included
@@ -34,12 +36,14 @@ __all__ = [
     "CompileCommand",
     "CompiledUnit",
     "Compiler",
+    "Dependencies",
+    "Gathering",
     "LinkLine",
     "Probes",
-    "Unit",
     "Variant",
     "files_included",
     "find_link_line",
+    "is_header",
     "is_unit",
     "locate_library",
     "object_of",

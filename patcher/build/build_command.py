@@ -28,6 +28,16 @@ class BuildCommand:
         self.command = command
         self.directory = directory.absolute()
         self._roots = tuple(dict.fromkeys([self.directory, *(path.absolute() for path in objects_in)]))
+        self._taken = self._seen = self._objects()
+
+    def outstanding(self) -> tuple[Path, ...]:
+        """Return the objects that changed since `take` was called last, whoever made them; sorted."""
+        self._seen = self._objects()
+        return tuple(sorted(path for path, stamp in self._seen.items() if self._taken.get(path) != stamp))
+
+    def take(self) -> None:
+        """Note that what was outstanding is live."""
+        self._taken = self._seen
 
     def run(self, changed: Sequence[Path], *, cancelled: Callable[[], bool] = never) -> tuple[Path, ...]:
         """Run the command and return the objects that it created or wrote, sorted (archive members are not looked at).

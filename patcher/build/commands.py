@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from patcher.build.command import CompileCommand, Unit, is_unit
+from patcher.build.command import CompileCommand, is_unit
 from patcher.build.database import GET_A_DATABASE, NAME, Database, find_databases
 from patcher.build.debuginfo import DebugInformation
 from patcher.errors import NoCompileCommand
@@ -76,13 +78,20 @@ class Commands:
             for path in find_databases(start):
                 yield self._databases.setdefault(path, Database(path))
 
-    def units(self, saved: Sequence[Path]) -> tuple[Unit, ...]:
-        """Return the units that saved files touch: for now each source file is its own, and headers touch none.
-
-        Raises NoCompileCommand for the first source file without a command.
-        """
-        sources = dict.fromkeys(path.resolve() for path in saved if is_unit(path))
-        return tuple(Unit(source, self.find(source)) for source in sources)
+    def every_unit(self) -> tuple[CompileCommand, ...]:
+        """Return a command of each source file that anything says how to compile, and that is there; best first."""
+        found: dict[Path, CompileCommand] = {}
+        for command in self.known():
+            file = Path(os.path.realpath(command.file))
+            if is_unit(file) and file not in found and file.is_file():
+                found[file] = replace(command, file=file)
+        for program in self._debug:
+            for unit in program.recorded():
+                file = Path(os.path.realpath(unit.path))
+                if file not in found and file.is_file():
+                    with suppress(NoCompileCommand):
+                        found[file] = program.command(unit, file)
+        return tuple(found.values())
 
     def _in_databases(self, source: Path, tried: list[str]) -> tuple[CompileCommand, ...]:
         if self._given is not None:

@@ -19,6 +19,7 @@ from typing import Self
 
 from patcher.build.command import CompileCommand, Variant, input_argument, is_cpp, object_arguments, text_of
 from patcher.build.database import GET_A_DATABASE
+from patcher.build.dependencies import read_listing
 from patcher.build.running import Job, Outcome, never, run_all
 from patcher.build.toolchain import identify
 from patcher.build.trust import is_private_directory
@@ -37,6 +38,7 @@ class CompiledUnit:
     command: tuple[str, ...]
     milliseconds: float
     diagnostics: str
+    listing: str = ""  # what the compile read, as a dependency file, where the compiler is one that says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,10 @@ class _Task:
     command: CompileCommand
     job: Job
     object: Path
+
+    @property
+    def listing(self) -> Path:
+        return self.object.with_suffix(".d")
 
 
 class Compiler:
@@ -119,7 +125,14 @@ class Compiler:
         needs_identity = written is not None or variant is not Variant.PLAIN or is_cpp(command)
         toolchain = identify(command.arguments, command.directory) if needs_identity else None
         arguments = object_arguments(
-            command, output, toolchain=toolchain, variant=variant, text=written, colour=self._colour, options=options
+            command,
+            output,
+            toolchain=toolchain,
+            variant=variant,
+            text=written,
+            colour=self._colour,
+            options=options,
+            listing=output.with_suffix(".d") if written is None else None,
         )
         return _Task(command, Job(arguments, command.directory, place / "output"), output)
 
@@ -135,7 +148,14 @@ class Compiler:
         if failed:
             raise _failure(failed)
         return tuple(
-            CompiledUnit(task.command.file, task.object, task.job.arguments, outcome.milliseconds, outcome.output)
+            CompiledUnit(
+                task.command.file,
+                task.object,
+                task.job.arguments,
+                outcome.milliseconds,
+                outcome.output,
+                read_listing(task.listing),
+            )
             for task, outcome in pairs
         )
 
@@ -195,6 +215,7 @@ def _failure(failed: Sequence[tuple[_Task, Outcome]]) -> BuildError:
         f"{names}: {_how(outcome)} ({shlex.join(first.job.arguments)})",
         "; or, ".join(hints),
         file=str(first.command.file),
+        files=[str(task.command.file) for task, _ in failed],
         diagnostics="".join(outcome.output for _, outcome in failed),
     )
 
