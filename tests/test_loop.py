@@ -85,7 +85,7 @@ def test_advice_on_commands_ends_once_a_file_has_compiled(loop: tuple[Loop, Seen
 def test_a_saved_header_is_told_to_touch_nothing(loop: tuple[Loop, Seen, Path]) -> None:
     watching, seen, source = loop
     save(watching, source.with_name("unit.h"), "int answer(void);\n")
-    (saved, note) = seen.take()
+    (saved, *_, note) = seen.take()
     assert isinstance(saved, Saved)
     assert isinstance(note, Note)
     assert "unit.h: nothing that the process was built from includes it" in note.text
