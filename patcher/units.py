@@ -405,10 +405,16 @@ class Units:
             code="mismatch",
         )
 
+    def _headers_at_first(self, unit: Path) -> dict[Path, bytes]:
+        """Return the texts that a unit's headers had at the start, where any of them is another now."""
+        known = {f: self.texts.of(f) for f in self.dependencies.of(unit) if f != unit}
+        first = {file: texts[0] for file, texts in known.items() if texts}
+        return first if any(_differs(file, text) for file, text in first.items()) else {}
+
     def _fits(self, text: bytes, command: CompileCommand) -> bool:
         """Tell whether most of a unit, compiled from another text, is what runs."""
         try:
-            blocks = Blocks(self._compiled(command, text=text))
+            blocks = Blocks(self._compiled(command, text=text, headers=self._headers_at_first(command.file)))
         except PatcherError:
             return False
         live = find_unit(self.image, self.ledger.view(), blocks)
@@ -529,6 +535,13 @@ class Units:
             self._say(
                 f"{what} has no debug information (-g) that can be read: the layouts of its types are not checked"
             )
+
+
+def _differs(file: Path, text: bytes) -> bool:
+    try:
+        return file.read_bytes() != text
+    except OSError:
+        return True
 
 
 def commands_for(image: Image, options: Options) -> Commands:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import enum
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from patcher.build.mirror import searched_first
 from patcher.build.toolchain import Family, Toolchain, is_driver, program_index
 from patcher.errors import BuildError, NoCompileCommand
 
@@ -99,16 +100,21 @@ def object_arguments(
     colour: bool = False,
     options: Sequence[str] = (),
     listing: Path | None = None,
+    mirror: Path | None = None,
 ) -> tuple[str, ...]:
     """Rewrite a command so that it makes the object `output` and writes no other file of the user's.
 
     `text` is compiled in place of the source file (see `text_of`), `options` are added. `toolchain` must be given
     with a variant or a text, or for C++: classes are described in full then. What the compile reads is written to
-    `listing`, where the compiler is one that can. Raises BuildError when the compiler cannot make the variant.
+    `listing`, where the compiler is one that can. Headers below `mirror` come before those of the same paths.
+    Raises BuildError when the compiler cannot make the variant.
     """
     program, switches = _divided(command)
     named = input_argument(command)
-    kept = [word for group in _groups(switches) if _stays(group, named) for word in group]
+    groups: Iterable[tuple[str, ...]] = (group for group in _groups(switches) if _stays(group, named))
+    if mirror is not None:
+        groups = searched_first(groups, mirror, command.directory)
+    kept = [word for group in groups for word in group]
     front: tuple[str, ...] = ()
     if text is not None and toolchain is not None:
         kept = [str(text) if word == named else word for word in kept if not word.startswith(_STRICTNESS)]

@@ -10,7 +10,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Self
 from patcher.build.command import CompileCommand, Variant, input_argument, is_cpp, object_arguments, text_of
 from patcher.build.database import GET_A_DATABASE
 from patcher.build.dependencies import read_listing
+from patcher.build.mirror import mirrored, write_texts
 from patcher.build.running import Job, Outcome, never, run_all
 from patcher.build.toolchain import identify
 from patcher.build.trust import is_private_directory
@@ -68,13 +69,16 @@ class Compiler:
         variant: Variant = Variant.PLAIN,
         text: bytes | None = None,
         options: Sequence[str] = (),
+        headers: Mapping[Path, bytes] | None = None,
         cancelled: Callable[[], bool] = never,
     ) -> CompiledUnit:
         """Compile one unit; `text` stands for the file's contents, `options` are added to the command.
 
+        With a text, `headers` stand for the contents of other files.
+
         Raises BuildError with the compiler's diagnostics, BuildCancelled, or NoCompileCommand (no input file named).
         """
-        task = self._task(command, variant, text, tuple(options))
+        task = self._task(command, variant, text, tuple(options), headers)
         return self._finish((task,), cancelled)[0]
 
     def compile_all(
@@ -109,7 +113,14 @@ class Compiler:
     ) -> None:
         self.close()
 
-    def _task(self, command: CompileCommand, variant: Variant, text: bytes | None, options: tuple[str, ...]) -> _Task:
+    def _task(
+        self,
+        command: CompileCommand,
+        variant: Variant,
+        text: bytes | None,
+        options: tuple[str, ...],
+        headers: Mapping[Path, bytes] | None = None,
+    ) -> _Task:
         if not command.directory.is_dir():
             raise BuildError(
                 f"{command.file}: {command.directory}, named by {command.origin}, is not there to compile in",
@@ -119,7 +130,11 @@ class Compiler:
         place = self.directory / str(next(self._numbers))
         place.mkdir()
         written: Path | None = None
-        if text is not None or variant & Variant.SHIFTED:
+        mirror = place / "text" if headers else None
+        if text is not None and mirror is not None:
+            written = mirrored(mirror, command.file)
+            write_texts(mirror, {**(headers or {}), command.file: text_of(command, text, variant)})
+        elif text is not None or variant & Variant.SHIFTED:
             written = _write_text(place, command, text, variant)
         output = place / f"{command.file.name}.o"
         needs_identity = written is not None or variant is not Variant.PLAIN or is_cpp(command)
@@ -133,6 +148,7 @@ class Compiler:
             colour=self._colour,
             options=options,
             listing=output.with_suffix(".d") if written is None else None,
+            mirror=mirror,
         )
         return _Task(command, Job(arguments, command.directory, place / "output"), output)
 
