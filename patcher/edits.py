@@ -18,7 +18,7 @@
     REVERTED       SAVED  -      -             -     -        LIVE     REVERTED  REVERTED REVERTED   LIVE
 
 (*) what was applied to a process is not in the program's file: a program that is started again from the same file gets
-it anew. A round that is cancelled takes BUILT back to what it was before. A file that is not there any more has no state.
+it anew. A round that is cancelled takes BUILT back to what it was before. A file that is gone has no state.
 
 Files are what was saved, headers too: which units that makes is decided when they are built. What is SAVED, FAILED or
 HELD has to go live together (`core`); what is REFUSED is tried along with it, and left out if it will not go.

@@ -19,7 +19,17 @@ from pathlib import Path
 
 from patcher.build import BuildCancelled, BuildCommand, is_unit
 from patcher.edits import Edits, State
-from patcher.errors import BuildError, NoCompileCommand, PatcherError, TargetBusy, TargetError, TargetGone
+from patcher.errors import (
+    BuildError,
+    LinkError,
+    NoCompileCommand,
+    ObjectError,
+    PatcherError,
+    TargetBusy,
+    TargetError,
+    TargetGone,
+    UnsafeChange,
+)
 from patcher.report import BuildFailed, Note, Ready, Refused, Saved
 from patcher.session import Generation, Session
 from patcher.units import Source, Standing
@@ -31,13 +41,17 @@ _TICK_SECONDS = 0.5
 _BUSY_SECONDS = 1.0  # another patcher needs the process for less
 _BUSY_POLL_SECONDS = 0.02
 _NAMED = 4
+_OF_THE_CHANGE = (UnsafeChange, LinkError, ObjectError)  # another process takes it, if it is built of it
 
 
 class Loop:
     """Watches for one session."""
 
-    def __init__(self, session: Session, paths: Sequence[Path]) -> None:
+    def __init__(self, session: Session, paths: Sequence[Path], *, restarted_if_refused: bool = False) -> None:
+        """`restarted_if_refused`: a refused change ends a watch, for the program to be started again with it."""
         self.session = session
+        self.wants_restart = False
+        self._restarted_if_refused = restarted_if_refused
         self.paths = tuple(paths)
         self.edits = Edits()
         self._built: set[Path] = set()  # what compiled at least once: its command is right
@@ -49,21 +63,41 @@ class Loop:
 
     def run(self, stop: threading.Event) -> None:
         """Apply every save until `stop` is set. Raises `TargetGone` when the process ends."""
-        session = self.session
         with Watcher(self.paths, stop=stop) as watcher:
-            session.remember_texts(self.paths)
-            session.prepare()
-            session.emit(Ready(session.target.pid, session.target.program, tuple(str(p) for p in self.paths)))
-            if self._builder is None:
-                session.touched.start()
-            while not stop.is_set():
-                saved = watcher.next(_TICK_SECONDS)
-                if saved is None:
-                    return
-                if saved:
-                    self.round(saved, watcher.pending)
-                else:
-                    session.target.check_alive()
+            self.watch(watcher, stop)
+
+    def watch(self, watcher: Watcher, stop: threading.Event) -> None:
+        """Apply every save until `stop` is set, or a restart is wanted. Raises `TargetGone` when the process ends."""
+        session = self.session
+        session.remember_texts(self.paths)
+        session.prepare()
+        session.emit(Ready(session.target.pid, session.target.program, tuple(str(p) for p in self.paths)))
+        if self._builder is None:
+            session.touched.start()
+        if self.edits.core():
+            self._go(_Round(time.perf_counter(), 0.0, watcher.pending))
+        while not stop.is_set() and not self.wants_restart:
+            saved = watcher.next(_TICK_SECONDS)
+            if saved is None:
+                return
+            if saved:
+                self.round(saved, watcher.pending)
+            else:
+                session.target.check_alive()
+
+    def go_on(self, session: Session, *, as_built: bool) -> None:
+        """Go on with another process: of a program built of the sources as they are (`as_built`), or the same."""
+        session.dependencies = self.session.dependencies
+        if not as_built:
+            session.texts = self.session.texts
+        elif self._builder is not None:
+            self._builder.outstanding()
+            self._builder.take()
+        self.session = session
+        self.wants_restart = False
+        self._left = 0
+        self.edits.gone()
+        self.edits.restarted(as_built=as_built)
 
     def round(self, saved: Iterable[Path], pending: Pending) -> None:
         """Handle one round of saves; `pending` tells whether more was saved meanwhile.
@@ -74,6 +108,9 @@ class Loop:
         self.session.emit(Saved(tuple(sorted(str(p) for p in saved))))
         self.edits.vanished([f for f in self.edits.pending() if not f.exists()])
         self.edits.saved(f for f in saved if f.exists())
+        self._go(round_)
+
+    def _go(self, round_: _Round) -> None:
         try:
             self._try_all(round_)
         except BuildCancelled:  # saved again while it was compiled: the next round has everything
@@ -133,6 +170,7 @@ class Loop:
         else:
             self.edits.refused(self.edits.pending())
             self._refuse(error, core)
+            self.wants_restart = self._restarted_if_refused and isinstance(error, _OF_THE_CHANGE)
 
     def _refuse(self, error: PatcherError, files: Collection[Path]) -> None:
         self.session.emit(Refused(error.code, error.message, error.hint, ", ".join(map(str, sorted(files)))))
@@ -192,9 +230,7 @@ class Loop:
         deadline = time.monotonic() + _BUSY_SECONDS
         while True:
             try:
-                return self.session.make_live(
-                    compiled, started=round_.began, began=round_.began, detect=round_.detect
-                )
+                return self.session.make_live(compiled, started=round_.began, began=round_.began, detect=round_.detect)
             except TargetBusy as error:
                 if error.code != "locked" or time.monotonic() > deadline or round_.pending():
                     raise

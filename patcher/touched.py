@@ -1,8 +1,8 @@
 """TOUCHED: which units of a process a saved header touches.
 
-Decides which units are in the process at all: those of a file's name that one of its modules was built from. That may be
-a unit too many (another program's, of the same name), which shows when it is matched, and never one too few. What they
-include is `build`'s business.
+Decides which units are in the process at all: those of a file's name that one of its modules was built from. That may
+be a unit too many (another program's, of the same name), which shows when it is matched, and never one too few. What
+they include is `build`'s business.
 """
 
 from __future__ import annotations
@@ -74,8 +74,6 @@ class Touched:
         return names if told else frozenset()
 
 
-def _units_named(
-    units: Callable[[], tuple[CompileCommand, ...]], names: frozenset[str]
-) -> tuple[CompileCommand, ...]:
+def _units_named(units: Callable[[], tuple[CompileCommand, ...]], names: frozenset[str]) -> tuple[CompileCommand, ...]:
     bases = {Path(name).name for name in names}
     return tuple(c for c in units() if not bases or c.file.name in bases)

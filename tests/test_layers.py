@@ -111,7 +111,9 @@ ALLOWED: dict[str, set[str]] = {
     "tree": {"errors", "options", "report", "session", "target", "units"},
     # The watch loop drives a session, which starts it.
     "loop": {"errors", "edits", "session", "build", "watch", "report", "units"},
-    "cli": {"errors", "options", "report", "session", "target", "tree", "build", ""},
+    # One watch over one process of a program after another.
+    "restart": {"build", "errors", "loop", "report", "session", "target", "watch"},
+    "cli": {"errors", "options", "report", "restart", "session", "target", "tree", "build", ""},
     "": {"errors", "options", "session", "target", "tree", "report"},  # the package itself: the public API
     "__main__": {"cli"},
 }

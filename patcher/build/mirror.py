@@ -1,7 +1,8 @@
 """A unit compiled from texts that are not on disk any more: the unit's own, and those of headers.
 
-The texts are written below a directory of ours under their own absolute paths, and every include directory of the command
-is preceded by its mirror. What is not among the texts is found where it always was. Decides nothing about switches else.
+The texts are written below a directory of ours under their own absolute paths, and every include directory of the
+command is preceded by its mirror. What is not among the texts is found where it always was. Decides nothing else about
+switches.
 Specification: gcc(1), "Options for Directory Search".
 """
 
