@@ -33,7 +33,7 @@ from patcher.errors import (
 from patcher.report import BuildFailed, Note, Ready, Refused, Saved
 from patcher.session import Generation, Session
 from patcher.units import Source, Standing
-from patcher.watch import Watcher
+from patcher.watch import Watcher, gathered, git_lock, is_build_file
 
 Pending = Callable[[], bool]
 
@@ -56,6 +56,7 @@ class Loop:
         self.edits = Edits()
         self._built: set[Path] = set()  # what compiled at least once: its command is right
         self._left = 0  # the generation that we left live
+        self._commands: dict[str, int] = {}  # the databases that commands came from, as they were
         self._fresh: frozenset[Path] = frozenset()  # the objects that the user's build made last
         build = session.options.build
         roots = [p.resolve() for p in paths]
@@ -74,6 +75,7 @@ class Loop:
         session.emit(Ready(session.target.pid, session.target.program, tuple(str(p) for p in self.paths)))
         if self._builder is None:
             session.touched.start()
+        lock = git_lock(self.paths)
         if self.edits.core():
             self._go(_Round(time.perf_counter(), 0.0, watcher.pending))
         while not stop.is_set() and not self.wants_restart:
@@ -81,9 +83,10 @@ class Loop:
             if saved is None:
                 return
             if saved:
-                self.round(saved, watcher.pending)
+                self.round(gathered(watcher, saved, lock), watcher.pending)
             else:
                 session.target.check_alive()
+                self._look_at_commands(watcher.pending)
 
     def go_on(self, session: Session, *, as_built: bool) -> None:
         """Go on with another process: of a program built of the sources as they are (`as_built`), or the same."""
@@ -107,8 +110,29 @@ class Loop:
         round_ = _Round(time.perf_counter(), _since_save(saved), pending)
         self.session.emit(Saved(tuple(sorted(str(p) for p in saved))))
         self.edits.vanished([f for f in self.edits.pending() if not f.exists()])
-        self.edits.saved(f for f in saved if f.exists())
+        commands = [f for f in saved if is_build_file(f)] if self._builder is None else []
+        self.edits.saved(f for f in saved if f.exists() and f not in commands)
+        if commands:
+            self._read_commands_anew(commands)
         self._go(round_)
+
+    def _look_at_commands(self, pending: Pending) -> None:
+        """Try again what is pending, when compile commands changed that are not among what is watched."""
+        stamp = self.session.units.commands.stamp()
+        changed = [
+            Path(path) for path, modified in stamp if modified and self._commands.get(path, modified) != modified
+        ]
+        self._commands = dict(stamp)
+        if changed and self._builder is None:
+            self._read_commands_anew(changed)
+            self._go(_Round(time.perf_counter(), 0.0, pending))
+
+    def _read_commands_anew(self, files: Collection[Path]) -> None:
+        self._commands = dict(self.session.units.commands.stamp())
+        self.session.emit(Note(f"{_listed(files)}: compile commands are read anew"))
+        self.edits.saved(self.edits.pending())
+        self.session.dependencies.forget()
+        self.session.touched.start()
 
     def _go(self, round_: _Round) -> None:
         try:
@@ -145,6 +169,7 @@ class Loop:
             else:
                 self._went(outcome, files)
                 return
+        self.edits.refused(self.edits.pending())  # as before: nothing else was to be tried
 
     def _went(self, outcome: Generation, files: Collection[Path]) -> None:
         if self._left != self.session.found:

@@ -61,6 +61,9 @@ from patcher.texts import Texts
 
 _DRIFT_MINIMUM = 4  # functions that must differ before a unit is thought not to be what runs
 
+_MANY_UNITS = 8  # that are worth a word on how far their compile has come
+_PROGRESS_SECONDS = 1.0
+
 _FARTHER = {PLAIN: INDIRECT, INDIRECT: LARGE}
 
 Cancelled = Callable[[], bool]
@@ -129,7 +132,8 @@ class Units:
         self.texts = texts
         self.dependencies = dependencies
         self._say = say
-        self.compiler = Compiler(colour=options.colour)
+        self.compiler = Compiler(colour=options.colour, progress=self._tell_progress)
+        self._told_progress = 0.0
         self.commands = commands_for(image, options)
         self.supplies = Supplies(image, ledger, options, self.commands, self.compiler)
         self.build_seconds = 0.0  # spent in compilers since it was last set to 0
@@ -160,6 +164,12 @@ class Units:
             yield
         finally:
             self.build_seconds += time.perf_counter() - began
+
+    def _tell_progress(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if total >= _MANY_UNITS and now - self._told_progress >= _PROGRESS_SECONDS:
+            self._told_progress = now
+            self._say(f"compiled {done} of {total} units")
 
     def sources(
         self, files: Sequence[Path], cancelled: Cancelled, standings: Mapping[Path, Standing] = _NONE

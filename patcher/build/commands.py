@@ -63,6 +63,11 @@ class Commands:
         """Return the source files that the given database lists; none without one. Raises NoCompileCommand."""
         return self._given.files() if self._given is not None else ()
 
+    def stamp(self) -> tuple[tuple[str, int], ...]:
+        """Return what changes when a database that was asked does."""
+        asked = [self._given] if self._given is not None else list(self._databases.values())
+        return tuple((str(d.path), _modified(d.path)) for d in asked)
+
     def known(self) -> tuple[CompileCommand, ...]:
         """Return every command of the given database, else of the nearest; none where there is no readable one."""
         places = self._near_all() if self._given is None else (self._given,)
@@ -139,6 +144,13 @@ class Commands:
         if reason is not None:
             raise NoCompileCommand(f"{reason.message} (tried before: {'; '.join(tried)})", reason.hint)
         return ()
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _place_of(program: Path) -> Path:

@@ -56,8 +56,18 @@ class _Task:
 class Compiler:
     """Compiles units into a directory of its own, which `close` removes with all objects."""
 
-    def __init__(self, directory: Path | None = None, *, colour: bool = False) -> None:
-        """`directory` is where our own is made; by default the user's runtime directory, or that of temporary files."""
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        colour: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """`directory` is where our own is made; by default the user's runtime directory, or that of temporary files.
+
+        `progress` is told how many units of how many have been compiled.
+        """
+        self._progress = progress
         self.directory = _private_directory(directory)
         self._colour = colour
         self._numbers = count(1)
@@ -156,7 +166,8 @@ class Compiler:
         environment = {key: value for key, value in os.environ.items() if key not in _WRITES_ELSEWHERE}
         environment["TMPDIR"] = str(self.directory)  # what a killed compiler leaves behind goes with the directory
         try:
-            outcomes = run_all([task.job for task in tasks], environment=environment, cancelled=cancelled)
+            jobs = [task.job for task in tasks]
+            outcomes = run_all(jobs, environment=environment, cancelled=cancelled, progress=self._progress)
         except OSError as error:
             raise _not_started(error, tasks) from None
         pairs = tuple(zip(tasks, outcomes, strict=True))

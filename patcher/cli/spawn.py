@@ -12,7 +12,6 @@ import click
 from patcher.cli.options import Common, common, gather
 from patcher.errors import PatcherError, TargetGone
 from patcher.report import Exited, Note, Ready, Reporter
-from patcher.restart import Restarts, When
 from patcher.target import JobControl, exit_code, wait_exit
 from patcher.target import spawn as start
 
@@ -52,6 +51,8 @@ def spawn(program: str, arguments: tuple[str, ...], aslr: bool, restart: str | N
             return child.pid
 
         if restart:
+            from patcher.restart import Restarts, When
+
             when = When.named(restart)
             again = Restarts(begin, partial(asked.session, reporter=reporter), jobs, reporter, when, asked.build)
             return exit_code(again.run(asked.watch) or 0)
