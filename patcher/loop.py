@@ -145,7 +145,6 @@ class Loop:
 
     def _try_all(self, round_: _Round) -> None:
         made = self._units_of(self.edits.pending(), round_)
-        self._set_strangers_aside(made)
         everything, core = self.edits.pending(), self.edits.core()
         compiled: list[Source] | None = None
         for files in dict.fromkeys(f for f in (everything, core) if f):
@@ -205,31 +204,42 @@ class Loop:
     def _units_of(self, files: Collection[Path], round_: _Round) -> dict[Path, frozenset[Path]]:
         """Return the units that each file makes; the files that make none are not pending any more, and it is said."""
         made = {f: frozenset([f]) for f in files}
-        others = [f for f in files if not is_unit(f)]
-        if self._builder is not None or not others:
+        if self._builder is not None:
             return made
-        made |= self.session.touched.by(others, round_.pending)
+        alone = self._not_compiled_alone(files)
+        others = [f for f in files if f in alone or not is_unit(f)]
+        if not others:
+            return made
+        touched = self.session.touched.by(others, round_.pending)
+        made |= {f: units for f, units in touched.items() if units or f not in alone}
         idle = [f for f in others if not made[f]]
         self.edits.vanished(idle)
-        if idle and idle == others == list(files):
+        if idle and idle == list(files):
             self.session.emit(Note(f"{_listed(idle)}: nothing that the process was built from includes it"))
-        touched = frozenset[Path]().union(*(made[f] for f in others))
-        if len(touched) > 1:
-            self.session.emit(Note(f"{_listed(set(others) - set(idle))}: {len(touched)} units include it"))
+        units = frozenset[Path]().union(*touched.values())
+        if len(units) > 1:
+            named = _listed(f for f in others if touched[f])
+            self.session.emit(Note(f"{named}: {len(units)} units include it"))
+        self._set_strangers_aside({f: error for f, error in alone.items() if not touched[f]})
         return made
 
-    def _set_strangers_aside(self, made: Mapping[Path, frozenset[Path]]) -> None:
-        """Refuse, by itself, a file that nothing says how to compile and that the process has nothing of."""
-        core = self.edits.core()
-        if self._builder is not None or len(core) < 2:
-            return
-        for file in sorted(core):
+    def _not_compiled_alone(self, files: Collection[Path]) -> dict[Path, NoCompileCommand]:
+        """Return the source files that nothing says how to compile: another may include them."""
+        found = {}
+        for file in filter(is_unit, files):
             try:
-                self.session.units.commands.find(file) if is_unit(file) else None
+                self.session.units.commands.find(file)
             except NoCompileCommand as error:
-                if not self.session.touched.may_have(file):
-                    self.edits.refused([file])
-                    self._refuse(error, [file])
+                found[file] = error
+        return found
+
+    def _set_strangers_aside(self, unknown: Mapping[Path, NoCompileCommand]) -> None:
+        """Refuse, each by itself, files that cannot be compiled and that the process has nothing of."""
+        for file, error in sorted(unknown.items()):
+            core = self.edits.core()
+            if file in core and len(core) > 1 and not self.session.touched.may_have(file):
+                self.edits.refused([file])
+                self._refuse(error, [file])
 
     def _share(
         self, compiled: Sequence[Source], files: Collection[Path], made: Mapping[Path, frozenset[Path]]

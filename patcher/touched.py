@@ -55,12 +55,13 @@ class Touched:
         return not names or unit.name in {Path(name).name for name in names}
 
     def by(self, headers: Iterable[Path], cancelled: Callable[[], bool]) -> dict[Path, frozenset[Path]]:
-        """Return the units that each header touches. Raises BuildCancelled."""
+        """Return the units that each header touches, of those that are there. Raises BuildCancelled."""
         if self._gathering is None:
             self.start()
         assert self._gathering is not None
         self._gathering.complete(cancelled=cancelled, say=self._tell)
-        return {header: self._dependencies.includers(header) for header in headers}
+        found = {header: self._dependencies.includers(header) for header in headers}
+        return {header: frozenset(unit for unit in units if unit.is_file()) for header, units in found.items()}
 
     def _tell(self, count: int) -> None:
         what = "one unit" if count == 1 else f"{count} units"

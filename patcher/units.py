@@ -10,7 +10,9 @@ Decides which functions are new and whether they may be; linking them is `relink
 from __future__ import annotations
 
 import enum
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -141,6 +143,8 @@ class Units:
         self._needed_reach: dict[tuple[Path, tuple[str, ...]], Variant] = {}
         self._reach: WeakKeyDictionary[Blocks, Variant] = WeakKeyDictionary()
         self._line_only: dict[tuple[Path, str], object] = {}
+        self._accepted: set[Path] = set()  # units that turned out to be those of the process
+        self._names: tuple[object, Counter[str]] | None = None  # how many known units have a name, and when that was
         self._waiting: dict[str, Source] = {}
         self._command_of: dict[ObjectFile, CompileCommand] = {}
         self.admission = Admission(options.allowed_layouts)
@@ -295,7 +299,7 @@ class Units:
                 absent += [b.name for b in (*blocks.functions, *data)]
                 continue
             delta = self._match(source, blocks, unit)
-            if self._is_foreign(delta):
+            if self._is_foreign(delta) or not self._is_the_one(source):
                 if source.standing is Standing.GIVEN:
                     raise self._foreign(source, delta)
                 foreign += [source] if source.standing is Standing.AMONG_OTHERS else []
@@ -381,6 +385,30 @@ class Units:
         if known or not module.module.symbols.has_files:
             return False
         return not delta.with_status(Status.SAME, Status.LINE_ONLY) and bool(delta.with_status(Status.CHANGED))
+
+    def _is_the_one(self, source: Source) -> bool:
+        """Tell whether a unit is what runs, and not another file of its name, where there are several.
+
+        A module knows files by their names alone. What was not there at the start cannot be told.
+        """
+        command = source.command
+        if command is None or self.options.force or source.file in self._accepted:
+            return True
+        if self._has_namesakes(source.file):
+            texts = self.texts.of(source.file)
+            if source.standing is Standing.TOUCHED and not texts:
+                return False
+            if texts and not self._fits(texts[0], command):
+                return False
+        self._accepted.add(source.file)
+        return True
+
+    def _has_namesakes(self, file: Path) -> bool:
+        stamp = self.commands.stamp()
+        if self._names is None or self._names[0] != stamp:
+            files = {os.path.normpath(command.file) for command in self.commands.known()}
+            self._names = stamp, Counter(map(os.path.basename, files))
+        return self._names[1][file.name] > 1
 
     def _foreign(self, source: Source, delta: Delta) -> UnsafeChange:
         names = ", ".join(f"`{f.name}`" for f in delta.with_status(Status.CHANGED)[:3])

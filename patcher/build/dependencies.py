@@ -79,7 +79,8 @@ class Dependencies:
         found = frozenset(unit for unit, files in known if header in files and unit != header)
         if found:
             return found
-        return frozenset(unit for unit, files in known if any(file.name == header.name for file in files))
+        named = ((unit, {file for file in files if file.name == header.name}) for unit, files in known)
+        return frozenset(unit for unit, files in named if files - {unit})
 
     def _look_at_listings(self) -> None:
         for unit, (text, directory) in self._listings.items():

@@ -39,6 +39,7 @@ class Gathering:
         self._closed = threading.Event()
         self._free = threading.Event()  # nobody waits for a compile
         self._free.set()
+        self._holds = 0
         self._thread: threading.Thread | None = None
         self._directory: Path | None = None
 
@@ -58,11 +59,14 @@ class Gathering:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Start no compiler in the background during the block."""
+        self._holds += 1
         self._free.clear()
         try:
             yield
         finally:
-            self._free.set()
+            self._holds -= 1
+            if not self._holds:
+                self._free.set()
 
     def complete(self, *, cancelled: Callable[[], bool] = never, say: Progress | None = None) -> None:
         """Return when it is known of every unit what it includes, save for those that the compiler cannot tell of.
@@ -82,7 +86,6 @@ class Gathering:
 
     def _end(self) -> None:
         self._closed.set()
-        self._free.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
