@@ -102,6 +102,10 @@ class Loop:
         self.edits.gone()
         self.edits.restarted(as_built=as_built)
 
+    def missed(self, saved: Iterable[Path]) -> None:
+        """Take note of files that were saved while there was no process."""
+        self.edits.saved(f for f in saved if not is_build_file(f))
+
     def round(self, saved: Iterable[Path], pending: Pending) -> None:
         """Handle one round of saves; `pending` tells whether more was saved meanwhile.
 

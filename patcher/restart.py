@@ -88,7 +88,7 @@ class Restarts:
                 if not wanted and (not self._when.exit or self._was_asked_for()):
                     return status
                 brief = restarts > 0 and not wanted and time.monotonic() - began < _AT_ONCE_SECONDS
-                if not self._make_ready(watcher, brief):
+                if not self._make_ready(watcher, loop, brief):
                     return status
                 restarts += 1
                 pid = self._start()
@@ -130,14 +130,17 @@ class Restarts:
         elif status is not None:
             self._reporter.emit(Exited(status=os.WEXITSTATUS(status)))
 
-    def _make_ready(self, watcher: Watcher, brief: bool) -> bool:
+    def _make_ready(self, watcher: Watcher, loop: Loop | None, brief: bool) -> bool:
         """Build the program, once it is worth trying; return False when we are told to end meanwhile."""
         since = time.monotonic()
         if brief:
             self._reporter.emit(Note("it ended as soon as it was started: it is started again after the next save"))
         while self._jobs.told_at < since:
-            if brief and not watcher.next(_TICK_SECONDS):
+            saved = watcher.next(_TICK_SECONDS) if brief else frozenset()
+            if brief and not saved:
                 continue
+            if loop is not None:
+                loop.missed(saved or ())
             if self._built():
                 self._reporter.emit(Note("the program is started again"))
                 return True
