@@ -283,7 +283,7 @@ class Session:
         if self._touched is None:
             from patcher.touched import Touched
 
-            self._touched = Touched(self.image, self.options, self.dependencies, self._say)
+            self._touched = Touched(self.image, self.options, self.texts, self.dependencies, self._say)
         return self._touched
 
     def _say(self, text: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from patcher.build import CompileCommand, Dependencies, Gathering
 from patcher.image import Image
 from patcher.options import Options
+from patcher.texts import Texts
 from patcher.units import commands_for
 
 _MADE_OF_ALL = frozenset({"<artificial>", "ld-temp.o"})  # what gcc and lld call all units that were linked with -flto
@@ -23,8 +24,16 @@ _MADE_OF_ALL = frozenset({"<artificial>", "ld-temp.o"})  # what gcc and lld call
 class Touched:
     """The units that headers touch, in one process. Gathers in the background from `start` on."""
 
-    def __init__(self, image: Image, options: Options, dependencies: Dependencies, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        image: Image,
+        options: Options,
+        texts: Texts,
+        dependencies: Dependencies,
+        say: Callable[[str], None],
+    ) -> None:
         self._image = image
+        self._texts = texts
         self._options = options
         self._dependencies = dependencies
         self._say = say
@@ -55,12 +64,16 @@ class Touched:
         return not names or unit.name in {Path(name).name for name in names}
 
     def by(self, headers: Iterable[Path], cancelled: Callable[[], bool]) -> dict[Path, frozenset[Path]]:
-        """Return the units that each header touches, of those that are there. Raises BuildCancelled."""
+        """Return the units that each header touches, of those that are there. Raises BuildCancelled.
+
+        Headers that were not there at the start may hide others of the same name.
+        """
         if self._gathering is None:
             self.start()
         assert self._gathering is not None
         self._gathering.complete(cancelled=cancelled, say=self._tell)
-        found = {header: self._dependencies.includers(header) for header in headers}
+        includers = self._dependencies.includers
+        found = {header: includers(header, new=not self._texts.of(header)) for header in headers}
         return {header: frozenset(unit for unit in units if unit.is_file()) for header, units in found.items()}
 
     def _tell(self, count: int) -> None:

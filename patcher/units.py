@@ -286,6 +286,7 @@ class Units:
         absent: list[str] = []
         foreign: list[Source] = []
         known = frozenset(self._waiting)
+        together = Counter(file.name for file in {s.file for s in sources})
         for source in sources:
             self._waiting.pop(source.name, None)  # what an earlier text of it had is no more
         for source in sources:
@@ -299,7 +300,7 @@ class Units:
                 absent += [b.name for b in (*blocks.functions, *data)]
                 continue
             delta = self._match(source, blocks, unit)
-            if self._is_foreign(delta) or not self._is_the_one(source):
+            if self._is_foreign(delta) or not self._is_the_one(source, together):
                 if source.standing is Standing.GIVEN:
                     raise self._foreign(source, delta)
                 foreign += [source] if source.standing is Standing.AMONG_OTHERS else []
@@ -386,7 +387,7 @@ class Units:
             return False
         return not delta.with_status(Status.SAME, Status.LINE_ONLY) and bool(delta.with_status(Status.CHANGED))
 
-    def _is_the_one(self, source: Source) -> bool:
+    def _is_the_one(self, source: Source, together: Counter[str]) -> bool:
         """Tell whether a unit is what runs, and not another file of its name, where there are several.
 
         A module knows files by their names alone. What was not there at the start cannot be told.
@@ -394,7 +395,7 @@ class Units:
         command = source.command
         if command is None or self.options.force or source.file in self._accepted:
             return True
-        if self._has_namesakes(source.file):
+        if together[source.file.name] > 1 or self._has_namesakes(source.file):
             texts = self.texts.of(source.file)
             if source.standing is Standing.TOUCHED and not texts:
                 return False

@@ -80,7 +80,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"match", "origin", "part", "patch", "relink", "supply", "options", "texts", "stamps", "build", "data"},
     # What becomes of each saved file; knows no process.
     "edits": set(),
-    "touched": {"build", "image", "options", "units"},
+    "touched": {"build", "image", "options", "texts", "units"},
     "explain": {"data", "errors", "match", "part", "relink", "units", "report"},
     "session": MATCHING
     | {

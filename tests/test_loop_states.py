@@ -427,3 +427,32 @@ def test_a_checkout_of_many_files_is_one_generation(tmp_path: Path) -> None:
         applied = watched.one(Applied, *watched.root.glob("src/*"))
         assert len(applied.functions) == count
         assert watched.ask() == str(count * 4 + sum(range(count)))
+
+
+def test_a_copy_of_the_tree_that_the_program_was_built_in_does_not_come_in_between(watched: Watched) -> None:
+    """Debug information names the units of the copy, with a header that the tree has as well, and uses no more."""
+    copy = watched.root / "copy"
+    (watched.root / "src").rename(copy)
+    copy.joinpath("scale.h").rename(copy / "old.h")
+    for path in copy.glob("*.c"):
+        path.write_text(path.read_text().replace("scale.h", "old.h"))
+    watched.program.end()
+    (watched.root / "src").mkdir()
+    for path in copy.iterdir():
+        watched.path(path.name).write_text(path.read_text())
+    commands = []
+    for name in ("main", "unit", "other", "spare"):
+        command = ["gcc", "-g", "-O2", "-c", f"{name}.c", "-o", f"{name}.o"]
+        subprocess.run(command, cwd=copy, check=True)
+        commands.append({"directory": str(watched.path("")), "file": f"{name}.c", "arguments": command})
+    (watched.root / "compile_commands.json").write_text(json.dumps(commands))
+    subprocess.run(["gcc", "-o", "../program", "main.o", "unit.o", "other.o", "spare.o"], cwd=copy, check=True)
+    watched.program = watched.stack.enter_context(watched.project.running())
+    watched.loop = watched.controller()
+    old = watched.path("old.h")
+    watched.path("new.h").write_text(old.read_text().replace("SCALE 3", "SCALE 4"))
+    watched.one(Applied, watched.edit("other.c", "old.h", "new.h"), watched.edit("unit.c", "old.h", "new.h"))
+    assert watched.ask() == "4004"
+    old.write_text(old.read_text() + "#define MORE\n")
+    watched.save(old, watched.edit("other.c", "1000", "2000"))
+    assert watched.ask() == "8004"

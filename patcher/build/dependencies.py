@@ -68,16 +68,16 @@ class Dependencies:
             self._included.clear()
             self._listings.clear()
 
-    def includers(self, header: Path) -> frozenset[Path]:
+    def includers(self, header: Path, *, new: bool = False) -> frozenset[Path]:
         """Return the known units that include a file.
 
-        A file that none includes may be new, and found before another of its name: those that have that one count.
+        A file that is `new` may be found before another of its name: units that include that one count.
         """
         with self._lock:
             self._look_at_listings()
             known = tuple(self._included.items())
         found = frozenset(unit for unit, files in known if header in files and unit != header)
-        if found:
+        if found or not new:
             return found
         named = ((unit, {file for file in files if file.name == header.name}) for unit, files in known)
         return frozenset(unit for unit, files in named if files - {unit})

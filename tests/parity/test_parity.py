@@ -120,7 +120,7 @@ class Series:
             expected = [cold.ask(n) for n in QUESTIONS]
         finally:
             cold.end()
-        assert [self.running.ask(n) for n in QUESTIONS] == expected, (what, self.told)
+        assert [self.running.ask(n) for n in QUESTIONS] == expected, "\n".join([what, *self.told])
 
 
 def play(seed: int, root: Path, cold: Cold, check_each: Callable[[int], bool]) -> Series:
