@@ -51,6 +51,8 @@ class Loop:
         """`restarted_if_refused`: a refused change ends a watch, for the program to be started again with it."""
         self.session = session
         self.wants_restart = False
+        self._begun: Session | None = None  # what is ready
+        self._restarted = False  # and what was pending is to be tried at once
         self._restarted_if_refused = restarted_if_refused
         self.paths = tuple(paths)
         self.edits = Edits()
@@ -70,14 +72,12 @@ class Loop:
     def watch(self, watcher: Watcher, stop: threading.Event) -> None:
         """Apply every save until `stop` is set, or a restart is wanted. Raises `TargetGone` when the process ends."""
         session = self.session
-        session.remember_texts(self.paths)
-        session.prepare()
-        session.emit(Ready(session.target.pid, session.target.program, tuple(str(p) for p in self.paths)))
-        if self._builder is None:
-            session.touched.start()
+        if self._begun is not session:
+            self._begin()
         lock = git_lock(self.paths)
-        if self.edits.core():
+        if self._restarted and self.edits.core():
             self._go(_Round(time.perf_counter(), 0.0, watcher.pending))
+        self._restarted = False
         while not stop.is_set() and not self.wants_restart:
             saved = watcher.next(_TICK_SECONDS)
             if saved is None:
@@ -87,6 +87,14 @@ class Loop:
             else:
                 session.target.check_alive()
                 self._look_at_commands(watcher.pending)
+
+    def _begin(self) -> None:
+        session = self._begun = self.session
+        session.remember_texts(self.paths)
+        session.prepare()
+        session.emit(Ready(session.target.pid, session.target.program, tuple(str(p) for p in self.paths)))
+        if self._builder is None:
+            session.touched.start()
 
     def go_on(self, session: Session, *, as_built: bool) -> None:
         """Go on with another process: of a program built of the sources as they are (`as_built`), or the same."""
@@ -101,6 +109,7 @@ class Loop:
         self._left = 0
         self.edits.gone()
         self.edits.restarted(as_built=as_built)
+        self._restarted = True
 
     def missed(self, saved: Iterable[Path]) -> None:
         """Take note of files that were saved while there was no process."""
@@ -146,6 +155,7 @@ class Loop:
         except TargetGone:
             self.edits.gone()
             raise
+        self._commands = dict(self.session.units.commands.stamp())
 
     def _try_all(self, round_: _Round) -> None:
         made = self._units_of(self.edits.pending(), round_)

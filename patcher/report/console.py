@@ -42,7 +42,8 @@ class ConsoleReport:
     def emit(self, event: Event) -> None:
         if isinstance(event, BuildFailed):
             self._write(event.diagnostics.rstrip("\n"), "")
-            message = event.message if self._verbose and event.message else f"{event.file} does not compile"
+            told = event.message and (self._verbose or not event.file)
+            message = event.message if told else f"{event.file} does not compile"
             self._say(f"[red]{_escape(message)}[/]; the old code runs on")
             self._hint(event.hint)
         elif isinstance(event, Refused):

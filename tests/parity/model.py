@@ -139,11 +139,11 @@ class Program:
         """Go back to an earlier state; what is there more now stays, with the callers that it had."""
         headers, units = copy.deepcopy(state)  # type: ignore[misc]
         self.headers[: len(headers)] = headers
-        names = {f.name for u in units for f in u.functions} | {
-            f.name for u in self.units[len(units) :] for f in u.functions
-        }
-        if all(c in names for u in [*units, *self.units[len(units) :]] for f in u.functions for c in f.calls):
-            self.units[: len(units)] = units
+        after = [*units, *self.units[len(units) :]]
+        names = [f.name for u in after for f in u.functions]
+        called = {c for u in after for f in u.functions for c in f.calls}
+        if called <= set(names) and len(names) == len(set(names)):  # a function may have moved to a newer unit
+            self.units = after
 
     def _unit(self) -> Unit:
         return self.random.choice(self.units)
