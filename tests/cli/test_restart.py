@@ -141,16 +141,20 @@ def test_a_refused_change_is_made_by_a_new_process(made, started) -> None:
 
 def test_a_refused_change_that_does_not_build_leaves_the_process_running(made, started) -> None:
     """The objects build, the program does not."""
-    build = "make -s unit.o main.o && test ! -e broken && make -s"
+    build = "make -s unit.o main.o; if test -e once; then rm once; else test ! -e broken && make -s; fi"
     session = started(made, "spawn", "./program", "--watch", "src", "--restart", "refused", "--build", build)
-    (made.root / "broken").touch()
-    made.edit("unit.c", "1000", "2000")
-    session.event("build_failed")
+    for name in ("once", "broken"):
+        (made.root / name).touch()
+    made.edit("unit.c", "struct kept { int a; } kept = {5}", "struct kept { int b, a; } kept = {1, 6}")
+    assert session.event("refused", "applied", "exited")["event"] == "refused"
+    assert session.event("ready", "build_failed", "exited")["event"] == "build_failed"
     assert session.ask(1) == "1006"
     (made.root / "broken").unlink()
-    made.edit("unit.c", "2000", "3000")
-    session.event("applied")
-    assert session.ask(1) == "3006"
+    made.edit("unit.c", "1000", "2000")
+    assert session.event("refused", "applied", "exited", "ready")["event"] == "refused"
+    assert session.event("exited", "ready")["event"] == "exited"
+    again(session)
+    assert session.ask(1) == "2007"
 
 
 def test_a_program_that_ends_at_once_waits_for_a_save(made, started) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -101,14 +102,13 @@ def test_a_make_in_another_window_does_not_keep_the_edit_from_going_live(tmp_pat
     project = project_with_header(tmp_path / "p")
     (project.root / "compile_commands.json").unlink()
     (project.root / "Makefile").write_text(MAKEFILE)
-    build = "while test -e hold; do sleep 0.01; done; make -s"
-    session = watching(project, "spawn", "./program", "--watch", "src", "--build", build)
-    hold = project.root / "hold"
-    hold.touch()
+    session = watching(project, "spawn", "./program", "--watch", "src", "--build", "make -s")
+    turn = os.open(project.root, os.O_RDONLY)
+    fcntl.flock(turn, fcntl.LOCK_EX)  # as another watch does while it builds
     project.edit("unit.c", "SCALE * n", "7 * n")
     session.event("saved")
     subprocess.run(["make", "-s"], cwd=project.root, check=True)
-    os.unlink(hold)
+    os.close(turn)
     assert session.event("applied", "unchanged")["event"] == "applied"
     assert session.ask(1) == "308"
 
