@@ -113,9 +113,16 @@ class Series:
         self.live |= {f.name: texts[f.name] for f in files if f.suffix == ".h" and f.name not in pending}
         self.told += [f"{type(e).__name__} {getattr(e, 'message', '')}" for e in self.events]
 
-    def check(self, what: str) -> None:
+    def check(self, what: str, loop: Loop) -> None:
         """Compare what the process answers with what a cold build of what is live does."""
-        cold = Running([str(self.cold.program(self.live))])
+        try:
+            program = self.cold.program(self.live)
+        except subprocess.CalledProcessError:
+            # A function that another needs is brought in from a file of which the rest is refused: no texts say that.
+            assert loop.edits.pending(), "\n".join([what, *self.told])
+            self.told.append("Passed over")
+            return
+        cold = Running([str(program)])
         try:
             expected = [cold.ask(n) for n in QUESTIONS]
         finally:
@@ -143,10 +150,10 @@ def play(seed: int, root: Path, cold: Cold, check_each: Callable[[int], bool]) -
                 series.told.append(f"{number}: {done}")
                 series.save(loop, touch)
                 if check_each(number):
-                    series.check(f"seed {seed}, edit {number}")
+                    series.check(f"seed {seed}, edit {number}", loop)
             series.program.mend()
             series.save(loop, {series.sources / "u0.c"})
-            series.check(f"seed {seed}, at the end")
+            series.check(f"seed {seed}, at the end", loop)
             assert not [f for f in loop.edits.core() if loop.edits.state(f) is not State.REFUSED], series.told
     finally:
         series.running.end()
@@ -161,11 +168,13 @@ def cold(tmp_path_factory: pytest.TempPathFactory) -> Cold:
 @pytest.mark.timeout(60 + 20 * SERIES)
 def test_a_patched_process_answers_as_a_cold_build_does(tmp_path: Path, cold: Cold) -> None:
     """Several series in one test: what most of them apply shows that it is not all refused."""
-    applied, refused = 0, []
+    applied, passed_over, refused = 0, 0, []
     for seed in range(FIRST, FIRST + SERIES):
         series = play(seed, tmp_path / str(seed), cold, lambda number: SERIES > 10 or number % 3 == 2)
         applied += sum(line.startswith("Applied") for line in series.told)
+        passed_over += series.told.count("Passed over")
         refused += [line for line in series.told if line.startswith("Refused")]
-    print(f"{SERIES} series: {applied} generations, {len(refused)} refused")
+    print(f"{SERIES} series: {applied} generations, {len(refused)} refused, {passed_over} passed over")
     print("\n".join(refused))
     assert applied > 2 * SERIES
+    assert passed_over < SERIES / 4
