@@ -24,8 +24,8 @@ help: ## say what can be made (this)
 demo: $(VENV)/run.stamp ## start a small program and edit it while it runs (needs gcc; 6 seconds)
 	@$(BIN)/python fixtures/demo/run.py
 
-test: $(VENV)/dev.stamp ## run the tests (PYTEST_ARGS="-k words" for some of them)
-	@$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+test: $(VENV)/dev.stamp ## run the tests, one process of them per processor (PYTEST_ARGS="-k words" for some of them)
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 proof: $(VENV)/dev.stamp ## hold the linker against four others, on 300 programs that are also replaced as they run, and data against a model (20 minutes)
 	@PATCHER_PROGRAMS=300 PATCHER_RUNS=1000 $(BIN)/python -m pytest -q tests/proof tests/link/test_against_linkers.py \

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from patcher.errors import (
     AttachDenied,
     BuildError,
+    Forbidden,
     LinkError,
     NoCompileCommand,
     ObjectError,
@@ -153,6 +154,7 @@ def spawn(
 __all__ = [
     "AttachDenied",
     "BuildError",
+    "Forbidden",
     "Generation",
     "LinkError",
     "NoCompileCommand",

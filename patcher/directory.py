@@ -3,6 +3,8 @@
 Decides which symbols a generation has, and how they are laid out for the program. A table is written once, before its
 generation is live, and never changes: they form a chain from the newest back, and a reader takes the one whose number
 is that of the live generation, which flips with the code. So nobody sees half a table, and a revert writes none.
+When most of a chain is of generations that were forgotten, the next one begins a chain of its own, with the tables of
+all that are recorded; the old chain is memory that nothing needs but who has an address in it (`patch.reclaim`).
 Does not decide when anything is written (`patch.ledger`).
 
 The layouts are those of `header/patcher.h`.
@@ -16,7 +18,8 @@ from dataclasses import dataclass, replace
 
 from patcher.image import Image
 from patcher.link.place import ArenaFull
-from patcher.patch.journal import FORMER, GenerationRecord, Journal, Placed
+from patcher.patch.arena import Arena, Usage
+from patcher.patch.journal import FORMER, GenerationRecord, Journal, Placed, Stretch, without
 from patcher.patch.ledger import Commit, Ledger
 
 STATE = "patcher_state"
@@ -26,6 +29,7 @@ VERSION = 1
 _STATE = struct.Struct("<QIIQQ")  # magic, version, size, where the live number is, newest table
 _LIVE, _NEWEST = 16, 24  # offsets in it
 _TABLE = struct.Struct("<QQQQ")  # previous, generation, count, symbols
+_FEW = 16  # tables of forgotten generations, in any case
 _SYMBOL = struct.Struct("<QQQQ")  # name, file, address, size
 
 
@@ -57,27 +61,51 @@ def published(image: Image, ledger: Ledger, change: Commit) -> Commit:
     arena = ledger.primary
     if not states or arena is None or not change.record.bodies:
         return change
-    usages = dict(change.usage)
-    usage = usages.get(arena.base, ledger.usages[arena.base])
-    start = (usage.read_only + 7) & -8
-    newest = next((s.newest for s in states if s.newest), 0)
     known = {**ledger.journal.generations, change.record.number: change.record}
-    journal = Journal(known)
+    newest = next((s.newest for s in states if s.newest), 0)
+    if _outgrown(ledger, newest, known):
+        newest = 0
     missing = [change.record.number] if newest else sorted(known)
-    tables = _Tables(start, newest)
-    for number in missing:
-        tables.add(number, entries(journal, number))
-    if tables.end > arena.code_start:
-        raise ArenaFull(f"the arena at {arena.base:#x} has no room for the table of its symbols", "restart the program")
-    usages[arena.base] = replace(usage, read_only=tables.end)
+    listed = [(number, entries(Journal(known), number)) for number in missing]
+    tables, usage = _placed(ledger, change, arena, newest, listed)
+    stretch = Stretch(change.record.number, tables.start, tables.end, (newest,) if newest else ())
     pointers = [(s.address + _NEWEST, tables.newest) for s in states]
     pointers += [(s.address + _LIVE, arena.slot(0)) for s in states if s.live != arena.slot(0)]
     return replace(
         change,
-        writes=(*change.writes, (start, bytes(tables.data))),
-        usage=tuple(usages.items()),
+        record=replace(change.record, stretches=(*change.record.stretches, stretch)),
+        writes=(*change.writes, (tables.start, bytes(tables.data))),
+        usage=tuple({**dict(change.usage), arena.base: usage}.items()),
         published=tuple((address, value.to_bytes(8, "little")) for address, value in pointers),
     )
+
+
+def _outgrown(ledger: Ledger, newest: int, known: Mapping[int, GenerationRecord]) -> bool:
+    """Tell whether most tables are of generations that were forgotten, so that it is time for a new chain."""
+    table, count, most = newest, 0, 2 * len(known) + _FEW
+    while table and count < most:
+        found = ledger.target.memory.read_available(table, _TABLE.size)
+        if len(found) != _TABLE.size:
+            return True
+        table, count = _TABLE.unpack(found)[0], count + 1
+    return count >= most
+
+
+def _placed(
+    ledger: Ledger, change: Commit, arena: Arena, newest: int, listed: Sequence[tuple[int, Sequence[Entry]]]
+) -> tuple[_Tables, Usage]:
+    """Return tables in memory that was freed, if there is enough, or behind what is in use, and what then is in use."""
+    usage = dict(change.usage).get(arena.base, ledger.usages[arena.base])
+    taken = sorted((s.start, s.end) for s in change.record.stretches)
+    holes = without([h for h in ledger.journal.free if arena.has_used(*h, usage) and h[1] <= usage.read_only], taken)
+    for start, end in sorted(holes, key=lambda hole: hole[1] - hole[0]):
+        tables = _Tables(start, newest, listed)
+        if tables.end <= end:
+            return tables, usage
+    tables = _Tables(usage.read_only, newest, listed)
+    if tables.end > arena.code_start:
+        raise ArenaFull(f"the arena at {arena.base:#x} has no room for the table of its symbols", "restart the program")
+    return tables, replace(usage, read_only=tables.end)
 
 
 def _states(image: Image, ledger: Ledger, change: Commit) -> list[State]:
@@ -122,19 +150,21 @@ def _data_of(record: GenerationRecord) -> Sequence[Placed]:
 class _Tables:
     """Tables, one behind another, from an address on."""
 
-    def __init__(self, start: int, newest: int) -> None:
-        self._start = start
+    def __init__(self, start: int, newest: int, listed: Sequence[tuple[int, Sequence[Entry]]]) -> None:
+        self.start = start
         self._texts: dict[str, int] = {}
         self.data = bytearray()
         self.newest = newest
+        for number, symbols in listed:
+            self._add(number, symbols)
 
     @property
     def end(self) -> int:
-        return self._start + len(self.data)
+        return self.start + len(self.data)
 
-    def add(self, number: int, symbols: Sequence[Entry]) -> None:
+    def _add(self, number: int, symbols: Sequence[Entry]) -> None:
         texts: Mapping[str, int] = {t: self._text(t) for s in symbols for t in (s.name, s.file)}
-        self.data += bytes(-len(self.data) % 8)
+        self.data += bytes(-self.end % 8)
         rows = self.end
         for s in symbols:
             self.data += _SYMBOL.pack(texts[s.name], texts[s.file], s.address, s.size)

@@ -2,7 +2,7 @@
 
 Every error carries three things: a message (what, and where), a hint (what to do next) and
 a code (short and stable: the `reason` of a `refused` event). The session prints one and waits
-for the next save; only `TargetError` ends it. Any other exception is a defect of patcher.
+for the next save; only `TargetGone` ends it. Any other exception is a defect of patcher.
 """
 
 from __future__ import annotations
@@ -48,6 +48,12 @@ class AttachDenied(TargetError):
     """The process is there, and we may not or cannot trace it."""
 
     code = "attach-denied"
+
+
+class Forbidden(PatcherError):
+    """The process runs under something of its own that forbids what the change takes: seccomp, a shadow stack."""
+
+    code = "seccomp"
 
 
 class TargetBusy(PatcherError):

@@ -15,21 +15,27 @@ from patcher.errors import PatcherError, TargetError
 from patcher.match import Status
 from patcher.part import Part
 from patcher.relink import Linked
-from patcher.report import Explanation, FunctionOutlook, Outlook, Refusal, TypeOutlook, told_of
+from patcher.report import Explanation, FunctionOutlook, OldFrame, Outlook, Refusal, TypeOutlook, told_of
 from patcher.units import Changes, Source, Units
 
 _TOLD = (Status.CHANGED, Status.ADDED, Status.LINE_ONLY)
 
 
+Standing = tuple[tuple[OldFrame, ...], PatcherError | None]
 WithData = Callable[[Changes], tuple[Changes, tuple[Changed, ...]]]
 
 
 def explain(
-    units: Units, sources: Sequence[Source], with_data: WithData, link: Callable[[Changes], Linked]
+    units: Units,
+    sources: Sequence[Source],
+    with_data: WithData,
+    link: Callable[[Changes], Linked],
+    standing: Callable[[Linked], Standing],
 ) -> Explanation:
     """Explain what some sources would change; `link` links changes without any effect on the process.
 
-    `with_data` says what becomes of data where there is no new code.
+    `with_data` says what becomes of data where there is no new code; `standing` who is now in the code that changes,
+    and why the change may not be made then, if so.
     """
     files = tuple(dict.fromkeys(str(s.file) for s in sources))
     found = Explanation(Outlook.UNCHANGED, files)
@@ -48,8 +54,13 @@ def explain(
         found = replace(found, types=_types(units, files))
         return replace(found, outlook=Outlook.REFUSED, refusal=Refusal(error.code, error.message, error.hint))
     supplied, _ = units.supplies.outcome(linked)
+    frames, objection = standing(linked)
+    if objection is not None:
+        refusal = Refusal(objection.code, objection.message, objection.hint)
+        found = replace(found, outlook=Outlook.REFUSED, refusal=refusal)
     return replace(
         found,
+        frames=frames,
         variables=told_of(linked.data),
         kept=linked.used,
         types=_types(units, files),

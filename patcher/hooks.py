@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -111,13 +111,11 @@ class Hooks:
         told = self._before(happening)
         try:
             yield
-        except (TargetGone, AttachDenied):
+        except TargetGone:
             raise
-        except PatcherError:
+        except BaseException as error:
             if told:
-                live = replace(happening, action=Action.CANCEL, generation=happening.previous)
-                with suppress(PatcherError):
-                    self._call(AFTER, happening.previous, live)
+                self._call_off(happening, error)
             raise
         try:
             self._call(AFTER, happening.generation, happening)
@@ -125,6 +123,16 @@ class Hooks:
             raise
         except PatcherError as error:
             warn.append(f"`{AFTER}` was not run to its end, after the change: {error.message}")
+
+    def _call_off(self, happening: Happening, error: BaseException) -> None:
+        """Tell the program that a change which was announced was not made; add to `error` if it cannot be told."""
+        live = replace(happening, action=Action.CANCEL, generation=happening.previous)
+        try:
+            self._call(AFTER, happening.previous, live)
+        except PatcherError as failure:
+            if isinstance(error, PatcherError):
+                untold = f"`{BEFORE}` was called, and `{AFTER}` could not be, to call it off: {failure.message}"
+                error.hint = f"{error.hint}; {untold}" if error.hint else untold
 
     def _before(self, happening: Happening) -> bool:
         try:

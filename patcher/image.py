@@ -548,20 +548,21 @@ class Image:
 
     def _read_blocks(self) -> dict[int, ThreadBlock]:
         memory, executable = self.target.memory, self.executable
-        descriptions = [self._exported_anywhere(name) for name in (MODULE_NUMBER, BLOCK_OFFSET)]
+        descriptions = [self.exported_anywhere(name) for name in (MODULE_NUMBER, BLOCK_OFFSET)]
         if not executable.module.dynamic_section or not all(descriptions):
             return {}
         try:
             layout = Layout.read(memory, *descriptions)
             debug = rendezvous(memory, executable.module.dynamic_section + executable.bias)
-            debug = debug or self._exported_anywhere(RENDEZVOUS)  # a dynamic section may be read-only
+            debug = debug or self.exported_anywhere(RENDEZVOUS)  # a dynamic section may be read-only
         except TargetGone:
             raise
         except PatcherError:
             return {}
         return thread_blocks(memory, debug, layout) if layout is not None else {}
 
-    def _exported_anywhere(self, name: str) -> int:
+    def exported_anywhere(self, name: str) -> int:
+        """Return the address of what any module exports under a name, 0 for nothing."""
         found = (definition for m in self.modules if (definition := _exported(m, name)) is not None)
         return next((definition.address for definition in found), 0)
 

@@ -11,21 +11,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from patcher.blocks import Block, Blocks, External, Kind, Place
+from patcher.blocks import Block, Blocks, External, Kind
 from patcher.data.counterparts import Counterpart, goes_by_use
 from patcher.data.migrate import Migration
 from patcher.data.statics import Found, Variables, is_scoped
-from patcher.data.threads import Models, NewThreadLocals, StaticModel, initialised_with
+from patcher.data.threads import (
+    Models,
+    NewThreadLocals,
+    StaticModel,
+    ThreadPlace,
+    initialised_with,
+    place_of,
+)
 from patcher.elf import ObjectFile, SymbolType
 from patcher.elf.relocations import R
 from patcher.errors import LinkError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
+from patcher.labels import check_labels, labels_of_new_code
 from patcher.link.plan import FIND_THREAD_LOCAL, Bound, Unit
 from patcher.live import THREAD_LOCAL, UNDEFINED, LiveVariable, base_name, thread_place
 from patcher.match import MODULE_BASE, Status, is_private_piece
 from patcher.part import Part
 from patcher.patch.ledger import Ledger
-from patcher.undefined import Use, uses_of
+from patcher.undefined import Use, needs, uses_of
 
 
 class Supply(Protocol):
@@ -49,38 +57,10 @@ class NeedsArena(Exception):
     """An IFUNC has to be asked for its choice before anything else: map the arena, and link again."""
 
 
-class Kept(Exception):
-    """Functions that are the same turned out not to be replaceable: they keep their code, link again."""
-
-
 def _takes_directly(part: Part, name: str) -> bool:
     """Tell whether a unit's code takes a function's address without a table or cell."""
     references = (r for block in part.blocks.functions for r in part.blocks.references(block))
     return any(r.type == R.PC32 and isinstance(r.target, External) and r.target.name == name for r in references)
-
-
-def _labels_of_new_code(part: Part, block: Block) -> list[Block]:
-    """Return the functions that are to be new and that a table's addresses lead into the middle of (`&&label`)."""
-    found = (r.target for r in part.blocks.references(block))
-    inside = (t.block for t in found if isinstance(t, Place) and t.block.kind is Kind.CODE and t.offset)
-    return [b for b in dict.fromkeys(inside) if part.is_new(b)]
-
-
-def _check_labels(part: Part, block: Block) -> None:
-    """Refuse new code for a function whose labels stand in a live variable: these lead into the old code."""
-    functions = _labels_of_new_code(part, block)
-    if not functions:
-        return
-    if all(part.status(f) is Status.SAME for f in functions):
-        for function in functions:
-            part.keep(function)
-        raise Kept
-    raise UnsafeChange(
-        f"`{base_name(block.name)}` of {part.source} is a variable and holds addresses of labels in "
-        f"{', '.join(f'`{f.name}`' for f in functions)}, where they lead into the old code",
-        "restart the program; a table of labels that is declared const changes with its function",
-        code="label-table",
-    )
 
 
 _THREAD_GUARD = "__tls_guard"  # what compilers call that which says whether a thread has initialised a unit's
@@ -107,11 +87,6 @@ def is_chosen(block: Block) -> bool:
 
 def _is_tentative(block: Block) -> bool:
     return any(s.common for s in block.symbols)
-
-
-def _needs(blocks: Blocks, name: str) -> bool:
-    found = (s for s in blocks.object.symbols if s.name == name)
-    return any((s.undefined and not s.weak) or s.type == SymbolType.IFUNC for s in found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +153,13 @@ class Linkage:
         return self._variable(part, variable) is not None
 
     def address_of(self, part: Part, variable: Block) -> int | None:
-        """Return where the process has a variable of a unit, thread-locals left out; None where it cannot be told."""
+        """Return where the process has a variable of a unit, or the number that stands for a thread-local.
+
+        None where it cannot be told.
+        """
+        if variable.kind is Kind.THREAD_LOCAL:
+            there = self.thread_place(part, variable)
+            return there.key if there is not None else None
         if variable.kind is not Kind.DATA:
             return None
         try:
@@ -186,6 +167,23 @@ class Linkage:
         except (UnsafeChange, StaticModel):
             return None  # refused, or compiled otherwise, if new code uses it
         return found.address if found is not None else None
+
+    def thread_place(self, part: Part, variable: Block) -> ThreadPlace | None:
+        """Return where each thread has a thread-local of a unit; None for a new one, and where it cannot be told."""
+        if self._interposed(part, variable) is not None:
+            return None
+        matched = part.matched(variable)
+        address = part.delta.bindings.get(matched) if matched is not None else None
+        try:
+            found = self._find_variable(part, variable) if address is None else None
+            address = found.address if found is not None and found.size == variable.size else address
+            if address is None:
+                return None
+            bound = _added(address) or self._in_thread_block(part.module, address, variable.name)
+        except (UnsafeChange, LinkError):
+            return None  # refused, if new code uses it
+        added = {p.address for p in self.ledger.journal.placed if p.kind == THREAD_LOCAL}
+        return place_of(self.image, part.module, bound, added)
 
     def constant_of(self, part: Part, block: Block) -> Counterpart | None:
         """Return the live constant that a block is, None where there is none or it cannot be told."""
@@ -249,7 +247,7 @@ class Linkage:
             return False
         if name not in self._missing:
             has = self._denoted(self._beyond.module, name) is not None
-            self._missing[name] = not has and any(_needs(p.blocks, name) for p in self._parts.values())
+            self._missing[name] = not has and any(needs(p.blocks, name) for p in self._parts.values())
         return self._missing[name]
 
     def _supply(self, name: str) -> tuple[Part, Block] | None:
@@ -280,10 +278,10 @@ class Linkage:
             if block.kind is Kind.READ_ONLY:
                 matched = part.matched(block)
                 address = part.delta.bindings.get(matched) if matched is not None and matched.symbols else None
-                return Bound(address) if address is not None and not _labels_of_new_code(part, block) else None
+                return Bound(address) if address is not None and not labels_of_new_code(part, block) else None
             found = self._variable(part, block)
             if found is not None:
-                _check_labels(part, block)
+                check_labels(part, block)
             elif block.kind is Kind.THREAD_LOCAL:
                 return self._new_thread_local(part, block)
             return found

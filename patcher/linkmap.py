@@ -12,7 +12,7 @@ Specification: gdb's "Rendezvous structure" (link.h); glibc, nptl_db/structs.def
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -124,3 +124,41 @@ def _block(memory: Memory, entry: int, layout: Layout) -> ThreadBlock | None:
         return None
     # 0: not decided yet; -1: decided that it is never static (FORCED_DYNAMIC_TLS_OFFSET).
     return ThreadBlock(number, -distance if 0 < distance < _GREATEST else None)
+
+
+_GENERATIONS = "_thread_db_rtld_global__dl_tls_dtv_slotinfo_list"
+_LINKER_STATE = "_rtld_global"
+_LENGTH, _NEXT, _SLOTS, _GENERATION = (
+    f"_thread_db_dtv_slotinfo{part}" for part in ("_list_len", "_list_next", "_list_slotinfo", "_gen")
+)
+_SLOT_SIZE = "_thread_db_sizeof_dtv_slotinfo"
+GENERATION_NAMES = (_GENERATIONS, _LENGTH, _NEXT, _SLOTS, _GENERATION, _LINKER_STATE, _SLOT_SIZE)
+"""What `generations` asks for."""
+
+
+def generations(memory: Memory, exported: Callable[[str], int]) -> dict[int, int] | None:
+    """Return since when each module's number stands for the module that has it now; None where nobody says so.
+
+    A thread whose own table is older has nothing of that module yet, whatever its table says. `exported` gives the
+    address of what the C library exports, 0 for nothing.
+    """
+    names = (_GENERATIONS, _LENGTH, _NEXT, _SLOTS, _GENERATION)
+    described = [exported(name) for name in names]
+    state, size_at = exported(_LINKER_STATE), exported(_SLOT_SIZE)
+    if not all(described) or not state or not size_at:
+        return None
+    start, length, following, slots, generation = (
+        int.from_bytes(memory.read(address + 8, 4), "little") for address in described
+    )
+    size = int.from_bytes(memory.read(size_at, 4), "little")
+    entry, found = memory.read_u64(state + start), dict[int, int]()
+    for _ in range(_MANY):
+        if not entry:
+            return found
+        count = memory.read_u64(entry + length)
+        if count > _MANY or not 0 < size <= 64:
+            return None
+        for i in range(count):
+            found[len(found)] = memory.read_u64(entry + slots + size * i + generation)
+        entry = memory.read_u64(entry + following)
+    return None

@@ -26,7 +26,6 @@ from patcher.errors import (
     ObjectError,
     PatcherError,
     TargetBusy,
-    TargetError,
     TargetGone,
     UnsafeChange,
 )
@@ -118,7 +117,7 @@ class Loop:
     def round(self, saved: Iterable[Path], pending: Pending) -> None:
         """Handle one round of saves; `pending` tells whether more was saved meanwhile.
 
-        Raises `TargetError` only, and not `TargetBusy`: without a target there is nothing to go on with.
+        Raises `TargetGone` only: without a target there is nothing to go on with.
         """
         round_ = _Round(time.perf_counter(), _since_save(saved), pending)
         self.session.emit(Saved(tuple(sorted(str(p) for p in saved))))
@@ -173,8 +172,6 @@ class Loop:
             except (BuildCancelled, TargetGone):
                 raise
             except PatcherError as error:
-                if isinstance(error, TargetError):
-                    raise
                 blamed = _blamed(error, made, files) & core
                 if files == core or blamed:
                     self._failed(error, core, blamed)

@@ -33,6 +33,11 @@ def condition(options: Options, lookout: Lookout, versions: Sequence[Version]) -
     return Condition(lookout, versions, seconds, _LIMIT if options.coroutines else 0)
 
 
+def objection(options: Options, frames: Sequence[OldFrame]) -> UnsafeChange | None:
+    """Return why code may not go out of use while there are these frames of it, if so."""
+    return _active(frames, 0.0) if frames and options.active == "refuse" else None
+
+
 class Condition:
     """That nobody is in some code, within so many seconds from now."""
 
@@ -55,24 +60,25 @@ class Condition:
                 code="active",
             ) from None
         if found and time.monotonic() >= self._until:
-            raise self._active(found)
+            raise _active(found, self._seconds)
         return described(found[0]) if found else ""
 
-    def _active(self, found: Sequence[OldFrame]) -> UnsafeChange:
-        who = "; ".join(described(f) for f in found[:_NAMED])
-        more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        waited = f" after {self._seconds:g} s" if self._seconds else ""
-        loop = next((f for f in found if f.loops), None)
-        if not any(f.thread for f in found):
-            hint = (
-                "if that stack is not in use, leave those that no thread is on out with --no-coroutines; "
-                "or let them go on in their old code: --active run-on"
-            )
-            return UnsafeChange(f"the code that is to be replaced is in use{waited}: {who}{more}", hint, code="active")
-        if loop is not None:
-            hint = f"move the body of the loop in `{loop.function}` into a function, which can be replaced then"
-        elif self._seconds:
-            hint = "give it longer with --timeout, or let who is in old code go on there: --active run-on"
-        else:
-            hint = "wait for them: --active drain; or let them go on in their old code: --active run-on"
+
+def _active(found: Sequence[OldFrame], seconds: float) -> UnsafeChange:
+    who = "; ".join(described(f) for f in found[:_NAMED])
+    more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    waited = f" after {seconds:g} s" if seconds else ""
+    loop = next((f for f in found if f.loops), None)
+    if not any(f.thread for f in found):
+        hint = (
+            "if that stack is not in use, leave those that no thread is on out with --no-coroutines; "
+            "or let them go on in their old code: --active run-on"
+        )
         return UnsafeChange(f"the code that is to be replaced is in use{waited}: {who}{more}", hint, code="active")
+    if loop is not None:
+        hint = f"move the body of the loop in `{loop.function}` into a function, which can be replaced then"
+    elif seconds:
+        hint = "give it longer with --timeout, or let who is in old code go on there: --active run-on"
+    else:
+        hint = "wait for them: --active drain; or let them go on in their old code: --active run-on"
+    return UnsafeChange(f"the code that is to be replaced is in use{waited}: {who}{more}", hint, code="active")

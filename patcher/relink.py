@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
+from itertools import chain, count
 
 from patcher.blocks import Block, Kind, Place
 from patcher.code.entry import COPY_SIZE, Displaced, NotDetourable, displaced_copy, plan_entry
@@ -32,9 +32,10 @@ from patcher.data.writing import DataDelta, Writing, data_delta
 from patcher.elf import SymbolBinding
 from patcher.errors import LinkError, TargetBusy, UnsafeChange
 from patcher.image import Image, LoadedModule
+from patcher.labels import Kept
 from patcher.link.place import ArenaFull, Placement, Region, Space, place
 from patcher.link.plan import Bound, Plan, plan
-from patcher.linkage import Beyond, Kept, Linkage, Supply, is_chosen
+from patcher.linkage import Beyond, Linkage, Supply, is_chosen
 from patcher.live import THREAD_LOCAL, UNDEFINED, LiveFunction, base_name, thread_number
 from patcher.match import Status
 from patcher.part import Part
@@ -51,7 +52,7 @@ from patcher.patch.journal import (
     Stretch,
     without,
 )
-from patcher.patch.ledger import Choice, Commit, Constructor, Fill, Ledger
+from patcher.patch.ledger import Choice, Commit, Constructor, Fill, Ledger, ThreadValue
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +142,7 @@ class _Generation:
         self.storages: list[Storage] = []
         self.stretches: list[Stretch] = []
         self.fills: list[Fill] = []
+        self.threads_written: list[ThreadValue] = []
         self.constants: list[Constant] = []  # that are other than they were
         self.out_of_use: list[Extent] = []  # old code that nothing enters once the generation is live
 
@@ -175,6 +177,7 @@ class _Generation:
             constructors,
             tuple(self.data_writes),
             tuple(self.fills),
+            tuple(self.threads_written),
         )
         kept = tuple(name for part in parts for name in part.kept)
         return Linked(
@@ -322,9 +325,10 @@ class _Generation:
         self._record(found, placement, doors, {copy.block: copy for copy in copies}, linkage)
         self._record_constructors(doors, placement)
         self._record_data(writing, placement)
+        self._record_thread_values(writing, placement, linkage)
         self._record_migrations(placement, linkage)
         self._record_stretches(found, space, placement, linkage)
-        self._use(home, placement.space, end, sum(1 for d in doors if d.fresh))
+        self._use(home, placement.space, end, [d.index for d in doors if d.fresh])
         placed = {block.object for block in found.placed}
         self.supplied += [p for p in linkage.supplied if p.blocks.object in placed or p.unit.key == UNDEFINED]
 
@@ -375,10 +379,12 @@ class _Generation:
     def _usage(self, arena: Arena) -> Usage:
         return self.usages.get(arena.base) or self.ledger.usages[arena.base]
 
-    def _use(self, home: _Home, space: Space, end_of_copies: int, slots: int) -> None:
+    def _use(self, home: _Home, space: Space, end_of_copies: int, doors: Sequence[int]) -> None:
         """Note how far arenas are in use now."""
         entries = self._usage(home.entries)
-        self.usages[home.entries.base] = replace(entries, code=end_of_copies, slots=entries.slots + slots)
+        self.usages[home.entries.base] = replace(
+            entries, code=end_of_copies, slots=max([entries.slots, *(index + 1 for index in doors)])
+        )
         bodies = self._usage(home.bodies)
         self.usages[home.bodies.base] = replace(
             bodies,  # which end below what was placed, unless that is in memory that was freed
@@ -388,8 +394,8 @@ class _Generation:
         )
 
     def _doors(self, arena: Arena, found: Plan, linkage: Linkage) -> list[_Door]:
-        following = self._usage(arena).slots
-        doors = []
+        free = self._free_slots(arena)
+        doors, following = [], 0
         for block in found.code:
             if block not in found.doors:
                 continue
@@ -399,11 +405,18 @@ class _Generation:
                 home = self.ledger.arenas[live.redirect.arena]
                 doors.append(_Door(block, part, live, home, live.redirect.index, False))
                 continue
+            following = next(free)
             doors.append(_Door(block, part, live, arena, following, True))
-            following += 1
-        if following > SLOT_COUNT:
+        if following >= SLOT_COUNT:
             raise ArenaFull(f"the arena at {arena.base:#x} has no slot left", "restart the program")
         return doors
+
+    def _free_slots(self, arena: Arena) -> Iterator[int]:
+        """Yield the slots that no function has: those that were given back, and then those that none had yet."""
+        taken = {r.index for r in (*self.ledger.journal.redirects, *self.redirects) if r.arena == arena.base}
+        slots = self.ledger.slots[arena.base]
+        yield from (i for i, body in enumerate(slots) if i and not body and i not in taken)
+        yield from count(self._usage(arena).slots)
 
     def _entries(self, doors: list[_Door], near: int) -> list[_Entry]:
         """Plan the entries of the functions that get their island now, with copies to stand at `near` or behind it."""
@@ -493,6 +506,7 @@ class _Generation:
             self.threads.fill(block, block.data if image is None else _contents(placement, image))
             place = thread_number(bound.address, bound.module_id)
             self.placed.append(_placed(block, part, THREAD_LOCAL, place))
+            self.initials.append(first_value(part, block, place))
             self._define(block, bound)
             if not part.supplied:
                 self._tell(block, part, Fate.ADDED, "each thread has its own")
@@ -511,11 +525,24 @@ class _Generation:
         self.data += [c.datum() for c in writing.data.constants if c.holders]
         self.constants += writing.data.constants
         self.initials += [c.as_record(written=True) for c in writing.data.renewed]
-        self.data += [c.datum(Fate.REINITIALISED) for c in writing.data.renewed]
+        own = [c for c in writing.data.renewed if c.block.kind is not Kind.THREAD_LOCAL]
+        self.data += [c.datum(Fate.REINITIALISED) for c in own]
         news = self.asked.news(writing.data.kept, self.ledger.journal)
         self.initials += self.asked.to_record(writing.data.kept, self.ledger.journal)
         self.data += [c.datum(Fate.KEPT) for c in news]
         self.told += writing.data.kept
+
+    def _record_thread_values(self, writing: Writing, placement: Placement, linkage: Linkage) -> None:
+        """Note what each thread's own variables become, and what threads to come start with."""
+        for changed, there, new in writing.thread_values(linkage.thread_place, placement.addresses, placement.writes):
+            value = ThreadValue(changed.name, changed.part.source, there.offset, there.module_id, new)
+            self.threads_written.append(value)
+            kept = new[: there.image_size]
+            if kept:
+                self.data_writes.append((there.image, kept))
+            datum = changed.datum(Fate.REINITIALISED)
+            said = "in every thread; threads to come start with " + ("zeros" if any(new[len(kept) :]) else "it")
+            self.data.append(replace(datum, note=f"{datum.note} {said}".strip()))
 
     def _record_constructors(self, doors: list[_Door], placement: Placement) -> None:
         for part in dict.fromkeys(door.part for door in doors):
@@ -562,7 +589,8 @@ class _Generation:
             self.replaced.append(Replaced(live.name, ((live.body, live.body + live.size), *pieces)))
         if not door.fresh:
             return
-        self._allocate(part, islands=DOOR_SIZE)
+        if door.index >= self._usage(door.arena).slots:
+            self._allocate(part, islands=DOOR_SIZE)
         island = door.arena.island(door.index)
         if live is None:
             self._define(block, Bound(island))

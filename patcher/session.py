@@ -26,6 +26,7 @@ from patcher.errors import (
     AttachDenied,
     ObjectError,
     PatcherError,
+    TargetBusy,
     TargetGone,
     UnresolvedSymbol,
     UnsafeChange,
@@ -403,9 +404,24 @@ class Session:
         with self._transaction():
             try:
                 link = partial(self._link, units, dry_run=True)
-                return explain(units, sources, self._with_data, link)
+                return explain(units, sources, self._with_data, link, self._standing)
             finally:
                 self.ledger.forget_plans()
+
+    def _standing(self, linked: Linked) -> tuple[tuple[OldFrame, ...], PatcherError | None]:
+        """Return who is now in the code that a change replaces, and why it may not be made then, if so."""
+        from patcher.policy import objection
+
+        frames: tuple[OldFrame, ...] = ()
+        with suppress(AttachDenied, TargetBusy, OSError):  # as when somebody traces the process
+            limit = _LOOKED_THROUGH if self.options.coroutines else 0
+            frames = self.lookout.running(self.ledger.unused_by(linked.commit.record), limit)
+        return frames, objection(self.options, frames)
+
+    def _check_standing(self, linked: Linked) -> None:
+        _, objection = self._standing(linked) if self.options.active == "refuse" else ((), None)
+        if objection is not None:
+            raise objection
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -433,7 +449,7 @@ class Session:
             changes = units.changes(sources)
             try:
                 if changes.parts:
-                    self._link(units, changes, dry_run=True)
+                    self._check_standing(self._link(units, changes, dry_run=True))
             except UnsafeChange as error:
                 if error.code != "dry-run":
                     raise
@@ -574,10 +590,11 @@ class Session:
         record = linked.commit.record
         functions = tuple(Function(*status) for status in record.statuses)
         variables = told_of(linked.data)
-        if not functions and not linked.commit.data and not record.placed:
+        if not functions and not linked.commit.data and not linked.commit.threads and not record.placed:
             return Generation(self.ledger.generation, kept=linked.kept, variables=variables)
         outcome = Generation(record.number, functions, variables=variables, kept=linked.kept, data_only=not functions)
         if self.options.dry_run:
+            self._check_standing(linked)
             return outcome
         from patcher.directory import published
         from patcher.hooks import Named, applying
@@ -601,7 +618,8 @@ class Session:
     def _note(self, units: Units, changes: Changes, linked: Linked, outcome: Generation) -> None:
         """Remember what a change that is live means for the next ones."""
         if not self.options.dry_run:
-            units.admission.applied(outcome.number, (*changes.parts, *linked.supplied))
+            time = linked.commit.record.time
+            units.admission.applied(outcome.number, time, (*changes.parts, *linked.supplied))
         for part in changes.parts:
             self.texts.applied(Path(part.source))
         if not self.options.dry_run:
@@ -624,15 +642,20 @@ class Session:
 
     def _made_live(self, commit: Commit) -> FlipResult:
         idle = self._condition(self.ledger.unused_by(commit.record))
-        if not commit.fills:
+        if not commit.fills and not commit.threads:
             return self.ledger.commit(commit, self._construct, idle=idle)
         from patcher.filling import Filling
         from patcher.loader import workspace
+        from patcher.thread_values import ThreadValues
 
+        values = ThreadValues(self.image, commit.threads)
+        if not commit.fills:
+            return self.ledger.commit(commit, self._construct, values, idle, values.writes)
         calls = any(f.moved is None for f in commit.fills)
         with workspace(self.target) if calls else nullcontext() as memory:
             filling = Filling(self.image, self.ledger.view(), commit.fills, memory, self.options.hook_timeout)
-            return self.ledger.commit(commit, self._construct, filling, idle)
+            inside = (lambda stopped: values(stopped) or filling(stopped)) if commit.threads else filling
+            return self.ledger.commit(commit, self._construct, inside, idle, values.writes)
 
     @contextmanager
     def _with_hooks(self, happening: Happening) -> Iterator[None]:

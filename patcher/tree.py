@@ -14,11 +14,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from patcher.errors import PatcherError, TargetGone
 from patcher.options import Options
-from patcher.report import Member, Reporter
+from patcher.report import Explanation, Member, Outlook, Refusal, Reporter
 from patcher.session import Generation, Session, Status
 from patcher.target import Target, read_parent
 
@@ -87,15 +88,8 @@ class Tree(Session):
     def relink(self, sources: Sequence[Source]) -> Generation:
         """Match, link and commit objects in every process: in all of them, or in none."""
         modules = self.rehearse(sources)
-
-        def rehearse(session: Session) -> int:
-            if session is not self:
-                _check_concerned(session, modules)
-                session.rehearse(sources)
-            return 0
-
         if not self.options.best_effort:
-            self._each({}, rehearse)
+            self._rehearse_others(sources, modules)
         number = 1 + max(n for n in self._each({}, _last_number).values())
         outcomes: dict[int, Generation] = {}
         done: list[_Done] = []
@@ -117,6 +111,28 @@ class Tree(Session):
                 if len(members) == known:
                     break
         return _together(outcomes, tuple(members.values()), self.target.pid)
+
+    def _rehearse_others(self, sources: Sequence[Source], modules: set[str]) -> None:
+        def rehearse(session: Session) -> int:
+            if session is not self:
+                _check_concerned(session, modules)
+                session.rehearse(sources)
+            return 0
+
+        self._each({}, rehearse)
+
+    def explain(self, *files: str | Path) -> Explanation:
+        """Tell what `apply` would do, and whether one of the processes would refuse it. Changes nothing."""
+        found = super().explain(*files)
+        if found.outlook is not Outlook.LIVE or self.options.best_effort:
+            return found
+        sources = self.units.sources([Path(f) for f in files], lambda: False)
+        try:
+            self._rehearse_others(sources, self.rehearse(sources))
+        except PatcherError as error:
+            refusal = Refusal(error.code, error.message, error.hint)
+            return replace(found, outlook=Outlook.REFUSED, refusal=refusal)
+        return found
 
     def _each(self, members: dict[int, Member], action: Callable[[Session], int]) -> dict[int, int]:
         """Do something to every process that is not among `members` yet, and add it; return what came of it.

@@ -33,6 +33,12 @@ class Use:
     call: bool
 
 
+def needs(blocks: Blocks, name: str) -> bool:
+    """Tell whether an object cannot do without a definition: a weak reference pulls nothing in."""
+    found = (s for s in blocks.object.symbols if s.name == name)
+    return any((s.undefined and not s.weak) or s.type == SymbolType.IFUNC for s in found)
+
+
 def uses_of(name: str, units: Iterable[Blocks]) -> tuple[Use, ...]:
     """Return every reference to an external symbol in some objects."""
     found = []

@@ -37,6 +37,7 @@ from patcher.build import (
     Variant,
     files_included,
     is_unit,
+    kept_directory,
 )
 from patcher.data import migrate
 from patcher.data.admission import Admission
@@ -44,6 +45,7 @@ from patcher.data.admission import check as check_layouts
 from patcher.data.carry import Judged, carried_by, carry_over, may_be_carried
 from patcher.data.layouts import LayoutVerdict
 from patcher.data.prepare import has_types
+from patcher.data.remembered import Memory
 from patcher.data.undescribed import Enquiry, is_data
 from patcher.elf import ObjectFile, read_object, read_objects
 from patcher.errors import ObjectError, PatcherError, UnsafeChange
@@ -147,7 +149,7 @@ class Units:
         self._names: tuple[object, Counter[str]] | None = None  # how many known units have a name, and when that was
         self._waiting: dict[str, Source] = {}
         self._command_of: dict[ObjectFile, CompileCommand] = {}
-        self.admission = Admission(options.allowed_layouts)
+        self.admission = Admission(options.allowed_layouts, Memory(kept_directory("types"), image.target.pid))
         self.layouts: list[LayoutVerdict] = []  # of the change that is being judged
         self._unchecked: set[str] = set()
         self._undescribed: set[tuple[str, str]] = set()
@@ -504,6 +506,7 @@ class Units:
     ) -> Judged | None:
         known = self.know_layouts(part.module)
         enquiry = self._enquiry(part)
+        self.admission.recall(self.ledger.journal)
         found = self.admission.verdicts(part, lineage, enquiry, migrated, stored) if known else None
         if found is None:
             self._say_unchecked(part, not known)

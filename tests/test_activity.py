@@ -174,6 +174,31 @@ def test_refuse_leaves_everything_as_it_was_and_names_who_is_there(work: Project
         assert_untouched(program.pid)
 
 
+@pytest.mark.parametrize("options", [{}, {"active": "drain"}, {"active": "refuse"}, {"consistency": "generation"}])
+def test_it_is_told_beforehand(work: Project, change: Path, options: dict[str, str]) -> None:
+    """What would be refused just now is, by `explain` and by a dry run; who would have to be waited for is named."""
+    refused = options.get("active") == "refuse"
+    with entered(work, **options) as (program, session):
+        before = image_bytes(program.pid)
+        found = session.explain(change)
+        assert {f.function for f in found.frames} == {"outer", "deep"}
+        assert found.outlook.value == ("refused" if refused else "live")
+        lines = "\n".join(found.lines())
+        assert "in the code that changes:" in lines
+        assert "outer  thread" in lines
+        with patcher.attach(program.pid, dry_run=True, **options) as trying:  # type: ignore[arg-type]
+            if refused:
+                with pytest.raises(UnsafeChange, match="`outer`"):
+                    trying.apply(change)
+            else:
+                assert trying.apply(change).number == 1
+        assert image_bytes(program.pid) == before
+        program.ask(2)
+        found = session.explain(change)
+        assert (found.outlook.value, found.frames) == ("live", ())
+        assert_untouched(program.pid)
+
+
 def test_drain_waits_and_gives_up_whole(work: Project, change: Path) -> None:
     with entered(work, active="drain", timeout=0.3) as (program, session):
         before = image_bytes(program.pid)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +12,9 @@ from project import MAIN, Project, assert_untouched
 
 import patcher
 from patcher.cli import header
+from patcher.errors import PatcherError
+from patcher.patch import transaction
+from patcher.patch.reclaim import Policy
 
 HEADER = (Path(header.__file__).parent.parent / "header" / "patcher.h").read_text()
 UNIT = """\
@@ -157,3 +162,78 @@ def test_another_variable_of_that_name_is_left_alone(tmp_path):
     with project.running() as program, patcher.attach(program.pid) as session:
         session.apply(project.object("unit.c", ("10", "20")))
         assert (program.ask("s"), program.ask(1)) == ("same", "21")
+
+
+# Keeps what it was told of a generation, and compares it with what it copied of that then.
+KEEPING = """\
+const char *state(const char *line)
+{
+    static const struct patcher_symbol *kept;
+    static char name[100];
+    if (*line == 'k') {
+        size_t count;
+        kept = patcher_symbols(&count);
+        strcpy(name, kept->name);
+    }
+    if (*line == 'o')
+        return kept && !strcmp(name, kept->name) ? kept->file : "lost";
+"""
+TABLES = READER.replace("wrong += before == patcher_generation() && code != (int)before;", "(void)before, (void)code;")
+COUNT = int(os.environ.get("GENERATIONS", "1000")) // 8
+
+
+@pytest.mark.timeout(3600 if COUNT > 125 else 120)
+def test_tables_of_forgotten_generations_are_freed_and_one_that_is_in_use_is_not(tmp_path):
+    text = TABLES.replace("const char *state(const char *line)\n{\n", KEEPING)
+    project = make(tmp_path, {"read.c": text})
+    versions = [project.object("sign.c", ("0 + nothing", f"{i} + nothing")) for i in range(1, 6)]
+    with project.running() as program, patcher.attach(program.pid, force=True) as session:
+        session.policy = Policy(keep=4, enough=1, poison=True)
+        program.ask("r")
+        for number in range(1, COUNT + 1):
+            session.apply(versions[number % 5])
+            if number == 30:
+                assert program.ask("k")
+            if number == 60:
+                assert session.ledger.primary is not None
+                before = session.ledger.usages[session.ledger.primary.base].read_only
+        assert session.ledger.usages[session.ledger.primary.base].read_only - before < 4 << 10
+        assert program.ask("o") == "sign.c"
+        assert program.ask("w") == f"{COUNT} 0"
+        for number in (*session.status().recorded, COUNT):
+            session.revert(number)
+            assert program.ask("s").split()[2].startswith("sign:sign.c:"), f"generation {number} has no table"
+        for i in range(30):  # to the table of an old generation the way is past those of many that were forgotten
+            session.revert(COUNT)
+            assert program.ask("s").split()[2].startswith("sign:sign.c:")
+            session.apply(versions[1 + i % 3])
+        assert_untouched(program.pid)
+
+
+def test_what_was_shown_and_did_not_become_live_is_not_used_again(tmp_path, monkeypatch):
+    """A slot cannot be written, when the program has been led to a table that is in memory that was free."""
+    project = make(tmp_path, {"read.c": TABLES})
+    versions = [project.object("sign.c", ("0 + nothing", f"{i} + nothing")) for i in range(1, 6)]
+    with project.running() as program, patcher.attach(program.pid, force=True) as session:
+        session.policy = Policy(keep=2, enough=1, poison=True)
+        taken, free = 0, []
+
+        def fail(writes: transaction._Writes) -> None:
+            free[:] = session.ledger.journal.free
+            writes._change.publish()
+            raise OSError(errno.EIO, "no")
+
+        for number in range(1, 25):
+            session.apply(versions[number % 5])
+            monkeypatch.setattr(transaction._Writes, "write", fail)
+            with pytest.raises(PatcherError):
+                session.apply(versions[(number + 1) % 5])
+            monkeypatch.undo()
+            assert session.status().generation == number
+            taken += session.ledger.journal.free != free
+        assert taken, "it was never led into memory that was free"
+        program.ask("r")
+        for number in range(25, 50):
+            assert session.apply(versions[number % 5]).number == number
+            assert program.ask("w") == f"{number} 0"
+        assert_untouched(program.pid)

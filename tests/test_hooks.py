@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,8 +56,8 @@ class Notes:
             self.texts.append(event.text)
 
 
-def make(root: Path, hooks: str = HOOKS, flags: Sequence[str] = (), main: str = TELLING) -> Project:
-    sources = {"main.c": main, "unit.c": UNIT, "hooks.c": hooks, "patcher.h": HEADER}
+def make(root: Path, hooks: str = HOOKS, flags: Sequence[str] = (), main: str = TELLING, unit: str = UNIT) -> Project:
+    sources = {"main.c": main, "unit.c": unit, "hooks.c": hooks, "patcher.h": HEADER}
     return Project(root / "p", sources, compile_flags=flags)
 
 
@@ -222,6 +223,63 @@ def test_a_change_that_is_not_made_after_all_is_called_off(tmp_path):
         assert "]after 1 3 0->0 10[" in told
         session.apply(project.object("unit.c", ("10", "20")))
         assert "after 1 1 0->1 20[" in program.ask("t")
+
+
+# A thread that waits in `answer`, which so cannot change.
+INSIDE = """#include <pthread.h>
+#include <unistd.h>
+extern volatile int inside;
+static void *enter(void *unused) { answer(7); return unused; }
+__attribute__((constructor)) static void start(void) { pthread_t t; pthread_create(&t, NULL, enter, NULL); }
+"""
+UNIT_INSIDE = """#include <unistd.h>
+volatile int inside;
+int answer(int n)
+{
+    while (n == 7) {
+        inside = 1;
+        usleep(1000);
+    }
+    return n + 10;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"active": "refuse"}, UnsafeChange),
+        ({"active": "drain", "timeout": 0.1}, UnsafeChange),
+        ({"consistency": "generation", "timeout": 0.1}, UnsafeChange),
+        ({"active": "drain", "timeout": 60}, KeyboardInterrupt),
+    ],
+    ids=["refuse", "drain", "generation", "interrupted"],
+)
+def test_a_change_that_may_not_be_made_is_called_off(tmp_path, options, error):
+    """Whoever was told before a change hears of it again, and that it was not made: also where the user gives it up."""
+    main = TELLING.replace("const char *take(void);", "const char *take(void);\n" + INSIDE).replace(
+        'puts("ready");', 'while (!inside); puts("ready");'
+    )
+    project = make(tmp_path, main=main, unit=UNIT_INSIDE)
+    with project.running() as program, patcher.attach(program.pid, **options) as session:
+        change = project.object("unit.c", ("n + 10", "n + 20"))
+        if error is KeyboardInterrupt:
+            looks = session.lookout.standing
+
+            def interrupted(*arguments):
+                assert looks(*arguments)
+                signal.raise_signal(signal.SIGINT)
+                return looks(*arguments)
+
+            session.lookout.standing = interrupted
+        with pytest.raises(error):
+            session.apply(change)
+        told = program.ask("t")
+        assert told.startswith("before 1 1 0->1 10[")
+        assert told.count("after") == 1
+        assert "]after 1 3 0->0 10[" in told
+        assert session.status().generation == 0
+        assert_untouched(program.pid)
 
 
 def test_hooks_in_a_program_that_is_busy_with_threads(tmp_path):

@@ -55,10 +55,12 @@ ALLOWED: dict[str, set[str]] = {
     "part": MATCHING | {"match", "constructors", "data.carry", "data.migrate"},
     # What becomes of variables; the types are read from a copy of the object, in which relocations are mended.
     "data": MATCHING | {"match", "part", "patch.journal"},
+    # Tables of labels go with their functions.
+    "labels": {"blocks", "errors", "live", "match", "part"},
     # What the names and blocks of parts mean in the process.
-    "linkage": MATCHING | {"match", "part", "patch", "data", "undefined"},
+    "linkage": MATCHING | {"match", "part", "labels", "patch", "data", "undefined"},
     # Joins verdicts, linker and arena to a generation that is ready to be written.
-    "relink": MATCHING | {"match", "part", "linkage", "patch", "convention", "constructors", "data"},
+    "relink": MATCHING | {"match", "part", "labels", "linkage", "patch", "convention", "constructors", "data"},
     # What a program starts with: lists of functions in an object.
     "constructors": READING | {"blocks"},
     # An object that nobody compiled: it has the tables of one, and its unit has a name of its own.
@@ -69,6 +71,8 @@ ALLOWED: dict[str, set[str]] = {
     "directory": {"image", "link.place", "patch"},
     # What fills new storage runs while all stand still, when nobody refers to the old any more.
     "filling": {"data.still_used", "errors", "image", "loader", "patch", "target"},
+    # What each thread has of its own is found, and written, while all stand still.
+    "thread_values": {"errors", "image", "linkmap", "patch", "target", "unwind"},
     # Who is in old code, and whether it may go out of use all the same.
     "activity": {"code", "errors", "image", "patch", "report", "target", "unwind"},
     "policy": {"activity", "errors", "options", "patch", "report", "target"},
@@ -95,6 +99,7 @@ ALLOWED: dict[str, set[str]] = {
         "data",
         "directory",
         "filling",
+        "thread_values",
         "hooks",
         "loader",
         "data.threads",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from patcher.errors import AttachDenied, Forbidden, PatcherError, TargetGone
 from patcher.loop import Loop
 from patcher.options import Options
 from patcher.report import Applied, BuildFailed, Event, Note, Refused, Saved
@@ -100,3 +101,26 @@ def test_a_busy_process_ends_no_watch(loop: tuple[Loop, Seen, Path]) -> None:
     assert refused.reason == "locked"
     save(watching, source, TEXT.replace("return 1", "return 3"))
     assert Applied in [type(e) for e in seen.take()]
+
+
+def test_only_an_end_of_the_process_ends_a_watch(
+    loop: tuple[Loop, Seen, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that may not be traced just now may be later."""
+    watching, seen, source = loop
+
+    def fail(error: PatcherError) -> None:
+        def change(*words: object, **more: object) -> None:
+            raise error
+
+        monkeypatch.setattr(watching.session, "change", change)
+
+    for error in (AttachDenied("not permitted"), Forbidden("confined")):
+        fail(error)
+        save(watching, source, TEXT.replace("return 1", "return 2"))
+        (_, refused) = seen.take()
+        assert isinstance(refused, Refused)
+        assert refused.reason == error.code
+    fail(TargetGone("ended"))
+    with pytest.raises(TargetGone):
+        save(watching, source, TEXT.replace("return 1", "return 3"))

@@ -22,7 +22,7 @@ import pytest
 from project import Project, Running, assert_untouched, image_bytes, statuses
 
 import patcher
-from patcher.errors import AttachDenied, TargetBusy, TargetGone
+from patcher.errors import Forbidden, TargetBusy, TargetGone
 from patcher.patch import ledger as ledgers
 
 UNIT = """\
@@ -415,7 +415,7 @@ def test_a_filter_that_kills_for_what_a_first_patch_needs(start, change, back, n
     assert program.ask(f"confine {number}:{action:x}") == "0"
     before = image_bytes(program.pid)
     with patcher.attach(program.pid) as session:
-        with pytest.raises(AttachDenied, match=f"seccomp filter .* for {name}") as caught:
+        with pytest.raises(Forbidden, match=f"seccomp filter .* for {name}") as caught:
             session.apply(change)
         assert caught.value.code == "seccomp"
         assert session.status().generation == 0

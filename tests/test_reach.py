@@ -10,6 +10,8 @@ from project import Project, Running, assert_untouched
 import patcher
 from patcher.errors import TargetBusy
 
+pytestmark = pytest.mark.timeout(200)  # megabytes go into the program
+
 PROGRAMS = Path(__file__).parent / "programs"
 UNIT = """\
 #include <stdio.h>

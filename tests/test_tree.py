@@ -272,3 +272,66 @@ def test_the_command_line(project: Project, program: Running) -> None:
     assert {f["generation"] for f in found} == {1}
     assert run("revert", program.pid, "0", "--tree").returncode == 0
     assert program.ask("all 1") == "11 11 11 11"
+
+
+IN_WORK = ("n = answer(n);", "n = answer(n) + 1;")  # a change of what every worker is in, and the master is not
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"active": "refuse"},
+        {"active": "drain", "timeout": 0.1},
+        {"active": "run-on", "consistency": "generation", "timeout": 0.1},
+    ],
+    ids=["refuse", "drain", "generation"],
+)
+def test_somebody_in_the_code_of_one_process(project: Project, program: Running, options: dict[str, object]) -> None:
+    """None is changed then, or, with best effort, the others are; and a generation that is live everywhere stays."""
+    work = project.object("main.c", IN_WORK)
+    with patcher.attach(program.pid, tree=True) as session:
+        session.apply(change(project, "n + 70"))
+    with patcher.attach(program.pid, tree=True, **options) as session:
+        with pytest.raises(patcher.UnsafeChange, match=f"a descendant of {program.pid}: .* is in use") as caught:
+            session.apply(work)
+        assert caught.value.code == "active"
+        assert {s.generation for s in session.statuses()} == {1}
+        assert program.ask("all 1") == "71 71 71 71"
+        assert session.explain(work).outlook.value == ("refused" if options["active"] == "refuse" else "live")
+    with patcher.attach(program.pid, tree=True, best_effort=True, **options) as session:
+        outcome = session.apply(work)
+        why = {m.pid: m.why for m in outcome.members}
+        assert why.pop(program.pid) == ""
+        assert all("is in use" in text for text in why.values())
+        first, *others = [s.generation for s in session.statuses()]
+        assert (first > 1, others) == (True, [1, 1, 1])
+        assert session.explain(work).outlook.value == "unchanged"
+
+
+def test_who_is_in_the_code_of_all_processes_is_told(project: Project, program: Running) -> None:
+    with patcher.attach(program.pid, tree=True) as session:
+        outcome = session.apply(project.object("main.c", IN_WORK))
+        workers = descendants(program.pid)
+        assert {f.thread for f in outcome.frames} == set(workers)
+        assert program.ask("all 1") == "11 11 11 11", "they are in the loop, and stay there"
+        assert session.revert() == 0
+        for pid in (program.pid, *workers):
+            assert_untouched(pid)
+
+
+def test_explain_a_change_of_a_tree(project: Project, program: Running) -> None:
+    """What one process would refuse is refused for all of them, and it is said which one it is."""
+
+    def explained(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "patcher", "explain", str(program.pid), str(work), *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    work = project.object("main.c", IN_WORK)
+    done = explained("--tree")
+    assert (done.returncode, "it can go live" in done.stdout) == (0, True), done.stderr
+    done = explained("--tree", "--active", "refuse")
+    assert done.returncode == 1
+    assert f"a descendant of {program.pid}" in done.stdout
+    assert "refused (active)" in done.stdout
+    done = explained("--active", "refuse")
+    assert done.returncode == 0, "the process by itself has nobody there"

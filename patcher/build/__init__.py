@@ -7,7 +7,7 @@ Nothing here looks at the target process; ELF files are read by path, for their 
 from patcher.build.build_command import BuildCommand
 from patcher.build.command import LINE_SHIFT, CompileCommand, Variant, is_header, is_unit, object_of
 from patcher.build.commands import Commands
-from patcher.build.compiler import CompiledUnit, Compiler
+from patcher.build.compiler import CompiledUnit, Compiler, kept_directory
 from patcher.build.dependencies import Dependencies
 from patcher.build.gathering import Gathering
 from patcher.build.linking import LinkLine, find_link_line, locate_library
@@ -45,6 +45,7 @@ __all__ = [
     "find_link_line",
     "is_header",
     "is_unit",
+    "kept_directory",
     "locate_library",
     "object_of",
     "program_index",

@@ -20,7 +20,8 @@ from patcher.build.toolchain import Family, Toolchain, is_driver, program_index
 from patcher.errors import BuildError, NoCompileCommand
 
 SOURCE_SUFFIXES = frozenset({".c", ".cc", ".cpp", ".cxx", ".c++", ".cp", ".C", ".s", ".S", ".sx"})
-_C_SUFFIXES = (".c", ".i", ".s", ".S", ".sx")
+ASSEMBLY = (".s", ".S", ".sx")
+_C_SUFFIXES = (".c", ".i", *ASSEMBLY)
 HEADER_SUFFIXES = frozenset({".h", ".hh", ".hpp", ".hxx", ".h++", ".H", ".inc", ".inl", ".ipp", ".tcc"})
 LINE_SHIFT = 100_000
 

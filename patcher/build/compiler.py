@@ -209,6 +209,17 @@ def _runtime_directory() -> Path | None:
         return None
 
 
+def kept_directory(name: str) -> Path | None:
+    """Return a directory for what outlives a session, made if it is not there; None where others may interfere."""
+    own = _runtime_directory() or Path(tempfile.gettempdir(), f"patcher-{os.geteuid()}")
+    try:
+        (own / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        private = all(is_private_directory(os.lstat(path)) for path in (own, own / name))
+        return own / name if private else None
+    except OSError:
+        return None
+
+
 def _write_text(place: Path, command: CompileCommand, text: bytes | None, variant: Variant) -> Path:
     """Write what is compiled instead of the file, under the same name, where nothing else can be included from."""
     contents = command.file.read_bytes() if text is None else text

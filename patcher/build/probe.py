@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from patcher.build.command import CompileCommand, is_cpp
+from patcher.build.command import ASSEMBLY, CompileCommand, is_cpp
 from patcher.build.compiler import CompiledUnit, Compiler
 from patcher.build.outline import dependencies, outline
 from patcher.build.toolchain import Family, identify
@@ -28,6 +28,7 @@ _OPTIONS = (
     *("-g", "-gno-split-dwarf", "-fstandalone-debug", "-fno-debug-types-section", "-fno-access-control"),
     *("-ferror-limit=0", "-fno-color-diagnostics", "-MD"),
 )
+_EVERY_TYPE = "-fno-eliminate-unused-debug-types"  # that of a name that only a function knows is among them
 DEPENDENCIES = ("-MD",)  # writes them beside the object
 _TICK = 20_000_000  # nanoseconds by which times of files may be behind
 _LEVEL = re.compile(r"-O(.*)")
@@ -69,7 +70,7 @@ class Probes:
 
         `included` is what `files_included` says of the unit as it is now.
         """
-        if identify(command.arguments, command.directory).family is not Family.CLANG:
+        if command.file.suffix in ASSEMBLY or _family(command) is not Family.CLANG:
             return None
         text = command.file.read_bytes()
         seen, outlined = self._seen.get(command), outline(text)
@@ -92,7 +93,8 @@ class Probes:
             lines = [_line(command, i, name) if i not in missing else "" for i, name in enumerate(names)]
             probe = text + f'\n#line 1 "{_FILE}"\n'.encode() + "\n".join(lines).encode() + b"\n"
             try:
-                unit = self._compiler.compile(command, text=probe, options=(*_OPTIONS, *_cheap(command)))
+                every = (_EVERY_TYPE,) if missing else ()
+                unit = self._compiler.compile(command, text=probe, options=(*_OPTIONS, *_cheap(command), *every))
             except BuildError as error:
                 failed = {int(line) - 1 for line in _LINE.findall(error.diagnostics)} - missing
                 if not failed:
@@ -103,6 +105,10 @@ class Probes:
             found = Probed(unit.object.read_bytes(), missing)
             self._compiler.discard(unit)
             return found, files
+
+
+def _family(command: CompileCommand) -> Family:
+    return identify(command.arguments, command.directory).family
 
 
 def _line(command: CompileCommand, index: int, name: str) -> str:

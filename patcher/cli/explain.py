@@ -13,6 +13,7 @@ from patcher.cli.options import common, gather
 from patcher.report import Outlook
 from patcher.session import Session
 from patcher.target import Target, processes_mapping
+from patcher.tree import Tree
 
 
 @click.command()
@@ -30,7 +31,8 @@ def explain(words: tuple[str, ...], as_json: bool, **rest: Any) -> int:
     asked = gather(rest)
     pid, files = _split(words)
     options = replace(asked.options(), dry_run=True)
-    with asked.reporter() as reporter, Session(Target.attach(pid), options, reporter) as session:
+    kind = Tree if asked.tree else Session
+    with asked.reporter() as reporter, kind(Target.attach(pid), options, reporter) as session:
         found = session.explain(*files)
     if as_json:
         click.echo(json.dumps(found.as_json()))

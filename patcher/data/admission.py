@@ -2,7 +2,8 @@
 
 Remembers what the units of each generation declare: the next change is compared with what the process has by then,
 not with the program as it was built. After a revert the reverted generations count last: their variables keep their
-storage. What a controller that attaches later cannot know is what earlier ones applied.
+storage. A controller that attaches later finds what earlier ones knew (`remembered`); where that is gone, types that
+only a generation of theirs may have brought are refused.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from patcher.data.declared import Declared, Variable
 from patcher.data.dies import Elsewhere, NotUnderstood
 from patcher.data.layouts import Judgement, LayoutVerdict, Program, Standing, declared_by
 from patcher.data.prepare import has_types, reading
+from patcher.data.remembered import Kept, Memory
 from patcher.data.undescribed import Described, Enquiry, Foreign
 from patcher.elf import ObjectFile
 from patcher.errors import PatcherError, UnsafeChange
 from patcher.image import Definition
 from patcher.match import Status
 from patcher.part import Part
-from patcher.patch.journal import Numbers
+from patcher.patch.journal import Journal, Numbers
 
 if TYPE_CHECKING:
     from patcher.data.dwarf import Layouts
@@ -66,10 +68,15 @@ class _Seen:
 
 
 class Admission:
-    """What the units of one process declare. `allowed`: types whose layout may change, on the user's word."""
+    """What the units of one process declare. `allowed`: types whose layout may change, on the user's word.
 
-    def __init__(self, allowed: Sequence[str]) -> None:
+    `memory` has what earlier controllers saw.
+    """
+
+    def __init__(self, allowed: Sequence[str], memory: Memory) -> None:
         self._allowed = allowed
+        self._memory = memory
+        self._recalled: dict[str, list[Kept]] | None = None
         self._modules: dict[str, _Module | None] = {}
         self._latest: dict[str, tuple[Declared, ...]] = {}
         self._checked: WeakKeyDictionary[ObjectFile, _Checked] = WeakKeyDictionary()
@@ -81,6 +88,20 @@ class Admission:
             program = Program.of_file(file)
             self._modules[path] = _Module(program) if program is not None else None
         return self._modules[path] is not None
+
+    def recall(self, journal: Journal) -> None:
+        """Find what earlier controllers saw of the generations that the process has."""
+        if self._recalled is None:
+            self._recalled = {}
+            times = {g.number: g.time for g in journal.generations.values()}
+            seen, layers = self._memory.read(times) if times else (frozenset(), ())
+            self._seen |= seen
+            for kept in layers:
+                self._recalled.setdefault(kept.module, []).append(kept)
+        for path in list(self._recalled):
+            if (module := self._modules.get(path)) is not None:
+                for kept in self._recalled.pop(path):
+                    module.layers.setdefault(kept.unit, []).append(_Layer(kept.generation, kept.declared))
 
     def by_name(self, path: str) -> Layouts | None:
         """Return the types of a module, which is open, by name; None when it has no debug information."""
@@ -120,6 +141,7 @@ class Admission:
         try:
             found = [v for new in declared for v in self._judged(module, part, lineage, new)]
             seen = self._foreign(module, part, lineage, declared, enquiry)
+            found += self._forgotten(module, part, declared)
         except (NotUnderstood, *_DAMAGED):  # units that share entries, as link-time optimisation makes them
             declared, found, seen = (), [], _Seen()
         if not declared:
@@ -182,6 +204,10 @@ class Admission:
             for definer in dict.fromkeys(f.unit for f in seen.variables)
             for v in self._of_foreign(module, part, lineage, declared[0], seen, definer)
         ]
+        for lost in unchecked:  # of those, the unit has the types by name, if it has them at all
+            judgement = self._judgement(module, part, lineage, seen.unit, lost.unit)
+            types = undescribed.types_within(lost.unit, [lost.variable.name])
+            verdicts += judgement.verdicts_of([n for n in types if n in seen.unit.types], ())
         return _Seen((*verdicts, *undescribed.beyond(part, file, unchecked)), (seen.unit,), tuple(unchecked))
 
     def _of_foreign(
@@ -227,6 +253,23 @@ class Admission:
         every = (v for v in _external(unit) if v.symbol == definition.name) if unit is not None else ()
         return next(((unit, v) for v in every if unit is not None), None)
 
+    def _forgotten(self, module: _Module, part: Part, declared: Sequence[Declared]) -> Iterator[LayoutVerdict]:
+        """Refuse types that a generation may have brought whose debug information is gone."""
+        view = part.unit.view
+        unseen = [g for g in view.journal.lineage(view.generation) if g.number not in self._seen]
+        unseen = [g for g in unseen if any(p.unit == part.unit.key for p in g.placed)]
+        if not unseen:
+            return
+        layouts = self.by_name(part.module.path)
+        layers = module.layers.get(part.unit.key, [])
+        known = {n for la in layers for d in la.declared for n in d.types}
+        detail = f"generation {unseen[-1].number} may have brought it, and the debug information of that is gone"
+        for unit in declared:
+            old = known | {n for d in module.program.units_of(unit.file) for n in d.types}
+            for name in unit.types:
+                if name not in old and (layouts is None or layouts.find(name) is None):
+                    yield LayoutVerdict(name, (detail,), Standing.HEAP, file=unit.file)
+
     def unchecked(self, part: Part) -> tuple[str, ...]:
         """Return the variables of other units, which a part that was judged uses in a layout that nobody told."""
         checked = self._checked.get(part.delta.blocks.object)
@@ -260,9 +303,10 @@ class Admission:
         """Tell whether a change of layout is made on the user's word."""
         return _is_allowed(verdict.type, self._allowed)
 
-    def applied(self, generation: int, parts: Sequence[Part]) -> None:
-        """Remember what a generation's parts declare: the process has it now."""
+    def applied(self, generation: int, time: float, parts: Sequence[Part]) -> None:
+        """Remember what a generation's parts, made at a time, declare: the process has it now."""
         self._seen.add(generation)
+        kept = []
         for part in parts:
             module, checked = self._modules.get(part.module.path), self._checked.pop(part.delta.blocks.object, None)
             if module is None or checked is None:
@@ -272,6 +316,8 @@ class Admission:
                 layers[-1].declared = checked.declared  # says the same and more, also of the earlier generation
             else:
                 layers.append(_Layer(generation, checked.declared))
+            kept.append(Kept(part.module.path, part.unit.key, layers[-1].generation, checked.declared))
+        self._memory.note(generation, time, kept)
 
 
 def _external(unit: Declared) -> Iterator[Variable]:

@@ -103,7 +103,9 @@ class Declared:
 
     def __init__(self, sections: Sections, header: Header) -> None:
         self.file = header.file
+        self.start = header.start
         self.sections = sections
+        self.stands_for: tuple[Variable, ...] = ()
         self._dies = Dies(sections, header)
         self._entries = self._dies.walk()
         self._at = {e.offset: e for e in self._entries}
@@ -111,9 +113,13 @@ class Declared:
         self._nodes: dict[int, Node] = {_NOWHERE: VOID}
         self._bare: dict[int, int] = {_NOWHERE: _NOWHERE}
 
-    def stand_for(self, file: str, variables: Mapping[str, tuple[Variable, ...]]) -> None:
+    def stand_for(self, file: str, variables: tuple[Variable, ...]) -> None:
         """Have the unit speak for another file, which has these variables."""
-        self.file, self.variables = file, variables
+        self.file, self.stands_for = file, variables
+        found: dict[str, tuple[Variable, ...]] = {}
+        for variable in variables:
+            found[variable.name] = (*found.get(variable.name, ()), variable)
+        self.variables = found
 
     # --- by name ----------------------------------------------------------------------------------------------
 

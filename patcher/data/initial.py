@@ -5,7 +5,8 @@ variable. What it was before: the value that was last written, if a patch brough
 what the module's file holds for it, zero beyond that (.bss), with the dynamic relocations applied. The two are
 compared by meaning: a pointer by what it leads to, never by the address.
 
-Thread-locals are left out: each thread has its own, and those to come start from the module's image.
+Of a thread-local each thread has its own value: what threads start with is compared, and one that is wanted is written
+in every thread and in what threads to come start with. A number stands for its address (`live.thread_number`).
 
 Specification: System V ABI, chapter 5 (program header, dynamic linking); AMD64 supplement, table 4.10.
 """
@@ -26,7 +27,7 @@ from patcher.elf.relocations import R
 from patcher.errors import PatcherError, UnsafeChange
 from patcher.image import LoadedModule
 from patcher.lines import NONE as NO_LINES
-from patcher.live import base_name, numbered
+from patcher.live import base_name, numbered, thread_place
 from patcher.match import Matcher
 from patcher.part import Part
 from patcher.patch.journal import Initial, Journal
@@ -143,11 +144,10 @@ def _told(found: str) -> str:
 
 
 def _check_kind(part: Part, block: Block) -> None:
-    if block.kind is Kind.DATA:
+    if block.kind in (Kind.DATA, Kind.THREAD_LOCAL):
         return
-    what = "thread-local: each thread has its own" if block.kind is Kind.THREAD_LOCAL else "a constant"
     raise UnsafeChange(
-        f"`{base_name(block.name)}` of {part.source} is {what}, and cannot be initialised again",
+        f"`{base_name(block.name)}` of {part.source} is a constant, and cannot be initialised again",
         "leave out --reinit for it",
         code="reinit",
     )
@@ -222,13 +222,14 @@ def _changed(part: Part, address_of: AddressOf, journal: Journal) -> Iterator[Ch
     written = journal.initials(written=True)
     variables: list[_Live] = []
     for block in part.blocks.data_blocks():
-        address = address_of(part, block) if block.kind is Kind.DATA and block.size else None
+        address = address_of(part, block) if block.kind in (Kind.DATA, Kind.THREAD_LOCAL) and block.size else None
         if address is None:
             continue
         known = written.get(address)
         if known is None:
-            home = _home(part, block, address)
-            if home is not None:
+            if block.kind is Kind.THREAD_LOCAL:
+                yield from _other_in_threads(part, block, address)
+            elif (home := _home(part, block, address)) is not None:
                 variables.append(_Live(block, address, *home))
         elif known.digest != digest(part.blocks, block):
             yield Changed(part, block, address, known.shown, shown(part.blocks, block))
@@ -249,6 +250,21 @@ def _other_than_at_first(part: Part, variables: Sequence[_Live]) -> Iterator[Cha
             contents = first.relocated(part, variable.module, variable.place, contents)
         if not matcher.holds(block, variable.place, contents):
             yield Changed(part, block, variable.address, _old(part, block, contents), shown(part.blocks, block))
+
+
+def _other_in_threads(part: Part, block: Block, number: int) -> Iterator[Changed]:
+    """Yield a thread-local of a module's own that its image has another initial value for."""
+    storage, place = part.module.module.thread_storage, thread_place(number)
+    if storage is None or place is None or place[1] != part.unit.image.thread_module(part.module):
+        return
+    start, left = part.module.bias + storage.address + place[0], max(0, storage.file_size - place[0])
+    first, known = FirstContents(), min(left, block.size)
+    contents = first.of(part.module, start, known) if known else b""
+    if contents is None:
+        return
+    contents = first.relocated(part, part.module, start, contents).ljust(block.size, b"\0")
+    if not Matcher(part.blocks, part.unit, NO_LINES, part.delta.stamps).holds(block, start, contents):
+        yield Changed(part, block, number, _old(part, block, contents), shown(part.blocks, block))
 
 
 def _relocated(variables: Sequence[_Live]) -> list[bool]:

@@ -40,6 +40,30 @@ class Votes:
 
 
 @dataclass(frozen=True, slots=True)
+class Pairs:
+    """What the code says: `complete`, no place is left over; `likely`, no other pair is more alike; `distinct`, none
+    is as alike."""
+
+    pairs: dict[Block, LiveVariable]
+    complete: bool
+    likely: bool
+    distinct: bool
+
+
+def clearly(
+    pairs: dict[Block, LiveVariable], seen: Votes, group: Sequence[Block], found: Sequence[LiveVariable]
+) -> tuple[bool, bool]:
+    """Tell whether no other pair's places are more alike than those of each pair, and whether none are as much so."""
+    gaps = []
+    for block, variable in pairs.items():
+        own = seen.likeness[block, variable.address]
+        others = [(b, variable.address) for b in group if b is not block]
+        others += [(block, v.address) for v in found if v is not variable]
+        gaps += [a - b for other in others for a, b in zip(own, seen.likeness[other], strict=True)]
+    return all(gap >= 0 for gap in gaps), all(gap > 0 for gap in gaps)
+
+
+@dataclass(frozen=True, slots=True)
 class _Listing:
     words: list[str]
     uses: dict[int, Block | int]  # index in `words` -> variable

@@ -23,7 +23,7 @@ from patcher.data.counterparts import Counterpart, counterpart
 from patcher.data.located import NONE, Declarations, Declared, declared_in_object, declared_in_program, place
 from patcher.data.names import Spelling, guard_of, guards, spelling
 from patcher.data.outcome import Fate
-from patcher.data.sites import Votes, same_code, votes
+from patcher.data.sites import Pairs, clearly, same_code, votes
 from patcher.data.uses import Bodies, Uses, owner
 from patcher.elf import tables as t
 from patcher.errors import ObjectError, UnsafeChange
@@ -479,7 +479,7 @@ class _Unit:
         alike = all(self._depth(b) == self._depth_of(v) is not None for b, v in by_code.pairs.items())
         return by_code.pairs if by_code.complete and by_code.distinct and alike else None
 
-    def _by_code(self, group: list[Block], found: list[LiveVariable]) -> _Pairs | None:
+    def _by_code(self, group: list[Block], found: list[LiveVariable]) -> Pairs | None:
         """Pair by the places in the code; None when these contradict each other."""
         functions = sorted({f for b in group for f in self.uses.direct(b)}, key=lambda f: f.name)
         old = {b.body: b for f in functions for b in self.uses.current(f)}
@@ -493,7 +493,7 @@ class _Unit:
         if len({v.address for v in pairs.values()}) < len(pairs):
             return None
         loose = any(b in seen.loose_new or v.address in seen.loose_old for b, v in pairs.items())
-        return _Pairs(pairs, not loose, *_clearly(pairs, seen, group, found))
+        return Pairs(pairs, not loose, *clearly(pairs, seen, group, found))
 
     def _by_contents(self, group: list[Block], found: list[LiveVariable]) -> dict[Block, LiveVariable]:
         """Pair by initial contents, where each has its own."""
@@ -650,30 +650,6 @@ class _Unit:
             if not spelling(block.name).scoped:
                 return True
         return any(self.uses.uses(other.uses.current(f), variable) for f in other.uses.users(block))
-
-
-@dataclass(frozen=True, slots=True)
-class _Pairs:
-    """What the code says: `complete`, no place is left over; `likely`, no other pair is more alike; `distinct`, none
-    is as alike."""
-
-    pairs: dict[Block, LiveVariable]
-    complete: bool
-    likely: bool
-    distinct: bool
-
-
-def _clearly(
-    pairs: dict[Block, LiveVariable], seen: Votes, group: Sequence[Block], found: Sequence[LiveVariable]
-) -> tuple[bool, bool]:
-    """Tell whether no other pair's places are more alike than those of each pair, and whether none are as much so."""
-    gaps = []
-    for block, variable in pairs.items():
-        own = seen.likeness[block, variable.address]
-        others = [(b, variable.address) for b in group if b is not block]
-        others += [(block, v.address) for v in found if v is not variable]
-        gaps += [a - b for other in others for a, b in zip(own, seen.likeness[other], strict=True)]
-    return all(gap >= 0 for gap in gaps), all(gap > 0 for gap in gaps)
 
 
 def _alike(one: Spelling, other: Spelling) -> bool:

@@ -56,9 +56,22 @@ def refuse_words(
     for (low, _), words in zip(wanted, holders.words(mappings, wanted), strict=True):
         for at in words.others:
             inside = any(start <= at < end for start, end in ranges)
-            if not inside and not (low in ends and _is_of_linker(image, at)):
+            spared = _is_slack(image, mappings, at) or (low in ends and _is_of_linker(image, at))
+            if not inside and not spared:
                 what = "the address behind its end" if low in ends else "its address"
                 raise _still_used(name, f"{_word(holders, mappings, at)}, which holds {what}")
+
+
+def _is_slack(image: Image, mappings: Sequence[Mapping], at: int) -> bool:
+    """Tell whether a word is mapped with a module only because it shares a page of its file: debug information, say.
+
+    What is behind data that may be written does not count as such: the loader's allocator takes that.
+    """
+    module = image.module_at(at)
+    if module is None or any(at in m and m.writable for m in mappings):
+        return False
+    place = at - module.bias
+    return not any(s.address <= place < s.address + s.memory_size for s in module.module.segments)
 
 
 def _is_of_linker(image: Image, at: int) -> bool:

@@ -15,16 +15,18 @@ Specification: Drepper, ELF Handling For Thread-Local Storage, sections 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 
 from patcher.blocks import Block, Blocks, Kind, Place
 from patcher.elf import ObjectFile
 from patcher.elf.relocations import R
-from patcher.elf.thread_module import ThreadBlock
+from patcher.elf.thread_module import HEAD_SIZE, ThreadBlock, loaded_block
 from patcher.errors import LinkError
+from patcher.image import Image, LoadedModule
 from patcher.link.plan import Bound
 from patcher.link.relocations import RULES
-from patcher.live import THREAD_LOCAL, base_name, thread_place
+from patcher.live import THREAD_LOCAL, base_name, thread_number, thread_place
 from patcher.patch.journal import Placed
 
 STATIC_SHARE = 512
@@ -35,6 +37,19 @@ _NO_MODULE = 1 << 20
 
 _FIXED = frozenset((R.TPOFF32, R.TPOFF64, R.GOTTPOFF))
 _FROM_BASE = frozenset((R.TLSLD, R.DTPOFF32, R.DTPOFF64))
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadPlace:
+    """Where each thread has a variable: an offset in the block of the module of a number, or, for 0, from the thread
+    pointer. `key` stands for the variable in the journal; `image` is where, in memory, the bytes are that threads to
+    come start with, and `image_size` how many of them there are: zeros follow."""
+
+    key: int
+    offset: int
+    module_id: int
+    image: int
+    image_size: int
 
 
 class StaticModel(LinkError):
@@ -213,3 +228,36 @@ def _referred(blocks: Blocks, function: Block) -> set[Block]:
 
 _INITIALISER, _PART_OF_INITIALISER = "__tls_init", "__cxx_global_var_init"
 _OF_FUNCTION = ("_ZZ", "_ZGVZ")
+
+
+def place_of(image: Image, module: LoadedModule, bound: Bound, added: Collection[int]) -> ThreadPlace | None:
+    """Return where threads have a variable of a module's unit, or one that a patch brought (`added`: their numbers).
+
+    None where it cannot be told what threads to come start with.
+    """
+    number = thread_number(bound.address, bound.module_id)
+    if number in added:
+        return _added_place(image, bound, number)
+    storage, base = module.module.thread_storage, image.thread_block(module)
+    module_id = image.thread_module(module)
+    if storage is None or module_id is None or (base is None and not bound.module_id):
+        return None
+    offset = bound.address if bound.module_id else bound.address - (base or 0)
+    left = max(0, storage.file_size - offset)
+    start = storage.address + module.bias + offset
+    return ThreadPlace(thread_number(offset, module_id), bound.address, bound.module_id, start, left)
+
+
+def _added_place(image: Image, bound: Bound, number: int) -> ThreadPlace | None:
+    for mapping in image.target.mappings():
+        if "patcher-threads" not in mapping.path or mapping.offset:
+            continue
+        block = loaded_block(image.target.memory.read_available(mapping.start, HEAD_SIZE))
+        if block is None:
+            continue
+        offset = bound.address if bound.module_id else bound.address - block.distance
+        same = block.number == bound.module_id if bound.module_id else block.distance < 0
+        if same and 0 <= offset < block.size:
+            left = max(0, block.image_size - offset)
+            return ThreadPlace(number, bound.address, bound.module_id, mapping.start + block.image + offset, left)
+    return None

@@ -95,7 +95,7 @@ def describe(part: Part, file: str, found: Sequence[Foreign], enquiry: Enquiry) 
                 name = foreign.variable.name
                 seen[name] = (Variable(name, type_, False, external=True, symbol=foreign.symbol),)
                 known.append(foreign)
-        unit.stand_for(file, seen)
+        unit.stand_for(file, tuple(v for every in seen.values() for v in every))
     return Described(unit, data, tuple(known))
 
 

@@ -6,16 +6,19 @@ and what it came to is what is written over the live variable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from patcher.blocks import Block
+from patcher.blocks import Block, Kind
 from patcher.data.constants import Constant
 from patcher.data.initial import AddressOf, Changed, Initials
+from patcher.data.threads import ThreadPlace
 from patcher.elf.relocations import is_pc_relative
 from patcher.errors import LinkError
 from patcher.part import Part
 from patcher.patch.journal import Journal
+
+PlaceOf = Callable[[Part, Block], "ThreadPlace | None"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +76,20 @@ class Writing:
 
     def writes(self, addresses: Mapping[Block, int], placed: Sequence[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
         """Return what to write where, once the copies are placed."""
-        found = []
-        for _, block, address in self._places:
-            copy = self._copies.get(block)
-            plain = block.data or bytes(block.size)
-            found.append((address, plain if copy is None else _cut(placed, addresses[copy], copy.size)))
-        return found
+        places = (p for p in self._places if p[1].kind is not Kind.THREAD_LOCAL)
+        return [(address, self._contents(block, addresses, placed)) for _, block, address in places]
+
+    def thread_values(
+        self, place_of: PlaceOf, addresses: Mapping[Block, int], placed: Sequence[tuple[int, bytes]]
+    ) -> list[tuple[Changed, ThreadPlace, bytes]]:
+        """Return what each thread's own variables become, and where that is, once the copies are placed."""
+        renewed = (c for c in self.data.renewed if c.block.kind is Kind.THREAD_LOCAL)
+        places = [(c, place_of(c.part, c.block)) for c in renewed]
+        return [(c, place, self._contents(c.block, addresses, placed)) for c, place in places if place is not None]
+
+    def _contents(self, block: Block, addresses: Mapping[Block, int], placed: Sequence[tuple[int, bytes]]) -> bytes:
+        copy = self._copies.get(block)
+        return block.data or bytes(block.size) if copy is None else _cut(placed, addresses[copy], copy.size)
 
 
 def _is_linked(part: Part, block: Block) -> bool:

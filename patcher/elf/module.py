@@ -51,11 +51,12 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class ThreadStorage:
-    """The PT_TLS segment: the initial image of the module's thread-local variables."""
+    """The PT_TLS segment: the initial image of the module's thread-local variables, and how many zeros follow."""
 
     address: int
     memory_size: int
     alignment: int
+    file_size: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +206,8 @@ def _interpreter(raw: t.RawFile) -> str:
 def _thread_storage(raw: t.RawFile) -> ThreadStorage | None:
     for p in raw.program_headers:
         if int(p["type"]) == t.PT_TLS:
-            return ThreadStorage(int(p["address"]), int(p["memory_size"]), int(p["alignment"]) or 1)
+            sizes = int(p["memory_size"]), int(p["alignment"]) or 1, int(p["file_size"])
+            return ThreadStorage(int(p["address"]), *sizes)
     return None
 
 

@@ -43,6 +43,32 @@ _NOW, _NODELETE = 0x1, 0x8
 
 
 @dataclass(frozen=True, slots=True)
+class LoadedBlock:
+    """What a module of this kind says of itself once it is loaded: its number, the distance of its block from the
+    thread pointer (0 where that differs), where its initial image is, counted from the start of the module, and the
+    sizes of image and block."""
+
+    number: int
+    distance: int
+    image: int
+    image_size: int
+    size: int
+
+
+HEAD_SIZE = _DYNAMIC
+"""How much of a loaded module `loaded_block` has to see."""
+
+
+def loaded_block(head: bytes) -> LoadedBlock | None:
+    """Read what the dynamic linker filled in; None for anything that is no module of this kind."""
+    if len(head) < HEAD_SIZE or head[: _EHDR.size] != _header():
+        return None
+    _, _, _, image, _, image_size, size, _ = _PHDR.unpack_from(head, _EHDR.size + 2 * _PHDR.size)
+    number, distance = struct.unpack_from("<qq", head, NUMBER_CELL)
+    return LoadedBlock(number, distance, image, image_size, size)
+
+
+@dataclass(frozen=True, slots=True)
 class ThreadBlock:
     """A block that each thread is to have: its size and alignment, and the bytes it starts with, then zeros.
 

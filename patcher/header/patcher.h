@@ -55,8 +55,8 @@ void patcher_after(const struct patcher_event *event);
 
 /*
  * What is live. The patcher keeps `patcher_state` of every module that has one up to date; its number changes in the
- * same instant as the code does. Tables are never changed and never freed, so that pointers to them, and to the names
- * in them, stay good for as long as the process lives.
+ * same instant as the code does. Tables are never changed, and stay for as long as a word of the process's memory, or a
+ * register, points to one, or into it; so do the names in them.
  */
 struct patcher_symbol {
     const char *name;
@@ -98,13 +98,16 @@ static inline uint64_t patcher_generation(void)
 /* Everything about the live generation, as of one instant; NULL for the program as it was started. */
 static inline const struct patcher_table *patcher_live(void)
 {
-    uint64_t generation = patcher_generation();
-    const struct patcher_table *table = __atomic_load_n(&patcher_state.newest, __ATOMIC_ACQUIRE);
-    if (!generation)
-        return NULL;
-    while (table && table->generation != generation)
-        table = table->previous;
-    return table;
+    for (;;) {
+        uint64_t generation = patcher_generation();
+        const struct patcher_table *table = __atomic_load_n(&patcher_state.newest, __ATOMIC_ACQUIRE);
+        if (!generation)
+            return NULL;
+        while (table && table->generation != generation)
+            table = table->previous;
+        if (table || generation == patcher_generation()) /* which may be forgotten by now */
+            return table;
+    }
 }
 
 /* The functions that the live generation has other than the program as it was started, and the variables and constants

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from patcher.code.entry import COPY_SIZE, SWITCH_CELLS, SWITCH_SIZE
-from patcher.errors import AttachDenied, PatcherError, TargetBusy, TargetGone, UnsafeChange
+from patcher.errors import Forbidden, PatcherError, TargetBusy, TargetGone, UnsafeChange
 from patcher.link.place import Region, Space
 from patcher.target import Mapping, Result, SystemCall, Target, read_stat
 
@@ -406,9 +406,7 @@ def _furnish(target: Target, arena: Arena) -> None:
     ]
     try:
         results = target.inject(named, code=arena.stub)
-    except AttachDenied as error:
-        if error.code != "seccomp":
-            raise
+    except Forbidden:
         results = ()  # a filter that may kill for a memfd, where nameless memory is all right
     if len(results) != len(named) or results[-1] < 0:
         if results and results[0] >= 0:

@@ -90,6 +90,11 @@ def without_departed(journal: Journal, departed: frozenset[str]) -> Journal:
     return found
 
 
+def final(journal: Journal) -> Journal:
+    """Return a journal in which nothing is void any more, as one that says so no longer, to be written anew."""
+    return Journal({number: replace(g, departed=()) for number, g in journal.generations.items()})
+
+
 def _without(record: GenerationRecord, gone: frozenset[str], void: set[tuple[int, int]]) -> GenerationRecord:
     names = {n for r in record.redirects if r.module in gone for n in (r.name, *r.names)}
     names |= {name for name, module, _ in record.statuses if module in gone}

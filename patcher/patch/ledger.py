@@ -28,7 +28,7 @@ from patcher.patch.arena import (
 from patcher.patch.bodies import Bodies, Door, Version
 from patcher.patch.departed import find_departed, instances, missing, modules_of, without_departed
 from patcher.patch.journal import ArenaView, Body, GenerationRecord, Journal, Redirect
-from patcher.patch.transaction import Flip, FlipResult, Inside, TextWrite, flip
+from patcher.patch.transaction import Flip, FlipResult, Inside, Late, TextWrite, flip
 from patcher.target import FunctionCall, Target, read_stat
 
 _READINGS = 20  # of what another controller may be changing just now
@@ -76,6 +76,18 @@ class Fill:
 
 
 @dataclass(frozen=True, slots=True)
+class ThreadValue:
+    """What every thread's own of a thread-local variable becomes; the offset is in the block of the module of a
+    number, or, for 0, from the thread pointer."""
+
+    name: str
+    file: str
+    offset: int
+    module_id: int
+    contents: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Commit:
     """A generation that is linked and ready: what to write where nobody looks yet, and what then changes at once."""
 
@@ -86,6 +98,7 @@ class Commit:
     constructors: tuple[Constructor, ...] = ()  # in the order in which they run
     data: tuple[tuple[int, bytes], ...] = ()  # what the program's own data becomes with it: address, contents
     fills: tuple[Fill, ...] = ()  # done when all stand still, right before the generation is live
+    threads: tuple[ThreadValue, ...] = ()  # found and written when all stand still
     published: tuple[tuple[int, bytes], ...] = ()  # what leads the program to some of the writes, in this order
 
 
@@ -194,7 +207,7 @@ class Ledger:
         """Tell whether a function's entry leads to its island, or has always been it."""
         return redirect.born or all(self._is_written(part) for part in self._detour(redirect))
 
-    def _is_in_place(self, redirect: Redirect) -> bool:
+    def is_in_place(self, redirect: Redirect) -> bool:
         """Tell whether a detour, or a part of one, stands in the text."""
         return not redirect.born and any(self._is_written(part) for part in self._detour(redirect))
 
@@ -212,6 +225,12 @@ class Ledger:
 
     def _is_written(self, write: TextWrite) -> bool:
         return self.target.memory.read_available(write.address, len(write.new)) == write.new
+
+    def void(self) -> list[tuple[GenerationRecord, Redirect]]:
+        """Return the functions, and the records of them, that went with a library which was unloaded."""
+        counted = {(r.arena, r.index) for r in self.journal.redirects}
+        every = ((g, r) for g in self._recorded.generations.values() for r in g.redirects)
+        return [(g, r) for g, r in every if (r.arena, r.index) not in counted]
 
     # --- arenas -----------------------------------------------------------------------------------------------
 
@@ -307,7 +326,7 @@ class Ledger:
         live = self.generation
         torn = self.slots != {base: self._slots_at(base, live) for base in self.slots}
         # Detours that lead to the old bodies do no harm, but a process that was taken back to 0 has none.
-        detoured = live == 0 and any(self._is_in_place(r) for r in self.journal.redirects)
+        detoured = live == 0 and any(self.is_in_place(r) for r in self.journal.redirects)
         if torn or detoured or self._rewrites_to(live):
             self.revert(live)
 
@@ -327,16 +346,28 @@ class Ledger:
         construct: Construct | None = None,
         inside: Inside | None = None,
         idle: Inside | None = None,
+        late: Late | None = None,
     ) -> FlipResult:
         """Make a generation live, or leave everything as it was and raise.
 
         `construct` runs the generation's constructors in the target, or raises. What they may have handed out to the
-        program by then is not used again, should the generation not become live. `inside` does the fills, `idle` says
-        who is in the old code: see `Flip`.
+        program by then is not used again, should the generation not become live. `inside` does the fills and finds
+        what threads have of their own, which `late` returns; `idle` says who is in the old code: see `Flip`.
         """
         change = self._with_instances(change)
         running: list[Constructor] = []
         exposed = False  # whether the program may know of what was written
+
+        def expose() -> None:
+            nonlocal exposed
+            exposed = True
+            self._fresh.clear()
+
+        def publish() -> None:
+            for address, data in change.published:
+                expose()
+                self.target.memory.write(address, data)
+
         before = {base: self.arenas[base].usage() for base in self.arenas}
         primary = self.primary
         assert primary is not None
@@ -364,13 +395,10 @@ class Ledger:
             self.target.memory.write(primary.journal + start, encoded)
             usage = primary.usage()
             primary.set_usage(replace(usage, journal=start + len(encoded)))
-            exposed = bool(change.published or change.fills)
-            if exposed:
-                self._fresh.clear()
-            for address, data in change.published:
-                self.target.memory.write(address, data)
+            if change.fills:
+                expose()
             self._refuse_departed(change)
-            decided = replace(self._flip(change), inside=inside if change.fills else None, idle=idle)
+            decided = replace(self._flip(change), inside=inside, idle=idle, late=late, publish=publish)
             result = flip(self.target, decided)
         except BaseException as error:
             with suppress(PatcherError, OSError):
@@ -411,13 +439,27 @@ class Ledger:
 
     def _take_back(self, change: Commit, before: Mapping[int, Usage], exposed: bool) -> None:
         # A detour that is in place must stay on record.
-        if any(self._is_in_place(r) for r in change.record.redirects):
+        if any(self.is_in_place(r) for r in change.record.redirects):
             self._fresh.clear()
         else:
             for base, usage in before.items():
                 kept = replace(self.arenas[base].usage(), journal=usage.journal) if exposed else usage
                 self.arenas[base].set_usage(kept)
+            if exposed:
+                self._withdraw(change)
         self.refresh()
+
+    def _withdraw(self, change: Commit) -> None:
+        """Note that memory which was free and got what the program may know of by now is free no longer."""
+        self.refresh()
+        primary, taken = self.primary, sorted((s.start, s.end) for s in change.record.stretches)
+        free = self._recorded.free
+        left = records.without(free, taken)
+        if primary is None or left == free:
+            return
+        first, *others = self._recorded.generations.values()
+        written = [replace(first, holes=tuple(left)), *(replace(g, holes=()) for g in others)]
+        primary.replace_journal(self.usages[primary.base].journal, b"".join(map(records.encode, written)))
 
     def _chosen(self, change: Commit) -> Commit:
         """Ask the resolvers of new IFUNCs, whose code is in place by now, and return the change with their choices."""

@@ -7,7 +7,8 @@ journal is written anew into the half of its area that is not in use, and one wo
 any write, there is the old one or the new one, both whole.
 
 Memory is freed in stretches: all code, or all constants, that a generation got in one piece. Never freed are the
-program's variables, islands with their slots, and displaced entries. A stretch is needed while
+program's variables, nor islands with their slots, and displaced entries, unless their library was unloaded. A stretch
+is needed while
 
     a recorded generation leads a function into it, or brought it,
     it holds a constant that still is what its name stands for, or a constant that was rewritten,
@@ -18,7 +19,8 @@ The last is looked at when the others leave enough to free, with one stop; not w
 function's address, as the program can see it, is its entry or its island for life, so only the code of a stretch itself
 (by calling), or a copy of a word that is there, makes a word that leads into it. When at one instant there is no
 such word, and no thread in it, no later one comes to be: it need not be looked at again, neither when it is noted as
-free nor when it is used again. Slots are words too: a function that no recorded generation has may still be called.
+free nor when it is used again. Slots are words too: a function that no recorded generation has may still be called;
+but one of a library that was unloaded only by who has the address of its island (`orphans`).
 
 Free memory is noted in the journal, by that same write: what is used again of it are the stretches of later
 generations. A generation of which something may run before it is live is placed in fresh memory, since its addresses
@@ -34,8 +36,10 @@ from dataclasses import dataclass, replace
 
 from patcher.errors import PatcherError, TargetGone
 from patcher.patch.arena import CODE_SIZE, JOURNAL_SIZE, Arena
+from patcher.patch.departed import final
 from patcher.patch.journal import FORMER, Allocation, Body, GenerationRecord, Initial, Journal, Placed, Rewrite, Stretch
 from patcher.patch.ledger import Ledger
+from patcher.patch.orphans import Orphans, with_copies
 from patcher.patch.reach import memory_of, reached
 
 _TRAP = b"\xcc"  # int3
@@ -65,14 +69,14 @@ def reclaim(ledger: Ledger, policy: Policy) -> None:
     primary = ledger.primary
     if primary is None or not _is_due(ledger, policy):
         return
-    # What is void with a module that was unloaded is left out of the journal as it is read, and must not be lost.
-    if ledger.departed or any(g.departed for g in ledger.journal.generations.values()):
-        return
+    if any(ledger.is_in_place(redirect) for _, redirect in ledger.void()):
+        return  # a library that was unloaded, and something put its text back
     forgetting, freed = _freed(ledger, _shortened(ledger, policy.keep), policy)
     contents = _encoded(forgetting, ledger.journal)
     if len(contents) > 2 * _COMFORTABLE:
         return
     primary.replace_journal(ledger.usages[primary.base].journal, contents)
+    Orphans(ledger).let_go((s.start, s.end) for s in freed)
     if policy.poison:
         _poison(ledger, freed)
     ledger.refresh()
@@ -87,10 +91,11 @@ def _is_due(ledger: Ledger, policy: Policy) -> bool:
 
 
 def _shortened(ledger: Ledger, keep: int) -> Journal:
-    found = folded(ledger.journal, keep, ledger.generation)
+    journal = with_copies(final(ledger.journal), ledger.void())
+    found = folded(journal, keep, ledger.generation)
     while len(_encoded(found, ledger.journal)) > _COMFORTABLE and keep > 1:
         keep //= 2
-        found = folded(ledger.journal, keep, ledger.generation)
+        found = folded(journal, keep, ledger.generation)
     return found
 
 
@@ -259,10 +264,9 @@ def _freed(ledger: Ledger, journal: Journal, policy: Policy) -> tuple[Journal, t
     journal, left = _renamed(journal, unneeded), _coalesced(unneeded)
     freed: tuple[Stretch, ...] = ()
     if left and sum(s.end - s.start for s in left if not s.searched) >= policy.enough:
-        found = _reached(ledger, left, policy)
-        if found is not None:
-            used = _holding(left, (a for i in needed for a in stretches[i].uses))
-            kept = _closed(left, found | used)
+        used = _holding(left, (a for i in needed for a in stretches[i].uses))
+        kept = _reached(ledger, left, used, policy)
+        if kept is not None:
             freed = tuple(s for i, s in enumerate(left) if i not in kept)
             left = [replace(s, searched=True) for i, s in enumerate(left) if i in kept]
     return _arranged(journal, set(unneeded), left, freed, ledger.arenas.values()), freed
@@ -331,22 +335,38 @@ def _renamed(journal: Journal, unneeded: Sequence[Stretch]) -> Journal:
     )
 
 
-def _reached(ledger: Ledger, stretches: Sequence[Stretch], policy: Policy) -> frozenset[int] | None:
-    """Return the numbers of the stretches that the process can reach, None when that cannot be found out."""
-    target = ledger.target
+def _reached(ledger: Ledger, left: Sequence[Stretch], used: Iterable[int], policy: Policy) -> set[int] | None:
+    """Return the numbers of those `left` that the process can reach, None when that cannot be found out.
+
+    `used` are those that stretches refer to which are needed in any case.
+    """
+    target, orphans = ledger.target, Orphans(ledger)
+    extents = [(s.start, s.end) for s in left]
     ours = [extent for arena in ledger.arenas.values() for extent in arena.without_words]
+    ours += orphans.slots
     try:
-        worth = _LOOKED_AT * sum(s.end - s.start for s in stretches)
+        worth = _LOOKED_AT * sum(s.end - s.start for s in left)
         if sum(end - start for start, end in memory_of(target, ours)) > max(policy.most, worth):
             return None
+        ranges = sorted([*extents, *orphans.islands])
+        calls, called = orphans.calls(extents), orphans.called_beside(extents)
         with target.stopped() as stopped:
             if any(arena.is_choosing(t.pc) for arena in ledger.arenas.values() for t in stopped.threads):
                 return None
-            return reached(target, stopped, [(s.start, s.end) for s in stretches], ours)
+            found = [ranges[i] for i in reached(target, stopped, ranges, ours)]
     except TargetGone:
         raise
     except (PatcherError, OSError):
         return None
+    numbers = {extent: i for i, extent in enumerate(extents)}
+    islands = called | {start for start, _ in found if start in orphans.bodies}
+    kept = _closed(left, {*used, *(numbers[extent] for extent in found if extent in numbers)})
+    while True:
+        islands |= {island for i in kept for island in calls[i]}
+        more = _closed(left, kept | _holding(left, (orphans.bodies[island] for island in islands)))
+        if more == kept:
+            return kept
+        kept = more
 
 
 def _arranged(

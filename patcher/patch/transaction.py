@@ -64,6 +64,7 @@ class TextWrite:
 
 
 Inside = Callable[[Stopped], str]
+Late = Callable[[], Sequence[tuple[int, bytes]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ class Flip:
     to their own entry and would come out in the new code in the middle of their work; `restores`: the text goes back
     to what it was at first, after the slots; `data`: what the program's own data becomes (address, contents),
     whatever it is by then. `inside` is called while all stand still, before anything is written: it says why that has
-    to wait ("" when it has not), or raises, and nothing is changed. `idle` is asked likewise, before all else; what it
+    to wait ("" when it has not), or raises, and nothing is changed; `late` returns the data that is known only after
+    that. `idle` is asked likewise, before all else; what it
     names is waited for until it raises.
     """
 
@@ -87,6 +89,8 @@ class Flip:
     data: tuple[tuple[int, bytes], ...] = ()
     inside: Inside | None = None
     idle: Inside | None = None
+    late: Late | None = None
+    publish: Callable[[], None] | None = None
 
     @property
     def needs_stop(self) -> bool:
@@ -206,7 +210,7 @@ def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResul
         time.sleep(0.001 * min(attempt, _TRIES))
     if reason:
         raise TargetBusy(
-            f"process {target.pid}: data with another layout cannot be filled just now: {reason}",
+            f"process {target.pid}: data cannot be changed just now: {reason}",
             "try again when the program is idle",
         )
     if change.quiet:
@@ -251,8 +255,11 @@ class _Writes:
     def write(self) -> None:
         """Write all, or nothing."""
         memory = self._target.memory
+        if self._change.publish is not None:
+            self._change.publish()
         # The program writes to its data whenever it runs: what it holds is known only now.
-        data = [TextWrite(address, memory.read(address, len(new)), new) for address, new in self._change.data]
+        wanted = (*self._change.data, *(self._change.late() if self._change.late is not None else ()))
+        data = [TextWrite(address, memory.read(address, len(new)), new) for address, new in wanted]
         text = [*self._text, *(([write], write) for write in data)]
         done: list[TextWrite] = []
         try:

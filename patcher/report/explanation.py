@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from patcher.report.events import Variable
+from patcher.report.events import OldFrame, Variable
 
 
 class Outlook(Enum):
@@ -49,7 +49,10 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """All of it. `kept`: the variables that new code goes on using, with their values, by name and file."""
+    """All of it. `kept`: the variables that new code goes on using, with their values, by name and file.
+
+    `frames`: who is now in the code that would be replaced.
+    """
 
     outlook: Outlook
     files: tuple[str, ...]
@@ -59,6 +62,7 @@ class Explanation:
     types: tuple[TypeOutlook, ...] = ()
     supplied: tuple[str, ...] = ()
     refusal: Refusal | None = None
+    frames: tuple[OldFrame, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -68,6 +72,7 @@ class Explanation:
             "data": [asdict(v) for v in self.variables] + [_kept(name, file) for name, file in self.kept],
             "types": [asdict(t) for t in self.types],
             "supplied": list(self.supplied),
+            "frames": [asdict(f) for f in self.frames],
             "refusal": None if self.refusal is None else asdict(self.refusal),
         }
 
@@ -79,12 +84,18 @@ class Explanation:
         yield from _table("data", told + [("as it is", *k, "") for k in self.kept if k not in named])
         yield from _table("types", [(t.verdict, t.name, t.file, t.change) for t in self.types])
         yield from _table("brought in, being missing", [("", name, "", "") for name in self.supplied])
+        yield from _table("in the code that changes", [("", f.function, _who(f), "") for f in self.frames])
         if self.refusal is not None:
             yield f"refused ({self.refusal.reason}): {self.refusal.message}"
             if self.refusal.hint:
                 yield f"  {self.refusal.hint}"
         else:
             yield _WORDS[self.outlook]
+
+
+def _who(frame: OldFrame) -> str:
+    who = f"thread {frame.thread}" if frame.thread else f"a coroutine, stack at {frame.stack:#x}"
+    return who + (", in a loop that does not return" if frame.loops else "")
 
 
 _WORDS = {

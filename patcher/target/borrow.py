@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
-from patcher.errors import AttachDenied, PatcherError, TargetBusy, TargetGone
+from patcher.errors import Forbidden, PatcherError, TargetBusy, TargetGone
 from patcher.target.confined import Call, confinement
 from patcher.target.frame import FRAME_SIZE, floating_frame, signal_frame
 from patcher.target.maps import Mapping
@@ -337,9 +337,10 @@ class Borrowing:
 
     def _refuse_confined(self) -> None:
         if "shstk" in read_status(self._pid).get("x86_Thread_features", ""):
-            raise AttachDenied(
+            raise Forbidden(
                 f"process {self._pid} runs with a shadow stack, which ends it when a borrowed thread returns",
                 "start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off",
+                code="shadow-stack",
             )
 
     def _find_way(self, mappings: Sequence[Mapping]) -> _Way | None:
@@ -597,13 +598,12 @@ def _as_call(step: SystemCall) -> Call:
     return step.number, tuple(argument & _ALL_BITS if isinstance(argument, int) else None for argument in step.args)
 
 
-def _all_confined(pid: int, reason: str) -> AttachDenied:
-    return AttachDenied(
+def _all_confined(pid: int, reason: str) -> Forbidden:
+    return Forbidden(
         f"process {pid} cannot be made to do what is needed: {reason}",
         "run patcher as root, who may read the filters; or try it all the same with --force"
         if "may not read" in reason
         else "let its filters allow that, or restart it with the new code",
-        code="seccomp",
     )
 
 

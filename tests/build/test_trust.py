@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from project import Project
 
+import patcher
 from patcher.build import Commands, Compiler
 from patcher.build.trust import check_trusted
 from patcher.errors import NoCompileCommand
@@ -106,3 +108,17 @@ def test_objects_go_where_nobody_else_can_make_files(
         assert elsewhere not in compiler.directory.resolve().parents
         assert stat.S_IMODE(compiler.directory.stat().st_mode) == 0o700
     assert list(elsewhere.iterdir()) == []
+
+
+def test_no_shell_runs_a_compile_command(tmp_path: Path) -> None:
+    """What a shell would run is an argument as any other."""
+    project = Project(tmp_path / "p")
+    made = tmp_path / "made"
+    touch = f"touch${{IFS}}{made}"
+    command = f"gcc -g -O2 '-DA=;{touch}' -DB=$({touch}) -DC=`{touch}` -DD=|{touch} -c src/unit.c -o unit.o"
+    entry = {"directory": str(project.root), "file": "src/unit.c", "command": command}
+    (project.root / "compile_commands.json").write_text(json.dumps([entry]))
+    with project.running() as program, patcher.attach(program.pid) as session:
+        session.apply(project.edit("unit.c", "n + 1000 * calls", "3"))
+        assert program.ask(5) == "3"
+    assert not made.exists()

@@ -49,7 +49,7 @@ def explained(*arguments: object, status: int = 0) -> dict[str, object]:
     assert done.returncode == status, done.stderr
     assert sentences(done.stderr) == []
     found: dict[str, object] = json.loads(done.stdout)
-    assert set(found) == {"verdict", "files", "functions", "data", "types", "supplied", "refusal"}
+    assert set(found) == {"verdict", "files", "functions", "data", "types", "supplied", "frames", "refusal"}
     return found
 
 

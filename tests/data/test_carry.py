@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -228,16 +229,22 @@ def test_what_cannot_be_carried_over_is_named(tmp_path):
         assert_untouched(program.pid)
 
 
-def test_another_session_goes_on_from_what_was_carried_over(tmp_path):
+@pytest.mark.parametrize("gone", [False, True], ids=["known", "gone"])
+def test_another_session_goes_on_from_what_was_carried_over(tmp_path, monkeypatch, gone):
+    (tmp_path / "run").mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     project = single(tmp_path, KINDS)
     with project.running() as program, patcher.attach(program.pid, watched=[project.sources]) as session:
         assert [program.ask(n) for n in (2, 101)] == ["3", "-3"]
         session.apply(rewrite(project, "unit.c", LARGER))
+        if gone:
+            shutil.rmtree(tmp_path / "run/patcher/types")
         with patcher.attach(program.pid, watched=[project.sources]) as other:
-            most = rewrite(project, "unit.c", LARGER.replace("points[5]", "points[9]"))
-            with pytest.raises(UnsafeChange, match=r"`points`.* only the controller knows") as caught:
-                other.apply(most)
-            assert caught.value.code == "layout"
+            if gone:
+                most = rewrite(project, "unit.c", LARGER.replace("points[5]", "points[9]"))
+                with pytest.raises(UnsafeChange, match=r"`points`.* only the controller knows") as caught:
+                    other.apply(most)
+                assert caught.value.code == "layout"
             done = other.apply(rewrite(project, "unit.c", LARGER.replace("n + 1001;", "n + 2001;")))
             assert not done.variables
             assert [program.ask(n) for n in (2, 101)] == ["2006", "-3"]

@@ -161,12 +161,23 @@ def test_a_name_without_a_new_value_is_refused(project: Project, name: str, word
         assert int(program.ask(0)) == base + 1
 
 
-def test_a_thread_local_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_thread_locals_value_is_kept_and_told_once_and_written_when_wanted(tmp_path: Path) -> None:
     unit = "static __thread int mine = 4;\nint answer(int n) { return n + mine++; }\n"
     project = Project(tmp_path, {"main.c": MAIN, "unit.c": unit})
     with project.running() as program:
-        source = project.edit("unit.c", "mine = 4", "mine = 5")
-        with reinit(program.pid, "mine") as session, pytest.raises(patcher.PatcherError, match="thread-local"):
+        assert program.ask(100) == "104"
+        source = project.edit("unit.c", "mine = 4", "mine = 50")
+        with patcher.attach(program.pid) as session:
+            assert [(v.name, v.outcome, v.note) for v in session.apply(source).variables] == [
+                ("mine", "kept", "4 -> 50")
+            ]
+            assert session.apply(source).variables == ()
+        assert program.ask(100) == "105"
+        with reinit(program.pid, "mine") as session:
+            (found,) = session.apply(source).variables
+            assert (found.name, found.outcome) == ("mine", "reinitialised")
+        assert [program.ask(100), program.ask(100)] == ["150", "151"]
+        with reinit(program.pid, "mine") as session, pytest.raises(patcher.PatcherError, match="is the one that"):
             session.apply(source)
 
 

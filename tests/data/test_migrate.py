@@ -162,7 +162,7 @@ def test_a_file_whose_code_is_the_same_is_linked_again_with_it(tmp_path):
 @pytest.mark.parametrize(
     ("holder", "named"),
     [
-        ("struct config *current = &settings;", "`current`, which holds"),
+        ("void *current = &settings;", "`current`, which holds"),
         ("#include <stdlib.h>\nvoid **p; __attribute__((constructor)) void f(void) "
          "{ p = malloc(64); p[1] = settings.name; }", "\\[heap\\]"),
     ],

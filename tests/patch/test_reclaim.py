@@ -11,9 +11,11 @@ from random import Random
 
 import pytest
 from project import COMPILE, SECTIONS, Project, Running, assert_untouched
+from project import MAIN as ANSWERING
 
 import patcher
 from patcher.errors import UnsafeChange
+from patcher.patch import reclaim as reclaiming
 from patcher.patch.journal import FORMER
 from patcher.patch.reclaim import Policy, folded
 
@@ -330,6 +332,35 @@ def test_killed_at_any_write_of_the_journal(project, objects):
             assert program.ask("w") == "0"
         moment += 1
     assert moment > 4, "it was never killed between the journal's two writes"
+
+
+BULKY = "static const char bulk[1 << 20] = {[9] = VERSION};\nint answer(int n) { return n + bulk[n % 1000]; }\n"
+MEMORY = 48 << 20
+
+
+def test_a_process_with_much_memory_has_so_many_arenas_and_no_more(tmp_path, monkeypatch):
+    """It stands still for a look only when there is so much to free, which is more than one arena holds."""
+    held = f"char *held = malloc({MEMORY});\n    memset(held, 1, {MEMORY});\n    setvbuf"
+    main = ANSWERING.replace("setvbuf", held, 1).replace(
+        "#include <stdlib.h>", "#include <stdlib.h>\n#include <string.h>"
+    )
+    project = Project(tmp_path / "p", {"main.c": main, "unit.c": BULKY.replace("VERSION", "1")})
+    versions = [project.object("unit.c", ("[9] = 1", f"[9] = {i}")) for i in range(2, 6)]
+    monkeypatch.setattr(reclaiming, "_LOOKED_AT", 2)
+    looks = []
+    reached = reclaiming.reached
+    monkeypatch.setattr(reclaiming, "reached", lambda *words: (looks.append(1), reached(*words))[1])
+    with project.running() as program, patcher.attach(program.pid, force=True) as session:
+        session.policy = Policy(keep=2, enough=1, most=1, poison=True)
+        arenas = []
+        for number in range(56):
+            session.apply(versions[number % 4])
+            assert program.ask(9) == str(9 + 2 + number % 4)
+            arenas.append(len(session.status().arenas))
+        assert 1 < arenas[30] <= 3, "it takes more than one arena until there is so much to free"
+        assert arenas[-1] == arenas[30]
+        assert 1 < len(looks) < 8
+        assert_untouched(program.pid)
 
 
 def test_forgotten_code_is_known_as_such(project, objects):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -284,6 +285,40 @@ def test_a_process_that_is_not_dumpable(tmp_path):
         process.stdin.close()
     assert "it is not dumpable" in answer
     assert "run patcher as root" in answer
+
+
+@ROOT
+@pytest.mark.parametrize("gives_up", [False, True], ids=["it keeps what it got", "it gives it up"])
+def test_a_setuid_program_is_not_for_who_started_it(gives_up):
+    """Whoever may start it must not have it do something else; root may."""
+    source = f"""
+    #define _GNU_SOURCE
+    #include <stdio.h>
+    #include <unistd.h>
+    int main(void)
+    {{
+        if (geteuid() || ({int(gives_up)} && setresuid(65534, 65534, 65534)))
+            return 1;
+        puts("ready");
+        fflush(stdout);
+        return getchar() > 0;
+    }}
+    """
+    with tempfile.TemporaryDirectory() as place:  # where everybody may go, unlike in the directories of tests
+        program = Path(place) / "program"
+        os.chmod(place, 0o755)
+        subprocess.run(["gcc", "-x", "c", "-o", program, "-"], input=source, text=True, check=True)
+        program.chmod(0o4755)
+        options = {"user": 65534, "group": 65534, "extra_groups": []}
+        with subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options) as process:
+            if process.stdout.readline() != b"ready\n":
+                pytest.skip("programs do not become setuid here")
+            answer = denied_as_another_user(process.pid, 65534)
+            with Target.attach(process.pid) as target:
+                assert target.mappings()
+            process.stdin.close()
+    assert answer.startswith("AttachDenied 3: not permitted to trace process")
+    assert "a set-user-ID program" in answer
 
 
 LAST_PID = Path("/proc/sys/kernel/ns_last_pid")

@@ -15,7 +15,7 @@ import pytest
 
 import patcher.target.confined as confined
 import patcher.target.stop as stop
-from patcher.errors import AttachDenied, TargetGone
+from patcher.errors import Forbidden, TargetGone
 from patcher.target import FunctionCall, SystemCall, wait_exit
 from patcher.target.seccomp import Action, harshest
 
@@ -122,7 +122,7 @@ def forbidding(**actions: int) -> list[str]:
 def test_a_call_that_would_kill_is_not_made(start, attach, action, words):
     program = start("confined", *forbidding(getpid=action))
     target = attach(program.pid)
-    with pytest.raises(AttachDenied, match=f"may .*{words}.* for system call {GETPID}") as caught:
+    with pytest.raises(Forbidden, match=f"may .*{words}.* for system call {GETPID}") as caught:
         target.inject([SystemCall(GETPID)])
     assert caught.value.code == "seccomp"
     assert caught.value.hint
@@ -154,7 +154,7 @@ def test_a_call_that_fails_is_made_and_the_thread_comes_back(start, attach):
 def test_a_thread_that_could_not_come_back_is_not_sent_away(start, attach):
     for action in (KILL, ERRNO):
         program = start("confined", *forbidding(sigreturn=action))
-        with pytest.raises(AttachDenied, match="rt_sigreturn"):
+        with pytest.raises(Forbidden, match="rt_sigreturn"):
             attach(program.pid).inject([SystemCall(GETPID)])
         assert program.ask("hello") == "hello"
 
@@ -172,9 +172,9 @@ def test_what_is_planned_for_later_is_thought_of_before(start, attach):
     program = start("confined", *forbidding(getpid=KILL))
     target = attach(program.pid)
     (page,) = target.inject([SystemCall(MMAP, (0, 4096, 5, 0x22, -1, 0))])
-    with pytest.raises(AttachDenied, match="seccomp"):
+    with pytest.raises(Forbidden, match="seccomp"):
         target.inject([SystemCall(MMAP, (0, 4096, 5, 0x22, -1, 0))], planned=[SystemCall(GETPID)])
-    with pytest.raises(AttachDenied, match="seccomp"):
+    with pytest.raises(Forbidden, match="seccomp"):
         target.call(
             [FunctionCall(page)], code=page, stack=(page, page), objection=lambda _: "", planned=[SystemCall(GETPID)]
         )
@@ -185,7 +185,7 @@ def test_filters_that_cannot_be_read_are_taken_to_kill(start, attach, monkeypatc
     monkeypatch.setattr("patcher.target.tracing.Tracee.seccomp_filters", lambda _: ())
     program = start("confined", *forbidding(getpid=ERRNO))
     target = attach(program.pid)
-    with pytest.raises(AttachDenied, match="filters that we may not read") as caught:
+    with pytest.raises(Forbidden, match="filters that we may not read") as caught:
         target.inject([SystemCall(GETPID)])
     assert "--force" in caught.value.hint
     target.trust_filters()

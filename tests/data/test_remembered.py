@@ -1,0 +1,149 @@
+"""A controller that attaches anew judges types as the one before it did; where it cannot, it says so and refuses."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from project import MAIN, Project, assert_untouched
+
+import patcher
+from patcher.errors import UnsafeChange
+from patcher.session import Session
+
+UNIT = """\
+int base = 5;
+int answer(int n)
+{
+    return n + base;
+}
+"""
+MORE = """\
+struct extra { int a; int b; };
+static struct extra extra = {10, 20};
+static struct extra *volatile chosen = &extra;
+int base = 5;
+int answer(int n)
+{
+    return n + base + ++chosen->a + chosen->b;
+}
+"""
+SWAPPED = MORE.replace("int a; int b;", "int b; int a;").replace("n + base", "1000 + n + base")
+PLAIN = MORE.replace("chosen->", "extra.").replace("static struct extra *volatile chosen = &extra;\n", "")
+PLAIN = PLAIN.replace("static struct extra extra", "struct extra extra")
+GROWN = PLAIN.replace("int b;", "int b; int c;").replace("n + base", "1000 + n + base")
+
+
+@pytest.fixture(params=[(c, o) for c in ("gcc", "clang") for o in ("-O0", "-O2")], ids="".join, autouse=True)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("project.COMPILE", (request.param[0], "-g", request.param[1]))
+    (tmp_path / "run").mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+
+
+def types_of(root: Path) -> Path:
+    return root / "run/patcher/types"
+
+
+def save(project: Project, text: str) -> Path:
+    (project.sources / "unit.c").write_text(text)
+    return project.sources / "unit.c"
+
+
+Change = Callable[[Session], str]
+
+
+def twice(root: Path, first: str, change: Change, *, again: bool, between: Callable[[], None] = lambda: None) -> str:
+    """Apply a text and then a change, in one session or two; return what the change says."""
+    project = Project(root, {"main.c": MAIN, "unit.c": PLAIN if first == GROWN else UNIT})
+    with project.running() as program:
+        session = patcher.attach(program.pid, watched=[project.sources])
+        session.apply(save(project, first))
+        assert program.ask(1).endswith("37")
+        if again:
+            session.close()
+            between()
+            session = patcher.attach(program.pid, watched=[project.sources])
+        with session:
+            said = change(session)
+            said += f"; {program.ask(1)}"
+        assert_untouched(program.pid)
+    return said.replace(str(root), "")
+
+
+def saving(root: Path, text: str) -> Change:
+    def change(session: Session) -> str:
+        (root / "src/unit.c").write_text(text)
+        try:
+            done = session.apply(root / "src/unit.c")
+        except UnsafeChange as error:
+            return f"{error.code}: {error.message}"
+        return ", ".join(f"{v.outcome} {v.name} {v.note}" for v in done.variables)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("first", "text", "expected"),
+    [
+        (MORE, SWAPPED, "member `a` offset 0 -> 4; member `b` offset 4 -> 0"),
+        (PLAIN, GROWN, "migrated extra 8 -> 12 bytes"),
+        (GROWN, GROWN.replace("int c;", "int c, d;"), "migrated extra 12 -> 16 bytes"),
+        (MORE, MORE.replace("n + base", "100 + n + base"), "; 138"),
+    ],
+    ids=["refused", "carried", "carried again", "as it was"],
+)
+def test_the_same_verdict_as_in_one_session(tmp_path: Path, first: str, text: str, expected: str) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    said = twice(one, first, saving(one, text), again=False)
+    assert expected in said
+    assert twice(two, first, saving(two, text), again=True) == said
+
+
+@pytest.mark.parametrize("text", [SWAPPED, MORE.replace("n + base", "100 + n + base")], ids=["swapped", "as it was"])
+def test_what_is_gone_is_not_guessed(tmp_path: Path, text: str) -> None:
+    said = twice(
+        tmp_path / "p",
+        MORE,
+        saving(tmp_path / "p", text),
+        again=True,
+        between=lambda: shutil.rmtree(types_of(tmp_path)),
+    )
+    assert said.startswith("layout: ")
+    assert "`struct extra`: generation 1 may have brought it" in said
+    assert said.endswith("; 38")
+
+
+def damage(folder: Path) -> None:
+    (file,) = folder.glob("*/0.types")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def cut_short(folder: Path) -> None:
+    (file,) = folder.glob("*/index.json")
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def of_another(folder: Path) -> None:
+    (file,) = folder.glob("*/index.json")
+    file.write_text(file.read_text().replace('"times": [[1, ', '"times": [[1, 1'))
+
+
+@pytest.mark.parametrize("harm", [damage, cut_short, of_another])
+def test_what_does_not_fit_is_as_good_as_gone(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    said = twice(
+        tmp_path / "p", MORE, saving(tmp_path / "p", SWAPPED), again=True, between=lambda: harm(types_of(tmp_path))
+    )
+    assert "generation 1 may have brought it" in said
+
+
+def test_directories_of_ended_processes_go(tmp_path: Path) -> None:
+    twice(tmp_path / "p", MORE, saving(tmp_path / "p", SWAPPED), again=False)
+    (ended,) = types_of(tmp_path).iterdir()
+    twice(tmp_path / "q", MORE, saving(tmp_path / "q", SWAPPED), again=False)
+    assert not ended.exists()
+    assert len(list(types_of(tmp_path).iterdir())) == 1
