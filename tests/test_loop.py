@@ -113,7 +113,7 @@ def test_only_an_end_of_the_process_ends_a_watch(
         def change(*words: object, **more: object) -> None:
             raise error
 
-        monkeypatch.setattr(watching.session, "change", change)
+        monkeypatch.setattr(watching.session, "make_live", change)
 
     for error in (AttachDenied("not permitted"), Forbidden("confined")):
         fail(error)
