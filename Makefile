@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 METADATA := setup.cfg pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test proof kills generations lint format bench fuzz real real-full races soak man tutorial clean
+.PHONY: help demo test proof kills generations lint format bench fuzz real real-full races soak parity man tutorial clean
 
 help: ## say what can be made (this)
 	@echo 'patcher: change the code of a native program while it runs'
@@ -66,6 +66,9 @@ races: $(VENV)/dev.stamp ## let two patchers change one process a thousand times
 
 soak: $(VENV)/dev.stamp ## change a busy program of 64 threads at random, kill whoever does it, and miss nothing (10 minutes)
 	@PATCHER_SOAK=600 $(BIN)/python -m pytest -q -s tests/soak $(PYTEST_ARGS)
+
+parity: $(VENV)/dev.stamp ## play 200 series of random edits, and hold the patched processes against cold builds (20 minutes)
+	@PATCHER_PARITY=200 $(BIN)/python -m pytest -q -s tests/parity $(PYTEST_ARGS)
 
 real: $(VENV)/dev.stamp ## patch redis, lua and memcached (fetches and builds them with apt, gcc and make)
 	@$(BIN)/python -m pytest -q tests/real -m real $(PYTEST_ARGS)

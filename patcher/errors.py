@@ -8,7 +8,7 @@ for the next save; only `TargetGone` ends it. Any other exception is a defect of
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
@@ -63,13 +63,16 @@ class TargetBusy(PatcherError):
 
 
 class BuildError(PatcherError):
-    """A compiler or build command failed; `diagnostics` is its output, verbatim."""
+    """A compiler or build command failed on `files`, `file` the first; `diagnostics` is its output, verbatim."""
 
     code = "build-failed"
 
-    def __init__(self, message: str, hint: str = "", *, file: str = "", diagnostics: str = "") -> None:
+    def __init__(
+        self, message: str, hint: str = "", *, file: str = "", diagnostics: str = "", files: Sequence[str] = ()
+    ) -> None:
         super().__init__(message, hint)
         self.file = file
+        self.files = tuple(files) or (file,)
         self.diagnostics = diagnostics
 
 

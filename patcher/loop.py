@@ -1,40 +1,83 @@
 r"""Saves, one round after another: what is saved together goes live together, or is reported and stays pending.
 
-    saved --> build --> applied | unchanged
-                |  \-> refused                  the file stays pending: the next save takes it along
-                \--> failed                     likewise
-                \--> saved again meanwhile      cancelled: the next round has everything
+    saved --> touched --> build --> match, link, flip --> applied | unchanged
+                |           |            \-> refused       stays as it is, in nobody's way, until it can go
+                |           \-> failed                     stays pending, and holds what is saved meanwhile
+                \-----------\-> saved again meanwhile      cancelled: the next round has everything
 
-A round first tries what is saved with what is pending; if that does not go, what is saved alone, so that a file
-that is refused does not hold up the others.
+What may happen to a file between saves is written down in `edits`; what a saved header makes of units, in `touched`.
+A round tries everything that is pending, as one generation; if that does not go, the same without what was refused
+before. Decides the order of these steps and what is told of them.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from patcher.build import BuildCancelled, BuildCommand, is_unit
-from patcher.errors import BuildError, PatcherError, TargetGone
+from patcher.edits import Edits, State
+from patcher.errors import (
+    BuildError,
+    LinkError,
+    NoCompileCommand,
+    ObjectError,
+    PatcherError,
+    TargetBusy,
+    TargetGone,
+    UnsafeChange,
+)
 from patcher.ignored import IGNORE, Ignored
+from patcher.options import Options
 from patcher.report import BuildFailed, Note, Ready, Refused, Saved
-from patcher.session import Session
-from patcher.watch import Watcher, source_filter
+from patcher.session import Generation, Session
+from patcher.units import Source, Standing
+from patcher.watch import Watcher, gathered, git_lock, is_build_file, source_filter
 
 Pending = Callable[[], bool]
+
+_TICK_SECONDS = 0.5
+_BUSY_SECONDS = 1.0  # another patcher needs the process for less
+_BUSY_POLL_SECONDS = 0.02
+_NAMED = 4
+_OF_THE_CHANGE = (UnsafeChange, LinkError, ObjectError)  # another process takes it, if it is built of it
+
+
+def saves_wanted(options: Options, paths: Sequence[Path]) -> Ignored:
+    """Return the filter of the saves below some paths that count. Raises `PatcherError` for a glob that is none."""
+    globs_from = options.ignore_from or Path.cwd()
+    return Ignored(paths, source_filter(), globs=options.ignore, globs_from=globs_from, git=options.gitignore)
 
 
 class Loop:
     """Watches for one session."""
 
-    def __init__(self, session: Session, paths: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        paths: Sequence[Path],
+        *,
+        wanted: Ignored | None = None,
+        restarted_if_refused: bool = False,
+    ) -> None:
+        """`wanted` is the filter of whatever watches the paths, by default one as the session's options say.
+
+        `restarted_if_refused`: a refused change ends a watch, for the program to be started again with it.
+        """
         self.session = session
+        self.wants_restart = False
+        self._begun: Session | None = None  # what is ready
+        self._restarted = False  # and what was pending is to be tried at once
+        self._restarted_if_refused = restarted_if_refused
         self.paths = tuple(paths)
-        self._pending: set[Path] = set()
+        self._wanted = wanted if wanted is not None else saves_wanted(session.options, paths)
+        self.edits = Edits()
         self._built: set[Path] = set()  # what compiled at least once: its command is right
+        self._left = 0  # the generation that we left live
+        self._commands: dict[str, int] = {}  # the databases that commands came from, as they were
+        self._fresh: frozenset[Path] = frozenset()  # the objects that the user's build made last
         self._told: set[str] = set()  # whose rules were told of
         build = session.options.build
         roots = [p.resolve() for p in paths]
@@ -44,87 +87,254 @@ class Loop:
 
     def run(self, stop: threading.Event) -> None:
         """Apply every save until `stop` is set. Raises `TargetGone` when the process ends."""
+        with Watcher(self.paths, stop=stop, is_source=self._wanted) as watcher:
+            self.watch(watcher, stop)
+
+    def watch(self, watcher: Watcher, stop: threading.Event) -> None:
+        """Apply every save until `stop` is set, or a restart is wanted. Raises `TargetGone` when the process ends."""
         session = self.session
-        options = session.options
-        wanted = Ignored(
-            self.paths,
-            source_filter(),
-            globs=options.ignore,
-            globs_from=options.ignore_from or Path.cwd(),
-            git=options.gitignore,
-        )
-        with Watcher(self.paths, stop=stop, is_source=wanted) as watcher:
-            session.remember_texts(self.paths)
-            session.prepare()
-            session.emit(Ready(session.target.pid, session.target.program, tuple(str(p) for p in self.paths)))
-            while not stop.is_set():
-                saved = watcher.next(0.5)
-                self._say_left_out(wanted.left_out)
-                if saved is None:
-                    return
-                if saved:
-                    self.round(saved, watcher.pending)
-                else:
-                    session.target.check_alive()
+        if self._begun is not session:
+            self._begin()
+        lock = git_lock(self.paths)
+        if self._restarted and self.edits.core():
+            self._go(_Round(time.perf_counter(), 0.0, watcher.pending))
+        self._restarted = False
+        while not stop.is_set() and not self.wants_restart:
+            saved = watcher.next(_TICK_SECONDS)
+            self._say_left_out()
+            if saved is None:
+                return
+            if saved:
+                self.round(gathered(watcher, saved, lock), watcher.pending)
+            else:
+                session.target.check_alive()
+                self._look_at_commands(watcher.pending)
+
+    def _begin(self) -> None:
+        session = self._begun = self.session
+        session.remember_texts(self.paths)
+        session.prepare()
+        session.emit(Ready(session.target.pid, session.target.program, tuple(str(p) for p in self.paths)))
+        if self._builder is None:
+            session.touched.start()
+
+    def go_on(self, session: Session, *, as_built: bool) -> None:
+        """Go on with another process: of a program built of the sources as they are (`as_built`), or the same."""
+        session.dependencies = self.session.dependencies
+        if not as_built:
+            session.texts = self.session.texts
+        elif self._builder is not None:
+            self._builder.outstanding()
+            self._builder.take()
+        self.session = session
+        self.wants_restart = False
+        self._left = 0
+        self.edits.gone()
+        self.edits.restarted(as_built=as_built)
+        self._restarted = True
+
+    def missed(self, saved: Iterable[Path]) -> None:
+        """Take note of files that were saved while there was no process."""
+        self.edits.saved(f for f in saved if not is_build_file(f))
 
     def round(self, saved: Iterable[Path], pending: Pending) -> None:
         """Handle one round of saves; `pending` tells whether more was saved meanwhile.
 
         Raises `TargetGone` only: without a target there is nothing to go on with.
         """
-        began = time.perf_counter()
-        detect = _since_save(saved)
+        round_ = _Round(time.perf_counter(), _since_save(saved), pending)
         self.session.emit(Saved(tuple(sorted(str(p) for p in saved))))
-        units = {p for p in saved if p.exists() and (self._builder is not None or is_unit(p))}
-        if not units:
-            self._say_untouched(saved)
-            return
-        together = units | {p for p in self._pending if p.exists()}
-        attempts = [together, units] if together != units else [units]
-        self._pending |= units
-        with suppress(BuildCancelled):  # saved again while it was compiled: the next round has everything
-            for attempt in attempts:
-                error = self._try(sorted(attempt), began, detect, pending)
-                if error is None:
-                    self._pending -= attempt
-                    return
-                if attempt is units:
-                    self._report(error, sorted(units))
+        self.edits.vanished([f for f in self.edits.pending() if not f.exists()])
+        commands = [f for f in saved if is_build_file(f)] if self._builder is None else []
+        self.edits.saved(f for f in saved if f.exists() and f not in commands)
+        if commands:
+            self._read_commands_anew(commands)
+        self._go(round_)
 
-    def _say_left_out(self, left_out: Mapping[str, Path]) -> None:
+    def _say_left_out(self) -> None:
         """Say once for each .gitignore that a save is left alone for it: --ignore was asked for, this was not."""
-        for rule, path in left_out.items():
+        for rule, path in self._wanted.left_out.items():
             if rule != IGNORE and rule not in self._told:
                 self._told.add(rule)
                 hint = "give it to --watch by name, or --no-gitignore, to have such files applied"
                 self.session.emit(Note(f"{path.name}: left alone, as {rule} ignores it; {hint}"))
 
-    def _say_untouched(self, saved: Iterable[Path]) -> None:
-        names = ", ".join(sorted(p.name for p in saved if p.exists()))
-        if names:
-            self.session.emit(Note(f"{names}: no source file; save one that includes it to have it compiled"))
+    def _look_at_commands(self, pending: Pending) -> None:
+        """Try again what is pending, when compile commands changed that are not among what is watched."""
+        stamp = self.session.units.commands.stamp()
+        changed = [
+            Path(path) for path, modified in stamp if modified and self._commands.get(path, modified) != modified
+        ]
+        self._commands = dict(stamp)
+        if changed and self._builder is None:
+            self._read_commands_anew(changed)
+            self._go(_Round(time.perf_counter(), 0.0, pending))
 
-    def _try(self, files: Sequence[Path], began: float, detect: float, pending: Pending) -> PatcherError | None:
+    def _read_commands_anew(self, files: Collection[Path]) -> None:
+        self._commands = dict(self.session.units.commands.stamp())
+        self.session.emit(Note(f"{_listed(files)}: compile commands are read anew"))
+        self.edits.saved(self.edits.pending())
+        self.session.dependencies.forget()
+        self.session.touched.start()
+
+    def _go(self, round_: _Round) -> None:
         try:
-            inputs = self._builder.run(files, cancelled=pending) if self._builder is not None else files
-            outcome = self.session.change(inputs, began=began, detect=detect, cancelled=pending)
-        except BuildCancelled:
+            self._try_all(round_)
+        except BuildCancelled:  # saved again while it was compiled: the next round has everything
+            self.edits.cancelled()
+        except TargetGone:
+            self.edits.gone()
             raise
-        except PatcherError as error:
-            if isinstance(error, TargetGone):
-                raise
-            return error
-        self._built.update(files)
-        self.session.report(outcome, files)
-        return None
+        self._commands = dict(self.session.units.commands.stamp())
 
-    def _report(self, error: PatcherError, files: Sequence[Path]) -> None:
-        named = ", ".join(str(f) for f in files)
+    def _try_all(self, round_: _Round) -> None:
+        made = self._units_of(self.edits.pending(), round_)
+        everything, core = self.edits.pending(), self.edits.core()
+        compiled: list[Source] | None = None
+        for files in dict.fromkeys(f for f in (everything, core) if f):
+            try:
+                if compiled is None:
+                    compiled = self._build(files, made, round_)
+                    self.edits.built(files)
+                if round_.pending():
+                    raise BuildCancelled("the build was cancelled", "the newer save is built instead")
+                wanted = compiled if files == everything else self._share(compiled, files, made)
+                outcome = self._make_live(wanted, round_)
+            except (BuildCancelled, TargetGone):
+                raise
+            except PatcherError as error:
+                blamed = _blamed(error, made, files) & core
+                if files == core or blamed:
+                    self._failed(error, core, blamed)
+                    return
+            else:
+                self._went(outcome, files)
+                return
+        self.edits.refused(self.edits.pending())  # as before: nothing else was to be tried
+
+    def _went(self, outcome: Generation, files: Collection[Path]) -> None:
+        if self._left != self.session.found:
+            self.edits.reverted()  # by somebody else, or changed by another of us
+        self._left = outcome.number
+        self.edits.applied(files)
+        self.edits.refused(self.edits.pending())
+        self._built.update(files)
+        if self._builder is not None:
+            self._builder.take()
+        self.session.report(outcome, sorted(files))
+
+    def _failed(self, error: PatcherError, core: Collection[Path], blamed: Collection[Path]) -> None:
         if isinstance(error, BuildError):
-            hint = "" if self._built.issuperset(files) else error.hint
+            self.edits.build_failed(core, blamed)
+            self.edits.refused(f for f in self.edits.pending() if self.edits.state(f) is State.BUILT)
+            named = _listed(blamed)
+            hint = "" if self._built.issuperset(blamed) else error.hint
             self.session.emit(BuildFailed(error.file or named, error.diagnostics, error.message, hint))
+            held = [f for f in core if self.edits.state(f) is State.HELD]
+            if held:
+                self.session.emit(Note(f"{_listed(held)}: goes live when that is mended"))
         else:
-            self.session.emit(Refused(error.code, error.message, error.hint, named))
+            self.edits.refused(self.edits.pending())
+            self._refuse(error, core)
+            self.wants_restart = self._restarted_if_refused and isinstance(error, _OF_THE_CHANGE)
+
+    def _refuse(self, error: PatcherError, files: Collection[Path]) -> None:
+        self.session.emit(Refused(error.code, error.message, error.hint, ", ".join(map(str, sorted(files)))))
+
+    # --- what is built ------------------------------------------------------------------------------------------
+
+    def _units_of(self, files: Collection[Path], round_: _Round) -> dict[Path, frozenset[Path]]:
+        """Return the units that each file makes; the files that make none are not pending any more, and it is said."""
+        made = {f: frozenset([f]) for f in files}
+        if self._builder is not None:
+            return made
+        alone = self._not_compiled_alone(files)
+        others = [f for f in files if f in alone or not is_unit(f)]
+        if not others:
+            return made
+        touched = self.session.touched.by(others, round_.pending)
+        made |= {f: units for f, units in touched.items() if units or f not in alone}
+        idle = [f for f in others if not made[f]]
+        self.edits.vanished(idle)
+        if idle and idle == list(files):
+            self.session.emit(Note(f"{_listed(idle)}: nothing that the process was built from includes it"))
+        units = frozenset[Path]().union(*touched.values())
+        if len(units) > 1:
+            named = _listed(f for f in others if touched[f])
+            self.session.emit(Note(f"{named}: {len(units)} units include it"))
+        self._set_strangers_aside({f: error for f, error in alone.items() if not touched[f]})
+        return made
+
+    def _not_compiled_alone(self, files: Collection[Path]) -> dict[Path, NoCompileCommand]:
+        """Return the source files that nothing says how to compile: another may include them."""
+        found = {}
+        for file in filter(is_unit, files):
+            try:
+                self.session.units.commands.find(file)
+            except NoCompileCommand as error:
+                found[file] = error
+        return found
+
+    def _set_strangers_aside(self, unknown: Mapping[Path, NoCompileCommand]) -> None:
+        """Refuse, each by itself, files that cannot be compiled and that the process has nothing of."""
+        for file, error in sorted(unknown.items()):
+            core = self.edits.core()
+            if file in core and len(core) > 1 and not self.session.touched.may_have(file):
+                self.edits.refused([file])
+                self._refuse(error, [file])
+
+    def _share(
+        self, compiled: Sequence[Source], files: Collection[Path], made: Mapping[Path, frozenset[Path]]
+    ) -> list[Source]:
+        """Return what some of the files made, of all that was built; of objects of a build, those it just wrote."""
+        units = self._fresh if self._builder is not None else frozenset[Path]().union(*(made[f] for f in files))
+        return [s for s in compiled if s.file in units]
+
+    def _build(self, files: Collection[Path], made: Mapping[Path, frozenset[Path]], round_: _Round) -> list[Source]:
+        session = self.session
+        if self._builder is not None:
+            self._fresh = frozenset(self._builder.run(sorted(files), cancelled=round_.pending))
+            return session.build(self._builder.outstanding(), cancelled=round_.pending)
+        units = frozenset[Path]().union(*(made[f] for f in files))
+        among = Standing.AMONG_OTHERS
+        standings = {f: among for f in files if len(files) > 1 and session.texts.of(f)}
+        standings = {u: Standing.TOUCHED for u in units if u not in files} | standings
+        with session.touched.held():
+            return session.build(sorted(units), cancelled=round_.pending, standings=standings)
+
+    def _make_live(self, compiled: Sequence[Source], round_: _Round) -> Generation:
+        """Make what was built live, once another patcher that is at work there is done."""
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                return self.session.make_live(compiled, started=round_.began, began=round_.began, detect=round_.detect)
+            except TargetBusy as error:
+                if error.code != "locked" or time.monotonic() > deadline or round_.pending():
+                    raise
+                time.sleep(_BUSY_POLL_SECONDS)
+
+
+class _Round:
+    """When a round began (perf_counter), how many ms after the save, and whether more was saved since."""
+
+    def __init__(self, began: float, detect: float, pending: Pending) -> None:
+        self.began = began
+        self.detect = detect
+        self.pending = pending
+
+
+def _blamed(error: PatcherError, made: Mapping[Path, frozenset[Path]], files: Collection[Path]) -> frozenset[Path]:
+    """Return the files that a failed build is about: all, where it does not tell."""
+    if not isinstance(error, BuildError):
+        return frozenset()
+    failed = frozenset(map(Path, error.files))
+    return frozenset(f for f in files if f in failed or made.get(f, frozenset()) & failed) or frozenset(files)
+
+
+def _listed(files: Iterable[Path]) -> str:
+    names = sorted(f.name for f in files)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _since_save(files: Iterable[Path]) -> float:

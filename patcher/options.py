@@ -193,8 +193,8 @@ class Options:
 
     def __post_init__(self) -> None:
         for row in TABLE:
-            if row.choices and getattr(self, row.field) not in row.choices:
-                found = getattr(self, row.field)
+            found = getattr(self, row.field, row.default)
+            if row.choices and found not in row.choices:
                 raise PatcherError(f"{row.switch}: {found!r} is none of {', '.join(row.choices)}")
 
 
@@ -203,6 +203,15 @@ class Settings(Options):
     """What a command is told: the session's choices, and how it is started and what is said of it."""
 
     aslr: bool = field(default=False, metadata=_row("aslr", "Leave address randomisation on.", of=("spawn",)))
+    restart: str = field(
+        default="never",
+        metadata=_row(
+            "restart",
+            "Start it again when it exits, or when a change is refused (which takes --build), or both.",
+            of=("spawn",),
+            choices=("never", "exit", "refused", "always"),
+        ),
+    )
     tree: bool = field(
         default=False, metadata=_row("tree", "Take the process and its descendants as one.", of=(*CHANGING, "status"))
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from patcher.build import Dependencies
 from patcher.data.outcome import Fate
 from patcher.errors import (
     AttachDenied,
@@ -65,7 +66,8 @@ if TYPE_CHECKING:
     from patcher.patch.transaction import FlipResult
     from patcher.policy import Condition
     from patcher.relink import Linked
-    from patcher.units import Changes, Source, Units
+    from patcher.touched import Touched
+    from patcher.units import Changes, Source, Standing, Units
 
 
 _LOOKED_THROUGH = 64 << 20  # bytes for coroutines, after each generation: some 60 ms
@@ -200,6 +202,9 @@ class Session:
         self._spare: dict[ThreadBlock, int] = {}  # storage that was loaded for a change which then failed
         self._departed: frozenset[str] = frozenset()  # modules that were unloaded, as was told already
         self.texts = Texts()
+        self.dependencies = Dependencies()
+        self._touched: Touched | None = None
+        self.found = 0  # the generation that was live before the last change
 
     def __enter__(self) -> Self:
         return self
@@ -211,6 +216,9 @@ class Session:
 
     def close(self) -> None:
         """Let go of the process, which runs on as it is."""
+        if self._touched is not None:
+            self._touched.close()
+            self._touched = None
         if self._units is not None:
             self._units.close()
             self._units = None
@@ -267,8 +275,20 @@ class Session:
         if self._units is None:
             from patcher.units import Units
 
-            self._units = Units(self.image, self.ledger, self.options, self.texts, lambda text: self.emit(Note(text)))
+            self._units = Units(self.image, self.ledger, self.options, self.texts, self.dependencies, self._say)
         return self._units
+
+    @property
+    def touched(self) -> Touched:
+        """Which units saved headers touch."""
+        if self._touched is None:
+            from patcher.touched import Touched
+
+            self._touched = Touched(self.image, self.options, self.texts, self.dependencies, self._say)
+        return self._touched
+
+    def _say(self, text: str) -> None:
+        self.emit(Note(text))
 
     def remember_texts(self, paths: Sequence[Path] = ()) -> None:
         """Keep the sources as they are now, below `paths` and those that the given compile commands list.
@@ -321,13 +341,39 @@ class Session:
         `cancelled` is asked while compilers run; raises `BuildCancelled` when it says so. `strict`: it is an error
         when a variable that is to be initialised again has no new initial value.
         """
+        started = time.perf_counter()
+        compiled = self.build(files, cancelled=cancelled)
+        return self.make_live(compiled, started=started, began=began, detect=detect, strict=strict)
+
+    def build(
+        self,
+        files: Sequence[Path],
+        *,
+        cancelled: Callable[[], bool] = lambda: False,
+        standings: Mapping[Path, Standing] | None = None,
+    ) -> list[Source]:
+        """Compile sources, and read objects and archives, for one change; `standings` are as `Units.sources` has them.
+
+        Raises as `Units.sources` does.
+        """
+        self.target.check_alive()
+        self.units.build_seconds = 0.0
+        return self.units.sources(files, cancelled, standings or {})
+
+    @named_shortages()
+    def make_live(
+        self,
+        compiled: Sequence[Source],
+        *,
+        started: float,
+        began: float | None = None,
+        detect: float = 0.0,
+        strict: bool = False,
+    ) -> Generation:
+        """Match and link what was built since `started` (perf_counter), and make it live; see `change`."""
         from patcher.data.initial import Initials
 
-        self.target.check_alive()
-        started = time.perf_counter()
         units = self.units
-        units.build_seconds = 0.0
-        compiled = units.sources(files, cancelled)
         self._initials = Initials(self.options.reinit, self._told, strict=strict)
         self._offering = self._offer is not None and not self.options.reinit and not self.options.dry_run
         try:
@@ -417,6 +463,7 @@ class Session:
 
         units = self.units
         with self._transaction():
+            self.found = self.ledger.generation
             if not self.options.dry_run:
                 reclaim(self.ledger, self.policy)
             changes = units.changes(sources)

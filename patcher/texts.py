@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from patcher.build import is_unit
+from patcher.build import is_header, is_unit
 
 _LIMIT = 256 << 20  # bytes that are remembered
 _KEPT = 4  # texts of one file, beside the first
@@ -25,7 +25,7 @@ class Texts:
         """Keep the sources at and below `roots` as they are now, those that are not known already."""
         for root in dict.fromkeys(roots):
             for path in [root] if root.is_file() else sorted(root.rglob("*")):
-                if is_unit(path) and path.is_file() and self._size < _LIMIT:
+                if (is_unit(path) or is_header(path)) and path.is_file() and self._size < _LIMIT:
                     self._keep_first(path.resolve())
 
     def _keep_first(self, path: Path) -> None:
@@ -39,7 +39,7 @@ class Texts:
 
     def applied(self, file: Path) -> None:
         """Note that live code comes from the text that a file has now."""
-        if is_unit(file) and file.is_file():
+        if (is_unit(file) or is_header(file)) and file.is_file():
             texts = self._texts.setdefault(file, [])
             text = file.read_bytes()
             if text not in texts:

@@ -9,11 +9,15 @@ Decides which functions are new and whether they may be; linking them is `relink
 
 from __future__ import annotations
 
+import enum
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
 from patcher.blocks import Blocks, Kind
@@ -28,6 +32,7 @@ from patcher.build import (
     Commands,
     CompileCommand,
     Compiler,
+    Dependencies,
     Probes,
     Variant,
     files_included,
@@ -60,9 +65,23 @@ from patcher.texts import Texts
 
 _DRIFT_MINIMUM = 4  # functions that must differ before a unit is thought not to be what runs
 
+_MANY_UNITS = 8  # that are worth a word on how far their compile has come
+_PROGRESS_SECONDS = 1.0
+
 _FARTHER = {PLAIN: INDIRECT, INDIRECT: LARGE}
 
 Cancelled = Callable[[], bool]
+
+
+class Standing(enum.Enum):
+    """What it means that a unit is no part of the process: another program of the same tree has a `main` as well."""
+
+    GIVEN = "given"  # it is refused
+    AMONG_OTHERS = "among others"  # it was saved with others, which go without it
+    TOUCHED = "touched"  # it only includes what was saved: nobody expects it to be here
+
+
+_NONE: Mapping[Path, Standing] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +92,7 @@ class Source:
     file: Path
     command: CompileCommand | None
     stamps: Stamps = NO_STAMPS
+    standing: Standing = Standing.GIVEN
 
     @property
     def name(self) -> str:
@@ -102,27 +122,31 @@ class Units:
     """The units of one process. `say` gets sentences for the user."""
 
     def __init__(
-        self, image: Image, ledger: Ledger, options: Options, texts: Texts, say: Callable[[str], None]
+        self,
+        image: Image,
+        ledger: Ledger,
+        options: Options,
+        texts: Texts,
+        dependencies: Dependencies,
+        say: Callable[[str], None],
     ) -> None:
         self.image = image
         self.ledger = ledger
         self.options = options
         self.texts = texts
+        self.dependencies = dependencies
         self._say = say
-        self.compiler = Compiler(colour=options.colour)
-        known = [m for m in image.modules if m.module.symbols_from]
-        self.commands = Commands(
-            compile_commands=options.compile_commands,
-            watched=options.watched,
-            programs=[m.file for m in known],
-            program_names=[Path(m.path) for m in known],
-        )
+        self.compiler = Compiler(colour=options.colour, progress=self._tell_progress)
+        self._told_progress = 0.0
+        self.commands = commands_for(image, options)
         self.supplies = Supplies(image, ledger, options, self.commands, self.compiler)
         self.build_seconds = 0.0  # spent in compilers since it was last set to 0
         self._proven: set[tuple[Path, tuple[str, ...]]] = set()
         self._needed_reach: dict[tuple[Path, tuple[str, ...]], Variant] = {}
         self._reach: WeakKeyDictionary[Blocks, Variant] = WeakKeyDictionary()
         self._line_only: dict[tuple[Path, str], object] = {}
+        self._accepted: set[Path] = set()  # units that turned out to be those of the process
+        self._names: tuple[object, Counter[str]] | None = None  # how many known units have a name, and when that was
         self._waiting: dict[str, Source] = {}
         self._command_of: dict[ObjectFile, CompileCommand] = {}
         self.admission = Admission(options.allowed_layouts, Memory(kept_directory("types"), image.target.pid))
@@ -147,8 +171,16 @@ class Units:
         finally:
             self.build_seconds += time.perf_counter() - began
 
-    def sources(self, files: Sequence[Path], cancelled: Cancelled) -> list[Source]:
-        """Read objects and archives, and compile source files in parallel.
+    def _tell_progress(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if total >= _MANY_UNITS and now - self._told_progress >= _PROGRESS_SECONDS:
+            self._told_progress = now
+            self._say(f"compiled {done} of {total} units")
+
+    def sources(
+        self, files: Sequence[Path], cancelled: Cancelled, standings: Mapping[Path, Standing] = _NONE
+    ) -> list[Source]:
+        """Read objects and archives, and compile source files in parallel; `standings` are those that are not GIVEN.
 
         Raises `BuildError` with the compiler's words, `BuildCancelled`, `NoCompileCommand`, `ObjectError`.
         """
@@ -164,8 +196,10 @@ class Units:
                 compiled = self.compiler.compile_all(commands, options=options, cancelled=cancelled)
             for unit, command in zip(compiled, commands, strict=True):
                 stamps = stamps_between(began, time.time(), command.file.stat().st_mtime)
-                found += [Source(o, command.file, command, stamps) for o in read_objects(unit.object)]
+                standing = standings.get(command.file, Standing.GIVEN)
+                found += [Source(o, command.file, command, stamps, standing) for o in read_objects(unit.object)]
                 self._included.update((s.object, files_included(unit)) for s in found[-1:] if options)
+                self.dependencies.learn_listing(command.file, unit.listing, command.directory)
                 self.compiler.discard(unit)
         return found
 
@@ -252,22 +286,34 @@ class Units:
         view = self.ledger.view()
         parts: list[Part] = []
         absent: list[str] = []
+        foreign: list[Source] = []
+        known = frozenset(self._waiting)
+        together = Counter(file.name for file in {s.file for s in sources})
         for source in sources:
             self._waiting.pop(source.name, None)  # what an earlier text of it had is no more
         for source in sources:
             blocks = Blocks(source.object)
             unit = find_unit(self.image, view, blocks)
+            if unit is None and source.standing is not Standing.GIVEN and source.name not in known:
+                continue  # it is another program's
             if unit is None:
                 self._waiting[source.name] = source
                 data = blocks.data_blocks() if source.command is None and not blocks.functions else ()
                 absent += [b.name for b in (*blocks.functions, *data)]
                 continue
             delta = self._match(source, blocks, unit)
-            self._check_origin(source, delta)
+            if self._is_foreign(delta) or not self._is_the_one(source, together):
+                if source.standing is Standing.GIVEN:
+                    raise self._foreign(source, delta)
+                foreign += [source] if source.standing is Standing.AMONG_OTHERS else []
+                continue
             self._check_drift(source, delta)
             parts.append(Part(delta, str(source.file), every=self.options.every_function))
             if parts[-1].added() or self._exported_now(parts[-1]):
                 self._waiting[source.name] = source
+        if foreign:
+            names = ", ".join(str(s.file) for s in foreign)
+            self._say(f"left out, being no part of what process {self.image.target.pid} runs: {names}")
         if absent and not parts:
             self._refuse_absent(sources, absent)
         parts = [self._with_needed_reach(p) for p in parts]
@@ -332,21 +378,46 @@ class Units:
         for function in functions:
             self._line_only[source.file, function.name] = fingerprint(blocks, function.block)
 
-    def _check_origin(self, source: Source, delta: Delta) -> None:
-        """Refuse a unit that shares names with a module, but is not known to be part of it.
+    def _is_foreign(self, delta: Delta) -> bool:
+        """Tell whether a unit shares names with a module, but is not known to be part of it.
 
         Another program of the same tree has a `main` as well.
         """
         module = delta.unit.module
         known = self.options.force or delta.unit.born or delta.unit.groups
         if known or not module.module.symbols.has_files:
-            return
-        if delta.with_status(Status.SAME, Status.LINE_ONLY) or not delta.with_status(Status.CHANGED):
-            return
+            return False
+        return not delta.with_status(Status.SAME, Status.LINE_ONLY) and bool(delta.with_status(Status.CHANGED))
+
+    def _is_the_one(self, source: Source, together: Counter[str]) -> bool:
+        """Tell whether a unit is what runs, and not another file of its name, where there are several.
+
+        A module knows files by their names alone. What was not there at the start cannot be told.
+        """
+        command = source.command
+        if command is None or self.options.force or source.file in self._accepted:
+            return True
+        if together[source.file.name] > 1 or self._has_namesakes(source.file):
+            texts = self.texts.of(source.file)
+            if source.standing is Standing.TOUCHED and not texts:
+                return False
+            if texts and not self._fits(texts[0], command):
+                return False
+        self._accepted.add(source.file)
+        return True
+
+    def _has_namesakes(self, file: Path) -> bool:
+        stamp = self.commands.stamp()
+        if self._names is None or self._names[0] != stamp:
+            files = {os.path.normpath(command.file) for command in self.commands.known()}
+            self._names = stamp, Counter(map(os.path.basename, files))
+        return self._names[1][file.name] > 1
+
+    def _foreign(self, source: Source, delta: Delta) -> UnsafeChange:
         names = ", ".join(f"`{f.name}`" for f in delta.with_status(Status.CHANGED)[:3])
-        raise UnsafeChange(
-            f"{source.file} is not among the files that {module.name} was built from, and what it has of the same "
-            f"name ({names}) is not what process {self.image.target.pid} runs",
+        return UnsafeChange(
+            f"{source.file} is not among the files that {delta.unit.module.name} was built from, and what it has of "
+            f"the same name ({names}) is not what process {self.image.target.pid} runs",
             "if the file was renamed since, restart the program; or apply it all the same with --force",
             code="mismatch",
         )
@@ -375,10 +446,16 @@ class Units:
             code="mismatch",
         )
 
+    def _headers_at_first(self, unit: Path) -> dict[Path, bytes]:
+        """Return the texts that a unit's headers had at the start, where any of them is another now."""
+        known = {f: self.texts.of(f) for f in self.dependencies.of(unit) if f != unit}
+        first = {file: texts[0] for file, texts in known.items() if texts}
+        return first if any(_differs(file, text) for file, text in first.items()) else {}
+
     def _fits(self, text: bytes, command: CompileCommand) -> bool:
         """Tell whether most of a unit, compiled from another text, is what runs."""
         try:
-            blocks = Blocks(self._compiled(command, text=text))
+            blocks = Blocks(self._compiled(command, text=text, headers=self._headers_at_first(command.file)))
         except PatcherError:
             return False
         live = find_unit(self.image, self.ledger.view(), blocks)
@@ -501,6 +578,24 @@ class Units:
             self._say(
                 f"{what} has no debug information (-g) that can be read: the layouts of its types are not checked"
             )
+
+
+def _differs(file: Path, text: bytes) -> bool:
+    try:
+        return file.read_bytes() != text
+    except OSError:
+        return True
+
+
+def commands_for(image: Image, options: Options) -> Commands:
+    """Return where the commands of a process's units are found."""
+    known = [m for m in image.modules if m.module.symbols_from]
+    return Commands(
+        compile_commands=options.compile_commands,
+        watched=options.watched,
+        programs=[m.file for m in known],
+        program_names=[Path(m.path) for m in known],
+    )
 
 
 def _has_types(part: Part) -> bool:

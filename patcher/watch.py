@@ -31,6 +31,9 @@ SourceFilter = Callable[[Path], bool]
 _SUFFIXES = frozenset(
     ".c .h .cc .cpp .cxx .c++ .cp .C .hh .hpp .hxx .h++ .H .inc .inl .ipp .tcc .s .S .sx".split()  # noqa: SIM905
 )
+_BUILD_FILES = frozenset(
+    "compile_commands.json build.ninja Makefile makefile GNUmakefile CMakeLists.txt meson.build".split()  # noqa: SIM905
+)
 _SKIPPED_DIRECTORIES = frozenset({".git", ".hg", ".svn", ".bzr", ".jj"})
 
 _STEP_MS = 3  # an event waits one or two of these; an idle one costs 0.2 % of a processor each 1,000 a second
@@ -39,17 +42,48 @@ _OPEN_POLL_SECONDS = 0.001
 _OPEN_LIMIT_SECONDS = 2.0  # something that keeps a file open for longer than this is not an editor saving
 _YOUNG_SECONDS = 0.5  # until when files may appear in a new directory before the kernel tells us of them
 _YOUNG_POLL_SECONDS = 0.02
+_MANY = 8  # files at once are not saved by hand
+_QUIET_SECONDS = 0.15
 
 
 def source_filter(extensions: Iterable[str] = ()) -> SourceFilter:
-    """Return the predicate for source files by name: C, C++, assembly, headers, and further extensions (`.y`)."""
+    """Return the predicate for source files by name: C, C++, assembly, headers, and further extensions (`.y`).
+
+    What says how they are built counts as well.
+    """
     suffixes = _SUFFIXES | {extension if extension.startswith(".") else f".{extension}" for extension in extensions}
 
     def is_source(path: Path) -> bool:
         # .#name.c is an editor's lock
-        return path.suffix in suffixes and not path.name.startswith(".#")
+        return (path.suffix in suffixes and not path.name.startswith(".#")) or is_build_file(path)
 
     return is_source
+
+
+def is_build_file(path: Path) -> bool:
+    """Tell whether a file says how others are built."""
+    return path.name in _BUILD_FILES or path.suffix == ".mk"
+
+
+def gathered(watcher: Watcher, saved: frozenset[Path], lock: Callable[[], bool]) -> frozenset[Path]:
+    """Return what was saved with all that follows at once, where that looks like the work of a tool: many files.
+
+    `lock` tells whether one is at work (git, on a checkout). It is not waited for in vain: an editor that git started
+    holds it as well.
+    """
+    while len(saved) >= _MANY or (len(saved) > 1 and lock()):
+        more = watcher.next(_QUIET_SECONDS)
+        if not more:
+            break
+        saved |= more
+    return saved
+
+
+def git_lock(paths: Sequence[Path]) -> Callable[[], bool]:
+    """Return whether git is changing a tree that some paths are in."""
+    above = {place for path in paths for place in (path.resolve(), *path.resolve().parents)}
+    locks = [place / ".git" / "index.lock" for place in above if (place / ".git").is_dir()]
+    return lambda: any(lock.exists() for lock in locks)
 
 
 def saves(

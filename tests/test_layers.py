@@ -85,6 +85,9 @@ ALLOWED: dict[str, set[str]] = {
     # A unit's share in a save: compiled, read, matched, and its types compared.
     "units": MATCHING
     | {"match", "origin", "part", "patch", "relink", "supply", "options", "texts", "stamps", "build", "data"},
+    # What becomes of each saved file; knows no process.
+    "edits": set(),
+    "touched": {"build", "image", "options", "texts", "units"},
     "explain": {"data", "errors", "match", "part", "relink", "units", "report"},
     "session": MATCHING
     | {
@@ -105,6 +108,7 @@ ALLOWED: dict[str, set[str]] = {
         "data.threads",
         "options",
         "texts",
+        "touched",
         "units",
         "build",
         "watch",
@@ -114,10 +118,24 @@ ALLOWED: dict[str, set[str]] = {
     # Several sessions as one.
     "tree": {"errors", "options", "report", "session", "target", "units"},
     # The watch loop drives a session, which starts it.
-    "loop": {"errors", "session", "build", "watch", "report", "ignored"},
+    "loop": {"errors", "edits", "session", "build", "watch", "report", "ignored", "options", "units"},
+    # One watch over one process of a program after another.
+    "restart": {"build", "errors", "ignored", "loop", "options", "report", "session", "target", "watch"},
     # Looks at files and at a process of its own, before there is a target.
     "doctor": {"build", "code", "elf", "errors", "image", "target"},
-    "cli": {"doctor", "errors", "options", "report", "session", "target", "tree", "build", "configuration", ""},
+    "cli": {
+        "doctor",
+        "errors",
+        "options",
+        "report",
+        "restart",
+        "session",
+        "target",
+        "tree",
+        "build",
+        "configuration",
+        "",
+    },
     "": {"errors", "options", "session", "target", "tree", "report"},  # the package itself: the public API
     "__main__": {"cli"},
 }

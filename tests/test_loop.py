@@ -86,10 +86,10 @@ def test_advice_on_commands_ends_once_a_file_has_compiled(loop: tuple[Loop, Seen
 def test_a_saved_header_is_told_to_touch_nothing(loop: tuple[Loop, Seen, Path]) -> None:
     watching, seen, source = loop
     save(watching, source.with_name("unit.h"), "int answer(void);\n")
-    (saved, note) = seen.take()
+    (saved, *_, note) = seen.take()
     assert isinstance(saved, Saved)
     assert isinstance(note, Note)
-    assert "unit.h: no source file" in note.text
+    assert "unit.h: nothing that the process was built from includes it" in note.text
 
 
 def test_a_busy_process_ends_no_watch(loop: tuple[Loop, Seen, Path]) -> None:
@@ -113,7 +113,7 @@ def test_only_an_end_of_the_process_ends_a_watch(
         def change(*words: object, **more: object) -> None:
             raise error
 
-        monkeypatch.setattr(watching.session, "change", change)
+        monkeypatch.setattr(watching.session, "make_live", change)
 
     for error in (AttachDenied("not permitted"), Forbidden("confined")):
         fail(error)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from patcher.errors import PatcherError
-from patcher.watch import Watcher, saves, source_filter
+from patcher.watch import Watcher, gathered, git_lock, saves, source_filter
 
 SOON = 5.0  # seconds: never waited for when the code is right
 QUIET = 0.15  # seconds in which nothing must come
@@ -204,6 +204,39 @@ def test_further_extensions(tree: Path) -> None:
     with Watcher([tree], is_source=source_filter(["y", ".l"])) as watcher:
         (tree / "g.y").write_text("x\n")
         assert watcher.next(SOON) == {tree / "g.y"}
+
+
+@pytest.mark.parametrize(
+    "name", ["Makefile", "deep/CMakeLists.txt", "rules.mk", "compile_commands.json", "build.ninja"]
+)
+def test_what_says_how_files_are_built_counts(watcher: Watcher, tree: Path, name: str) -> None:
+    (tree / name).write_text("all:\n")
+    assert watcher.next(SOON) == {tree / name}
+
+
+def test_many_files_are_waited_for_until_they_are_all_there(watcher: Watcher, tree: Path) -> None:
+    names = [tree / f"f{number}.c" for number in range(12)]
+    for path in names[:10]:
+        path.write_text("int f;\n")
+    first = frozenset(saved_until(watcher, set(names[:10])))
+    for path in names[10:]:
+        path.write_text("int f;\n")
+    assert gathered(watcher, first, lambda: False) == set(names)
+
+
+def test_few_files_wait_for_nobody_unless_git_is_at_work(watcher: Watcher, tree: Path) -> None:
+    repository = tree.parent / ".git"
+    repository.mkdir()
+    lock = git_lock([tree / "deep"])
+    two = frozenset({tree / "a.c", tree / "b.c"})
+    (tree / "deep/c.h").write_text("int later;\n")
+    while not watcher.pending():
+        continue
+    assert gathered(watcher, frozenset({tree / "a.c"}), lock) == {tree / "a.c"}
+    assert gathered(watcher, two, lock) == two
+    (repository / "index.lock").touch()
+    assert gathered(watcher, frozenset({tree / "a.c"}), lock) == {tree / "a.c"}, "one file is an editor's save"
+    assert gathered(watcher, two, lock) == two | {tree / "deep/c.h"}
 
 
 def test_half_written_file_waits_for_its_close(watcher: Watcher, tree: Path) -> None:

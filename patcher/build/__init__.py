@@ -5,10 +5,12 @@ Nothing here looks at the target process; ELF files are read by path, for their 
 """
 
 from patcher.build.build_command import BuildCommand
-from patcher.build.command import LINE_SHIFT, CompileCommand, Unit, Variant, is_unit, object_of
+from patcher.build.command import LINE_SHIFT, CompileCommand, Variant, is_header, is_unit, object_of
 from patcher.build.commands import Commands
 from patcher.build.compiler import CompiledUnit, Compiler, kept_directory
 from patcher.build.debuginfo import DebugInformation, Recorded
+from patcher.build.dependencies import Dependencies
+from patcher.build.gathering import Gathering
 from patcher.build.linking import LinkLine, find_link_line, locate_library
 from patcher.build.probe import PREFIX as PROBED
 from patcher.build.probe import Probes, files_included
@@ -36,15 +38,17 @@ __all__ = [
     "CompiledUnit",
     "Compiler",
     "DebugInformation",
+    "Dependencies",
     "Family",
+    "Gathering",
     "LinkLine",
     "Probes",
     "Recorded",
-    "Unit",
     "Variant",
     "files_included",
     "find_link_line",
     "identify",
+    "is_header",
     "is_unit",
     "kept_directory",
     "locate_library",

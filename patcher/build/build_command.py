@@ -5,17 +5,21 @@ Decides which files count as made by it: objects that are new, or that were writ
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from patcher.build.running import Job, never, run_all
+from patcher.build.running import BuildCancelled, Job, never, run_all
 from patcher.errors import BuildError
 
 _OBJECT_SUFFIXES = (".o", ".obj")
 _SKIPPED = frozenset({".git", ".hg", ".svn"})
+_LOOK_SECONDS = 0.02
 
 _Stamp = tuple[int, int, int, int]
 
@@ -28,6 +32,16 @@ class BuildCommand:
         self.command = command
         self.directory = directory.absolute()
         self._roots = tuple(dict.fromkeys([self.directory, *(path.absolute() for path in objects_in)]))
+        self._taken = self._seen = self._objects()
+
+    def outstanding(self) -> tuple[Path, ...]:
+        """Return the objects that changed since `take` was called last, whoever made them; sorted."""
+        self._seen = self._objects()
+        return tuple(sorted(path for path, stamp in self._seen.items() if self._taken.get(path) != stamp))
+
+    def take(self) -> None:
+        """Note that what was outstanding is live."""
+        self._taken = self._seen
 
     def run(self, changed: Sequence[Path], *, cancelled: Callable[[], bool] = never) -> tuple[Path, ...]:
         """Run the command and return the objects that it created or wrote, sorted (archive members are not looked at).
@@ -35,6 +49,10 @@ class BuildCommand:
         `changed` are the saved files it is run for. Raises BuildError with its whole output when it fails,
         BuildCancelled when it was ended before.
         """
+        with _turn(self.directory, cancelled):
+            return self._run(changed, cancelled)
+
+    def _run(self, changed: Sequence[Path], cancelled: Callable[[], bool]) -> tuple[Path, ...]:
         before = self._objects()
         private = Path(tempfile.mkdtemp(prefix="patcher-build-"))
         try:
@@ -58,6 +76,34 @@ class BuildCommand:
 
     def _objects(self) -> dict[Path, _Stamp]:
         return {Path(path): stamp for root in self._roots for path, stamp in _objects_below(root)}
+
+
+@contextmanager
+def _turn(directory: Path, cancelled: Callable[[], bool]) -> Iterator[None]:
+    """Let no other patcher build in a directory during the block: two watches over one tree see the same saves."""
+    try:
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield  # the command itself shows what is wrong
+        return
+    try:
+        while not _locked(lock):
+            if cancelled():
+                raise BuildCancelled("the build was cancelled", "the newer save is built instead")
+            time.sleep(_LOOK_SECONDS)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True
 
 
 def _objects_below(root: Path) -> Iterator[tuple[str, _Stamp]]:

@@ -11,16 +11,18 @@ from __future__ import annotations
 import enum
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from patcher.build.toolchain import Family, Toolchain, program_index
+from patcher.build.mirror import searched_first
+from patcher.build.toolchain import Family, Toolchain, is_driver, program_index
 from patcher.errors import BuildError, NoCompileCommand
 
 SOURCE_SUFFIXES = frozenset({".c", ".cc", ".cpp", ".cxx", ".c++", ".cp", ".C", ".s", ".S", ".sx"})
 ASSEMBLY = (".s", ".S", ".sx")
 _C_SUFFIXES = (".c", ".i", *ASSEMBLY)
+HEADER_SUFFIXES = frozenset({".h", ".hh", ".hpp", ".hxx", ".h++", ".H", ".inc", ".inl", ".ipp", ".tcc"})
 LINE_SHIFT = 100_000
 
 
@@ -63,14 +65,6 @@ class CompileCommand:
     derived: bool = False  # put together from debug information, which does not record -D
 
 
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """One source file with the command that compiles it."""
-
-    source: Path
-    command: CompileCommand
-
-
 class Variant(enum.Flag):
     """In which way an object differs from what the user's command makes; they combine with `|`."""
 
@@ -92,6 +86,11 @@ def is_cpp(command: CompileCommand) -> bool:
     return command.file.suffix not in _C_SUFFIXES or "++" in driver
 
 
+def is_header(path: Path) -> bool:
+    """Tell whether a file is named like one that others include."""
+    return path.suffix in HEADER_SUFFIXES
+
+
 def object_arguments(
     command: CompileCommand,
     output: Path,
@@ -101,16 +100,22 @@ def object_arguments(
     text: Path | None = None,
     colour: bool = False,
     options: Sequence[str] = (),
+    listing: Path | None = None,
+    mirror: Path | None = None,
 ) -> tuple[str, ...]:
     """Rewrite a command so that it makes the object `output` and writes no other file of the user's.
 
     `text` is compiled in place of the source file (see `text_of`), `options` are added. `toolchain` must be given
-    with a variant or a text, or for C++: classes are described in full then. Raises BuildError when the compiler
-    cannot make the variant.
+    with a variant or a text, or for C++: classes are described in full then. What the compile reads is written to
+    `listing`, where the compiler is one that can. Headers below `mirror` come before those of the same paths.
+    Raises BuildError when the compiler cannot make the variant.
     """
     program, switches = _divided(command)
     named = input_argument(command)
-    kept = [word for group in _groups(switches) if _stays(group, named) for word in group]
+    groups: Iterable[tuple[str, ...]] = (group for group in _groups(switches) if _stays(group, named))
+    if mirror is not None:
+        groups = searched_first(groups, mirror, command.directory)
+    kept = [word for group in groups for word in group]
     front: tuple[str, ...] = ()
     if text is not None and toolchain is not None:
         kept = [str(text) if word == named else word for word in kept if not word.startswith(_STRICTNESS)]
@@ -126,9 +131,20 @@ def object_arguments(
         added += _WHOLE_CLASSES.get(toolchain.family, ())
     if colour:
         added.append("-fdiagnostics-color=always")
+    if listing is not None and is_driver(program[-1]):
+        added += ["-MD", "-MF", str(listing)]
     added += [*options, "-c", "-o", str(output)]
     end = kept.index("--") if "--" in kept else len(kept)
     return (*program, *front, *kept[:end], *added, *kept[end:])
+
+
+def listing_arguments(command: CompileCommand, listing: Path) -> tuple[str, ...]:
+    """Rewrite a command so that it only writes what a compile would read to `listing`; a missing header counts."""
+    program, switches = _divided(command)
+    named = input_argument(command)
+    kept = [word for group in _groups(switches) if _stays(group, named) for word in group]
+    end = kept.index("--") if "--" in kept else len(kept)
+    return (*program, *kept[:end], "-w", "-M", "-MG", "-MF", str(listing), *kept[end:])
 
 
 def object_of(command: CompileCommand) -> Path | None:

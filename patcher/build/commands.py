@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
-from patcher.build.command import CompileCommand, Unit, is_unit
+from patcher.build.command import CompileCommand, is_unit
 from patcher.build.database import GET_A_DATABASE, NAME, Database, find_databases
 from patcher.build.debuginfo import DebugInformation
 from patcher.errors import NoCompileCommand
@@ -61,6 +63,11 @@ class Commands:
         """Return the source files that the given database lists; none without one. Raises NoCompileCommand."""
         return self._given.files() if self._given is not None else ()
 
+    def stamp(self) -> tuple[tuple[str, int], ...]:
+        """Return what changes when a database that was asked does."""
+        asked = [self._given] if self._given is not None else list(self._databases.values())
+        return tuple((str(d.path), _modified(d.path)) for d in asked)
+
     def known(self) -> tuple[CompileCommand, ...]:
         """Return every command of the given database, else of the nearest; none where there is no readable one."""
         places = self._near_all() if self._given is None else (self._given,)
@@ -76,13 +83,20 @@ class Commands:
             for path in find_databases(start):
                 yield self._databases.setdefault(path, Database(path))
 
-    def units(self, saved: Sequence[Path]) -> tuple[Unit, ...]:
-        """Return the units that saved files touch: for now each source file is its own, and headers touch none.
-
-        Raises NoCompileCommand for the first source file without a command.
-        """
-        sources = dict.fromkeys(path.resolve() for path in saved if is_unit(path))
-        return tuple(Unit(source, self.find(source)) for source in sources)
+    def every_unit(self) -> tuple[CompileCommand, ...]:
+        """Return a command of each source file that anything says how to compile, and that is there; best first."""
+        found: dict[Path, CompileCommand] = {}
+        for command in self.known():
+            file = Path(os.path.realpath(command.file))
+            if is_unit(file) and file not in found and file.is_file():
+                found[file] = replace(command, file=file)
+        for program in self._debug:
+            for unit in program.recorded():
+                file = Path(os.path.realpath(unit.path))
+                if file not in found and file.is_file():
+                    with suppress(NoCompileCommand):
+                        found[file] = program.command(unit, file)
+        return tuple(found.values())
 
     def _in_databases(self, source: Path, tried: list[str]) -> tuple[CompileCommand, ...]:
         if self._given is not None:
@@ -130,6 +144,13 @@ class Commands:
         if reason is not None:
             raise NoCompileCommand(f"{reason.message} (tried before: {'; '.join(tried)})", reason.hint)
         return ()
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _place_of(program: Path) -> Path:

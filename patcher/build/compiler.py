@@ -10,7 +10,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Self
 
 from patcher.build.command import CompileCommand, Variant, input_argument, is_cpp, object_arguments, text_of
 from patcher.build.database import GET_A_DATABASE
+from patcher.build.dependencies import read_listing
+from patcher.build.mirror import mirrored, write_texts
 from patcher.build.running import Job, Outcome, never, run_all
 from patcher.build.toolchain import identify
 from patcher.build.trust import is_private_directory
@@ -37,6 +39,7 @@ class CompiledUnit:
     command: tuple[str, ...]
     milliseconds: float
     diagnostics: str
+    listing: str = ""  # what the compile read, as a dependency file, where the compiler is one that says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +48,26 @@ class _Task:
     job: Job
     object: Path
 
+    @property
+    def listing(self) -> Path:
+        return self.object.with_suffix(".d")
+
 
 class Compiler:
     """Compiles units into a directory of its own, which `close` removes with all objects."""
 
-    def __init__(self, directory: Path | None = None, *, colour: bool = False) -> None:
-        """`directory` is where our own is made; by default the user's runtime directory, or that of temporary files."""
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        colour: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """`directory` is where our own is made; by default the user's runtime directory, or that of temporary files.
+
+        `progress` is told how many units of how many have been compiled.
+        """
+        self._progress = progress
         self.directory = _private_directory(directory)
         self._colour = colour
         self._numbers = count(1)
@@ -62,13 +79,16 @@ class Compiler:
         variant: Variant = Variant.PLAIN,
         text: bytes | None = None,
         options: Sequence[str] = (),
+        headers: Mapping[Path, bytes] | None = None,
         cancelled: Callable[[], bool] = never,
     ) -> CompiledUnit:
         """Compile one unit; `text` stands for the file's contents, `options` are added to the command.
 
+        With a text, `headers` stand for the contents of other files.
+
         Raises BuildError with the compiler's diagnostics, BuildCancelled, or NoCompileCommand (no input file named).
         """
-        task = self._task(command, variant, text, tuple(options))
+        task = self._task(command, variant, text, tuple(options), headers)
         return self._finish((task,), cancelled)[0]
 
     def compile_all(
@@ -103,7 +123,14 @@ class Compiler:
     ) -> None:
         self.close()
 
-    def _task(self, command: CompileCommand, variant: Variant, text: bytes | None, options: tuple[str, ...]) -> _Task:
+    def _task(
+        self,
+        command: CompileCommand,
+        variant: Variant,
+        text: bytes | None,
+        options: tuple[str, ...],
+        headers: Mapping[Path, bytes] | None = None,
+    ) -> _Task:
         if not command.directory.is_dir():
             raise BuildError(
                 f"{command.file}: {command.directory}, named by {command.origin}, is not there to compile in",
@@ -113,13 +140,25 @@ class Compiler:
         place = self.directory / str(next(self._numbers))
         place.mkdir()
         written: Path | None = None
-        if text is not None or variant & Variant.SHIFTED:
+        mirror = place / "text" if headers else None
+        if text is not None and mirror is not None:
+            written = mirrored(mirror, command.file)
+            write_texts(mirror, {**(headers or {}), command.file: text_of(command, text, variant)})
+        elif text is not None or variant & Variant.SHIFTED:
             written = _write_text(place, command, text, variant)
         output = place / f"{command.file.name}.o"
         needs_identity = written is not None or variant is not Variant.PLAIN or is_cpp(command)
         toolchain = identify(command.arguments, command.directory) if needs_identity else None
         arguments = object_arguments(
-            command, output, toolchain=toolchain, variant=variant, text=written, colour=self._colour, options=options
+            command,
+            output,
+            toolchain=toolchain,
+            variant=variant,
+            text=written,
+            colour=self._colour,
+            options=options,
+            listing=output.with_suffix(".d") if written is None else None,
+            mirror=mirror,
         )
         return _Task(command, Job(arguments, command.directory, place / "output"), output)
 
@@ -127,7 +166,8 @@ class Compiler:
         environment = {key: value for key, value in os.environ.items() if key not in _WRITES_ELSEWHERE}
         environment["TMPDIR"] = str(self.directory)  # what a killed compiler leaves behind goes with the directory
         try:
-            outcomes = run_all([task.job for task in tasks], environment=environment, cancelled=cancelled)
+            jobs = [task.job for task in tasks]
+            outcomes = run_all(jobs, environment=environment, cancelled=cancelled, progress=self._progress)
         except OSError as error:
             raise _not_started(error, tasks) from None
         pairs = tuple(zip(tasks, outcomes, strict=True))
@@ -135,7 +175,14 @@ class Compiler:
         if failed:
             raise _failure(failed)
         return tuple(
-            CompiledUnit(task.command.file, task.object, task.job.arguments, outcome.milliseconds, outcome.output)
+            CompiledUnit(
+                task.command.file,
+                task.object,
+                task.job.arguments,
+                outcome.milliseconds,
+                outcome.output,
+                read_listing(task.listing),
+            )
             for task, outcome in pairs
         )
 
@@ -206,6 +253,7 @@ def _failure(failed: Sequence[tuple[_Task, Outcome]]) -> BuildError:
         f"{names}: {_how(outcome)} ({shlex.join(first.job.arguments)})",
         "; or, ".join(hints),
         file=str(first.command.file),
+        files=[str(task.command.file) for task, _ in failed],
         diagnostics="".join(outcome.output for _, outcome in failed),
     )
 

@@ -64,6 +64,10 @@ class DebugInformation:
         exact = [unit for unit in known if unit.path == str(source)]
         return tuple(exact or [unit for unit in known if os.path.realpath(unit.path) == os.path.realpath(source)])
 
+    def recorded(self) -> tuple[Recorded, ...]:
+        """Return all units."""
+        return tuple(unit for units in self._named().values() for unit in units)
+
     def __len__(self) -> int:
         return sum(map(len, self._named().values()))
 
@@ -119,8 +123,7 @@ class DebugInformation:
         A header of which a unit uses nothing but macros is not in its line table, but most likely in another's.
         """
         if self._tables is None:
-            units = tuple(unit for units in self._named().values() for unit in units)
-            self._tables = _line_tables(self.program, units)
+            self._tables = _line_tables(self.program, self.recorded())
         near = [*self._tables[unit.offset], "."]
         above = [place for directory in near for place in _above(directory, unit.directory)]
         others = [

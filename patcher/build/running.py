@@ -59,10 +59,12 @@ def run_all(
     environment: dict[str, str],
     cancelled: Callable[[], bool] = never,
     at_once: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Outcome, ...]:
     """Run programs, as many at once as there are processors, and return how each ended, in order.
 
-    `cancelled` is asked every few milliseconds, in the calling thread. Raises BuildCancelled, or OSError with the
+    `cancelled` is asked every few milliseconds, in the calling thread; `progress` is told how many of how many have
+    ended. Raises BuildCancelled, or OSError with the
     program's or directory's name when one cannot be started; all that run are ended first.
     """
     waiting = list(enumerate(jobs))[::-1]
@@ -81,6 +83,8 @@ def run_all(
                 index, milliseconds = ended.get(timeout=_LOOK_SECONDS)
                 status = running.pop(index).returncode
                 outcomes[index] = Outcome(status, _read(jobs[index].output), milliseconds)
+                if progress is not None:
+                    progress(len(outcomes), len(jobs))
     finally:
         _end(tuple(running.values()))
     return tuple(outcomes[index] for index in range(len(jobs)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import click
@@ -26,23 +27,40 @@ def spawn(program: str, arguments: tuple[str, ...], **rest: Any) -> int:
     \b
     patcher spawn ./prog --watch src/
     patcher spawn --watch src/ -- ./prog -x file
+    patcher spawn ./prog --watch src/ --build make --restart always
 
     What follows -- is the program's own. The exit status is the program's (128+N when signal N killed it).
     """
     asked = gather("spawn", rest)
+    again = asked.restart != "never"
+    if again and not asked.watched:
+        raise click.UsageError("--restart: of what sources? give them with --watch")
+    if asked.restart in ("refused", "always") and not asked.build:
+        raise click.UsageError(f"--restart {asked.restart} needs --build, the command that makes the program anew")
     with open_reporter(asked) as reporter, JobControl() as jobs:
-        child = start(program, arguments, aslr=asked.aslr, signal_mask=jobs.original_mask)
-        jobs.forward_to(child.pid)
-        if child.note:
-            reporter.emit(Note(child.note))
+
+        def begin() -> int:
+            child = start(program, arguments, aslr=asked.aslr, signal_mask=jobs.original_mask)
+            jobs.forward_to(child.pid)
+            if child.note:
+                reporter.emit(Note(child.note))
+            return child.pid
+
+        if again:
+            from patcher.restart import Restarts, When
+
+            session_of = partial(open_session, asked, reporter=reporter)
+            restarts = Restarts(begin, session_of, jobs, reporter, When.named(asked.restart), asked)
+            return exit_code(restarts.run(asked.watched) or 0)
+        pid = begin()
         try:
-            _accompany(child.pid, program, asked, reporter, jobs)
+            _accompany(pid, asked, reporter, jobs)
         except PatcherError as error:
             reporter.emit(Note(f"{error.message}; the program runs on without patcher. {error.hint}".rstrip(" .")))
-        return _end(wait_exit(child.pid), reporter)
+        return _end(wait_exit(pid), reporter)
 
 
-def _accompany(pid: int, program: str, asked: Settings, reporter: Reporter, jobs: JobControl) -> None:
+def _accompany(pid: int, asked: Settings, reporter: Reporter, jobs: JobControl) -> None:
     try:
         with open_session(asked, pid, reporter) as session:
             if asked.watched:

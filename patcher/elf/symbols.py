@@ -152,7 +152,12 @@ class SymbolIndex:
     @cached_property
     def has_files(self) -> bool:
         """Tell whether the table says which files the module was built from."""
-        return any(self._name(index) for index in self._files.tolist())
+        return bool(self.file_names)
+
+    @cached_property
+    def file_names(self) -> frozenset[str]:
+        """The names of the files that the module was built from, as the table has them."""
+        return frozenset(filter(None, map(self._name, self._files.tolist())))
 
     def group_name(self, group: int) -> str:
         return self._name(int(self._files[group])) if 0 <= group < len(self._files) else ""

@@ -42,7 +42,8 @@ class ConsoleReport:
     def emit(self, event: Event) -> None:
         if isinstance(event, BuildFailed):
             self._write(event.diagnostics.rstrip("\n"), "")
-            message = event.message if self._verbose and event.message else f"{event.file} does not compile"
+            told = event.message and (self._verbose or not event.file)
+            message = event.message if told else f"{event.file} does not compile"
             self._say(f"[red]{_escape(message)}[/]; the old code runs on")
             self._hint(event.hint)
         elif isinstance(event, Refused):
@@ -71,7 +72,7 @@ class ConsoleReport:
 
     def _applied(self, event: Applied) -> None:
         verb = "would be" if event.dry_run else "is"
-        names = ", ".join(Path(f).name for f in event.files)
+        names = _listed([Path(f).name for f in event.files])
         lines = [f"{_escape(names)}: generation {event.generation} {verb} [green]live[/]"]
         for status in ("changed", "added", "relinked"):
             found = [f.name for f in event.functions if f.status == status]
@@ -97,7 +98,7 @@ class ConsoleReport:
         self._say("\n".join(lines))
 
     def _unchanged(self, event: Unchanged) -> None:
-        names = _escape(", ".join(Path(f).name for f in event.files))
+        names = _escape(_listed([Path(f).name for f in event.files]))
         text = f"{names}: nothing to do, the process has this code"
         if event.line_only:
             text += f"\n  only line numbers differ, left as they are: {_escape(self._some(event.line_only))}"

@@ -21,6 +21,7 @@ _WAKE = signal.SIGUSR2
 FORWARDED = frozenset(
     {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 )  # fmt: skip
+_ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 
 
 class JobControl:
@@ -32,7 +33,8 @@ class JobControl:
 
     def __init__(self) -> None:
         self.original_mask: frozenset[int] = frozenset()
-        self.ended = threading.Event()
+        self.ended = threading.Event()  # the child that signals are handed on to has ended
+        self.told_at = float("-inf")  # when a signal last came that asks for the end (monotonic)
         self._child = -1
         self._early: list[int] = []
         self._lock = threading.Lock()
@@ -57,14 +59,23 @@ class JobControl:
             os.close(child)
 
     def forward_to(self, pid: int) -> None:
-        """Hand signals on to this child from now on (and those that came before), and set `ended` when it ends."""
+        """Hand signals on to this child from now on (and those that came before), and set `ended` when it ends.
+
+        The child before it has ended.
+        """
         child = os.pidfd_open(pid)
+        self.ended = threading.Event()
+        if self._watcher is not None:
+            self._watcher.join()
         with self._lock:
-            self._child = child
+            before, self._child = self._child, child
             early, self._early = self._early, []
+        if before >= 0:
+            os.close(before)
         for number in early:
             self._send(number)
-        self._watcher = threading.Thread(target=self._watch, args=(child,), name="patcher-child", daemon=True)
+        arguments = (child, self.ended)
+        self._watcher = threading.Thread(target=self._watch, args=arguments, name="patcher-child", daemon=True)
         self._watcher.start()
 
     def _forward(self) -> None:
@@ -72,6 +83,8 @@ class JobControl:
             received = signal.sigwaitinfo(FORWARDED)
             if self._leaving and received.si_pid == os.getpid():
                 return
+            if received.si_signo in _ENDING:
+                self.told_at = time.monotonic()
             if received.si_code != _SI_KERNEL:
                 self._send(received.si_signo)
 
@@ -84,9 +97,10 @@ class JobControl:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 signal.pidfd_send_signal(self._child, number)
 
-    def _watch(self, child: int) -> None:
+    @staticmethod
+    def _watch(child: int, ended: threading.Event) -> None:
         _await_end(child, None)
-        self.ended.set()
+        ended.set()
 
 
 def wait_exit(pid: int, timeout: float | None = None) -> int | None:

@@ -295,3 +295,36 @@ def test_cplusplus(project: Path, compiler: Compiler) -> None:
         names = section_names(plain.object) ^ section_names(shifted.object)
         assert names == set()
         run("nm", str(plain.object), cwd=project)
+
+
+def test_how_far_it_has_come_is_told(project: Path, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    commands = []
+    for number in range(3):
+        file = project / f"src/more{number}.c"
+        file.write_text("int x;\n")
+        commands.append(CompileCommand(project, ("gcc", "-c", f"src/more{number}.c"), file, "test"))
+    with Compiler(tmp_path / "own", progress=lambda done, total: told.append((done, total))) as compiler:
+        compiler.compile_all(commands)
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("cc", COMPILERS)
+def test_texts_that_are_not_on_disk_any_more(project: Path, compiler: Compiler, cc: str) -> None:
+    """Headers beside the unit and by -I, as they were; all others are found where they are."""
+    command = CompileCommand(project, (cc, "-Iinclude", "-c", "src/unit.c"), project / "src/unit.c", "test")
+    (project / "include/third.h").write_text("static inline int third(void) { return 3; }\n")
+    wide = b'#include "../third.h"\nstatic inline const char *wide(void) { return "as it was" + third(); }\n'
+    beside = b'static inline int beside(int n) { return n; }\nstatic inline const char *where(void) { return "old"; }\n'
+    headers = {
+        project / "include/sub/wide.h": wide,
+        project / "src/beside.h": beside,
+        project / "include/third.h": b"static inline int third(void) { return 0; }\n",
+    }
+    text = (project / "src/unit.c").read_bytes()
+    for file in headers:
+        file.write_text("#error not this one\n")
+    unit = compiler.compile(command, text=text, headers=headers)
+    assert b"as it was" in unit.object.read_bytes()
+    assert b"old" in unit.object.read_bytes()
+    assert str(compiler.directory).encode() not in section_bytes(unit.object, ".rodata")

@@ -147,7 +147,13 @@ def test_given_file_that_is_none(project: Path, contents: str | None, word: str)
     assert str(path) in caught.value.message
 
 
-def test_units_of_saved_files(project: Path, database: Callable[..., Path]) -> None:
-    commands = Commands(compile_commands=database("gcc", "-c", "src/unit.c"))
-    units = commands.units([project / "src/beside.h", project / "src/unit.c", project / "src/../src/unit.c"])
-    assert [unit.source for unit in units] == [project / "src/unit.c"]
+def test_every_unit_once_with_its_first_command(project: Path, database: Callable[..., Path]) -> None:
+    path = database("gcc", "-O1", "-c", "src/unit.c")
+    entries = json.loads(path.read_text())
+    again = {**entries[0], "arguments": ["gcc", "-O3", "-c", "src/../src/unit.c"], "file": "src/../src/unit.c"}
+    gone = {**entries[0], "file": "src/gone.c"}
+    header = {**entries[0], "file": "src/beside.h"}
+    path.write_text(json.dumps([*entries, again, gone, header]))
+    (command,) = Commands(compile_commands=path).every_unit()
+    assert command.file == project / "src/unit.c"
+    assert "-O1" in command.arguments

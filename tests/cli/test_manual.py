@@ -47,7 +47,12 @@ def rendered(page: str) -> str:
 
 def test_a_reader_finds_options_and_examples_as_they_are_typed():
     text = rendered("patcher-spawn.1")
-    assert "EXAMPLES patcher spawn ./prog --watch src/ patcher spawn --watch src/ -- ./prog -x file OPTIONS" in text
+    examples = (
+        "patcher spawn ./prog --watch src/",
+        "patcher spawn --watch src/ -- ./prog -x file",
+        "patcher spawn ./prog --watch src/ --build make --restart always",
+    )
+    assert f"EXAMPLES {' '.join(examples)} OPTIONS" in text
     for row in rows_of("spawn"):
         assert f"--{row.switch}" in text
     assert 'eval "$(patcher completion bash)"' in rendered("patcher-completion.1")

@@ -1,0 +1,93 @@
+"""TOUCHED: which units of a process a saved header touches.
+
+Decides which units are in the process at all: those of a file's name that one of its modules was built from. That may
+be a unit too many (another program's, of the same name), which shows when it is matched, and never one too few. What
+they include is `build`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+
+from patcher.build import CompileCommand, Dependencies, Gathering
+from patcher.image import Image
+from patcher.options import Options
+from patcher.texts import Texts
+from patcher.units import commands_for
+
+_MADE_OF_ALL = frozenset({"<artificial>", "ld-temp.o"})  # what gcc and lld call all units that were linked with -flto
+
+
+class Touched:
+    """The units that headers touch, in one process. Gathers in the background from `start` on."""
+
+    def __init__(
+        self,
+        image: Image,
+        options: Options,
+        texts: Texts,
+        dependencies: Dependencies,
+        say: Callable[[str], None],
+    ) -> None:
+        self._image = image
+        self._texts = texts
+        self._options = options
+        self._dependencies = dependencies
+        self._say = say
+        self._gathering: Gathering | None = None
+
+    def start(self) -> None:
+        """Begin to gather what is included, anew if the commands are others now."""
+        if self._gathering is not None:
+            self._gathering.close()
+        # Commands of its own: what is read in the background is not shared.
+        commands = commands_for(self._image, self._options)
+        names = self._file_names()
+        self._gathering = Gathering(self._dependencies, partial(_units_named, commands.every_unit, names))
+        self._gathering.start()
+
+    def close(self) -> None:
+        """End what is under way."""
+        if self._gathering is not None:
+            self._gathering.close()
+
+    def held(self) -> AbstractContextManager[None]:
+        """Gather nothing during the block."""
+        return nullcontext() if self._gathering is None else self._gathering.held()
+
+    def may_have(self, unit: Path) -> bool:
+        """Tell whether the process may have been built from a unit."""
+        names = self._file_names()
+        return not names or unit.name in {Path(name).name for name in names}
+
+    def by(self, headers: Iterable[Path], cancelled: Callable[[], bool]) -> dict[Path, frozenset[Path]]:
+        """Return the units that each header touches, of those that are there. Raises BuildCancelled.
+
+        Headers that were not there at the start may hide others of the same name.
+        """
+        if self._gathering is None:
+            self.start()
+        assert self._gathering is not None
+        self._gathering.complete(cancelled=cancelled, say=self._tell)
+        includers = self._dependencies.includers
+        found = {header: includers(header, new=not self._texts.of(header)) for header in headers}
+        return {header: frozenset(unit for unit in units if unit.is_file()) for header, units in found.items()}
+
+    def _tell(self, count: int) -> None:
+        what = "one unit" if count == 1 else f"{count} units"
+        self._say(f"asking the compiler what {what} of the program include{'s' if count == 1 else ''}")
+
+    def _file_names(self) -> frozenset[str]:
+        """Return the names of the files that the process was built from; none where nothing tells."""
+        tables = [m.module.symbols for m in self._image.modules if len(m.module.symbols)]
+        names = frozenset(name for table in tables for name in table.file_names)
+        told = self._image.executable.module.symbols.has_files and not names & _MADE_OF_ALL
+        return names if told else frozenset()
+
+
+def _units_named(units: Callable[[], tuple[CompileCommand, ...]], names: frozenset[str]) -> tuple[CompileCommand, ...]:
+    bases = {Path(name).name for name in names}
+    return tuple(c for c in units() if not bases or c.file.name in bases)
