@@ -39,6 +39,7 @@ _NEW_STACK = 64 << 10  # of a thread whose stack was mapped after we looked
 _TRIES = 20
 _PATIENT_TRIES, _PATIENCE = 1000, 5.0  # where more than the entries has to be clear; in seconds
 _STEPS = 16
+_LAST = 1 << 64
 _TOGETHER = 1 << 20  # bytes of stacks that are searched at once
 _MANY = 48  # threads whose stacks are read at once rather than one by one: below, that is the quicker way
 _APART, _GAP = 8, 256  # bytes between writes to the text that are written as one
@@ -302,13 +303,17 @@ def _as_one(target: Target, run: Sequence[TextWrite]) -> TextWrite:
     return TextWrite(start, before, bytes(after))
 
 
+def _words(numbers: Sequence[int]) -> Words:
+    return np.array(numbers, dtype=np.uint64)
+
+
 class _Guard:
     """Keeps bytes from changing under a thread that stands in them, or that will return into them."""
 
     def __init__(self, spans: Iterable[tuple[int, int]], *, include_start: bool) -> None:
-        ordered = sorted(spans)
-        self._starts = np.array([s + (not include_start) for s, _ in ordered], dtype=np.uint64)
-        self._ends = np.array([e for _, e in ordered], dtype=np.uint64)
+        self._spans = sorted((start + (not include_start), end) for start, end in spans)
+        self._starts = _words([start for start, _ in self._spans])
+        self._ends = _words([end for _, end in self._spans])
         self._step_out = not include_start
 
     def __bool__(self) -> bool:
@@ -316,18 +321,25 @@ class _Guard:
 
     def step_out(self, stopped: Stopped) -> bool:
         """Tell whether no thread stands in the bytes, after stepping out of a detour's whoever does."""
-        counters = np.array(stopped.counters(), dtype=np.uint64)
-        for i in np.flatnonzero(self._inside(counters)):
+        counters = stopped.counters()
+        for i in self._standing(counters) if len(counters) < _MANY else np.flatnonzero(self._inside(_words(counters))):
             if not self._step_out or not self._has_stepped(stopped, stopped.threads[i]):
                 return False
         return True
+
+    def _standing(self, counters: Sequence[int]) -> Iterator[int]:
+        """Yield which of a few counters are inside: numpy takes longer to begin than this takes."""
+        for number, counter in enumerate(counters):
+            position = bisect_right(self._spans, (counter, _LAST)) - 1
+            if position >= 0 and counter < self._spans[position][1]:
+                yield number
 
     def _has_stepped(self, stopped: Stopped, thread: StoppedThread) -> bool:
         for _ in range(_STEPS):
             before, thread = thread, stopped.step(thread.tid)
             if thread.pc == before.pc:
                 return False
-            if not self._inside(np.array([thread.pc], dtype=np.uint64))[0]:
+            if not any(True for _ in self._standing([thread.pc])):
                 return True
         return False
 
@@ -356,8 +368,8 @@ class _Stacks:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._mappings = target.mappings()
-        self._starts = np.array([m.start for m in self._mappings], dtype=np.uint64)
-        self._ends = np.array([m.end for m in self._mappings], dtype=np.uint64)
+        self._starts = _words([m.start for m in self._mappings])
+        self._ends = _words([m.end for m in self._mappings])
         self._buffer = bytearray(2 * _TOGETHER)
 
     def words(self, stopped: Stopped) -> Iterator[Words]:
@@ -369,7 +381,7 @@ class _Stacks:
             parts = [_stack_bytes(self._target, pointer, self._mappings) for pointer in stopped.pointers()]
             yield np.frombuffer(b"".join(parts), dtype=np.uint64)
             return
-        pointers = np.array(stopped.pointers(), dtype=np.uint64)
+        pointers = _words(stopped.pointers())
         lows = pointers & np.uint64(~7 & (1 << 64) - 1)
         index = np.searchsorted(self._starts, pointers, "right") - 1
         sizes = np.minimum(self._ends[index] - lows, np.uint64(_STACK_LIMIT)) & np.uint64(~7 & (1 << 64) - 1)
