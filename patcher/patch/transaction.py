@@ -106,11 +106,20 @@ class Flip:
         return len(self.slots) < 2 and all(8 * (max(values) + 1) <= PAGE for _, values in self.slots)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A thread with its general registers as it stood while a change was made, and its stack from its pointer up."""
+
+    thread: StoppedThread
+    stack: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class FlipResult:
-    """How long the target stood still (0: not at all)."""
+    """How long the target stood still (0: not at all), and its threads meanwhile, where they were few."""
 
     stop_ns: int
+    seen: tuple[Seen, ...] = ()
 
 
 def flip(target: Target, change: Flip) -> FlipResult:
@@ -189,13 +198,13 @@ def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResul
         stacks = _Stacks(target)
         with target.stopped() as stopped:
             used = change.idle(stopped) if change.idle is not None else ""
-            done = not used and _is_clear(stopped, stacks, guards)
+            done = not used and stacks.are_clear(stopped, guards)
             reason = change.inside(stopped) if done and change.inside is not None else ""
             done = done and not reason
             if done:
                 writes.write()
         if done:
-            return FlipResult(stopped.duration_ns)
+            return FlipResult(stopped.duration_ns, stacks.seen(stopped))
         if used:
             waits += 1
             # However long it takes to look: most of the time the program runs.
@@ -355,13 +364,6 @@ class _Guard:
         return (position >= 0) & (addresses < self._ends[position])
 
 
-def _is_clear(stopped: Stopped, stacks: _Stacks, guards: Sequence[_Guard]) -> bool:
-    """Tell whether all bytes that are guarded may change: no thread is in them or will return into them."""
-    if not all(guard.step_out(stopped) for guard in guards):
-        return False
-    return not any(guard.holds(words) for words in stacks.words(stopped) for guard in guards)
-
-
 class _Stacks:
     """Where the stacks of a process may be, looked up before it stands still."""
 
@@ -371,15 +373,28 @@ class _Stacks:
         self._starts = _words([m.start for m in self._mappings])
         self._ends = _words([m.end for m in self._mappings])
         self._buffer = bytearray(2 * _TOGETHER)
+        self._few: list[bytes] = []
 
-    def words(self, stopped: Stopped) -> Iterator[Words]:
+    def seen(self, stopped: Stopped) -> tuple[Seen, ...]:
+        """Return the threads with their stacks, where they were few enough that these were kept."""
+        if not self._few:
+            return ()
+        return tuple(Seen(thread, stack) for thread, stack in zip(stopped.described(), self._few, strict=True))
+
+    def are_clear(self, stopped: Stopped, guards: Sequence[_Guard]) -> bool:
+        """Tell whether all bytes that are guarded may change: no thread is in them or will return into them."""
+        if not all(guard.step_out(stopped) for guard in guards):
+            return False
+        return not any(guard.holds(words) for words in self._words(stopped) for guard in guards)
+
+    def _words(self, stopped: Stopped) -> Iterator[Words]:
         """Yield the words of all stacks, many together: a thousand small arrays would take milliseconds.
 
         What was yielded before is overwritten.
         """
         if len(stopped.pointers()) < _MANY:
-            parts = [_stack_bytes(self._target, pointer, self._mappings) for pointer in stopped.pointers()]
-            yield np.frombuffer(b"".join(parts), dtype=np.uint64)
+            self._few = [_stack_bytes(self._target, pointer, self._mappings) for pointer in stopped.pointers()]
+            yield np.frombuffer(b"".join(self._few), dtype=np.uint64)
             return
         pointers = _words(stopped.pointers())
         lows = pointers & np.uint64(~7 & (1 << 64) - 1)
