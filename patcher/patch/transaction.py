@@ -7,7 +7,8 @@ Before it, everything is written to memory that nobody executes, and the journal
     later patches               one write of the slots, nobody is stopped
 
 A detour by itself changes nothing: its slot still points at the displaced copy, which is the old body. The
-slots are contiguous and the generation's number is the first of them, so one write decides.
+slots are contiguous and the generation's number is the first of them, so one write decides. Where a page ends inside
+of an entry it is made by several writes, each of which leaves it whole (`code/border.py`).
 
 Slots on more than one page, or in more than one arena, cannot change in one write. Each is first led to a switch,
 which goes on to the old body until the generation's number is the new one; then that number alone is written, and
