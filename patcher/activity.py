@@ -29,7 +29,7 @@ from patcher.code.instructions import UndecodableCode, decode_lite, lite_target
 from patcher.errors import PatcherError, TargetGone
 from patcher.image import Image
 from patcher.patch.bodies import Version
-from patcher.patch.transaction import read_stack
+from patcher.patch.transaction import Seen, read_stack
 from patcher.report import OldFrame
 from patcher.target import Mapping, Memory, Stopped, StoppedThread, Target
 from patcher.unwind import Backtrace, Unwinder
@@ -73,19 +73,21 @@ class Lookout:
             look.search(layout, limit)
         return look.frames()
 
-    def running(self, versions: Iterable[Version], limit: int) -> tuple[OldFrame, ...]:
+    def running(self, versions: Iterable[Version], limit: int, seen: Iterable[Seen] = ()) -> tuple[OldFrame, ...]:
         """Return the frames of some code while the threads run, as far as they stay where they are.
 
-        A thread that waits in a system call is not stopped; one that runs is, for a moment. At most `limit` bytes are
-        looked through for coroutines.
+        A thread that waits in a system call is not stopped; one that runs is, for a moment, unless it was `seen` when
+        the code went out of use, and not in it: nothing leads there any more. At most `limit` bytes are looked through
+        for coroutines.
         """
         look = _Look(self._target, versions)
         if not look.spans:
             return ()
         try:
             layout = _Layout(self._target.mappings())
+            elsewhere = self._elsewhere(look, seen, layout)
             for tid in self._target.threads():
-                self._take_running(look, tid, layout)
+                self._take_running(look, tid, layout, elsewhere)
             with suppress(TooMuchMemory):
                 if limit:
                     look.search(_Layout(self._target.mappings()), limit)
@@ -93,10 +95,25 @@ class Lookout:
             pass
         return look.frames()
 
-    def _take_running(self, look: _Look, tid: int, layout: _Layout) -> None:
+    def _elsewhere(self, look: _Look, seen: Iterable[Seen], layout: _Layout) -> dict[int, tuple[StoppedThread, _Stack]]:
+        """Return those threads that were in none of the code, by their numbers, with their stacks."""
+        found = {}
+        for each in seen:
+            words = np.frombuffer(each.stack, np.uint64)
+            stack = _Stack.of(self._target, each.thread.sp, layout, words)
+            if not look.suspects(each.thread, stack):
+                found[each.thread.tid] = each.thread, stack
+        return found
+
+    def _take_running(
+        self, look: _Look, tid: int, layout: _Layout, elsewhere: dict[int, tuple[StoppedThread, _Stack]]
+    ) -> None:
         waiting = _waiting(self._target.pid, tid)
         if waiting is not None:
             self._take(look, waiting, _Stack.of(self._target, waiting.sp, layout), layout)
+            return
+        if tid in elsewhere:
+            self._take(look, *elsewhere[tid], layout)
             return
         try:
             with self._target.sampled(tid) as thread:
@@ -186,10 +203,11 @@ class _Stack:
         return self.low + 8 * len(self.words)
 
     @classmethod
-    def of(cls, target: Target, sp: int, layout: _Layout) -> _Stack:
+    def of(cls, target: Target, sp: int, layout: _Layout, words: Array | None = None) -> _Stack:
         low = sp & -8
         home = layout.at(sp)
-        words = read_stack(target, sp, () if home is None else (home,))
+        if words is None:
+            words = read_stack(target, sp, () if home is None else (home,))
         if home is None:
             return cls(low, words, low, False, target.memory)
         if home.path == "[stack]":

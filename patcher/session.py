@@ -607,7 +607,7 @@ class Session:
         with self._with_hooks(applying(record, named)):
             result = self._made_live(commit)
         self._spare.clear()
-        self._look_around()
+        self._look_around(result)
         return replace(
             outcome,
             active=tuple((f.thread, f.function) for f in self.frames),
@@ -625,14 +625,14 @@ class Session:
         if not self.options.dry_run:
             self.initials.remember(linked.told)
 
-    def _look_around(self) -> None:
+    def _look_around(self, result: FlipResult) -> None:
         """Find who is in old code, now that a generation is live."""
         from patcher.activity import seen_again
 
         found: tuple[OldFrame, ...] = ()
         with suppress(PatcherError, OSError):  # the change is live, whatever can be told of it
             limit = _LOOKED_THROUGH if self.options.coroutines else 0
-            found = self.lookout.running(self.ledger.unused(), limit)
+            found = self.lookout.running(self.ledger.unused(), limit, result.seen)
         self.frames = seen_again(found, self.frames)
 
     def _condition(self, versions: Sequence[Version]) -> Condition | None:
@@ -708,8 +708,7 @@ class Session:
             if generation is None:
                 generation = self.previous()
             if generation != live:
-                self._revert(live, generation, self._condition(self.ledger.unused_at(generation)))
-                self._look_around()
+                self._look_around(self._revert(live, generation, self._condition(self.ledger.unused_at(generation))))
         return generation
 
     def take_back(self, generation: int) -> None:
@@ -723,7 +722,7 @@ class Session:
         live = self.ledger.generation
         return self.ledger.journal.before(live) if live else 0
 
-    def _revert(self, live: int, generation: int, idle: Condition | None) -> None:
+    def _revert(self, live: int, generation: int, idle: Condition | None) -> FlipResult:
         from patcher.hooks import reverting
 
         try:
@@ -731,10 +730,9 @@ class Session:
         except ObjectError as error:
             # Going back needs no file of the program; its hooks cannot be found without.
             self.emit(Note(f"hooks are not called: {error.message}"))
-            self.ledger.revert(generation, idle)
-            return
+            return self.ledger.revert(generation, idle)
         with self._with_hooks(reverting(self.ledger.journal, live, generation)):
-            self.ledger.revert(generation, idle)
+            return self.ledger.revert(generation, idle)
 
     @named_shortages()
     def status(self) -> Status:

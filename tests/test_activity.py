@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ import patcher
 from patcher.activity import Lookout
 from patcher.errors import UnsafeChange
 from patcher.session import Session
+from patcher.target import StoppedThread, Target
 
 # `inner` waits for a byte; `outer` calls it in the middle, `deep` through itself; each says which version it is.
 WORK = """\
@@ -808,3 +809,57 @@ def test_the_commands_have_the_policies(work: Project, change: Path) -> None:
 def test_a_choice_that_is_none(work: Project) -> None:
     with work.running() as program, pytest.raises(patcher.PatcherError, match="run-on, drain, refuse"):
         patcher.attach(program.pid, active="later")
+
+
+SPIN = """\
+#include <pthread.h>
+int changed(int n);
+static volatile int stop, started;
+__attribute__((noinline)) void inside(void)
+{
+    while (!stop)
+        started |= 1;
+}
+__attribute__((noinline)) void outside(void)
+{
+    while (!stop)
+        started |= 2;
+}
+static void *run(void *inner)
+{
+    return inner ? inside() : outside(), inner;
+}
+int answer(int n)
+{
+    static pthread_t threads[2];
+    for (long i = 0; n == 0 && i < 2; i++)
+        pthread_create(&threads[i], 0, run, (void *)i);
+    while (n == 0 && started != 3)
+        ;
+    return n;
+}
+"""
+
+
+def test_a_computing_thread_that_was_not_in_old_code_is_not_stopped_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": SPIN})
+    change = project.object("unit.c", ("started |= 1;", "started |= 5;"))
+    sampled: list[int] = []
+    sample = Target.sampled
+
+    def watched(target: Target, tid: int) -> AbstractContextManager[StoppedThread]:
+        sampled.append(tid)
+        return sample(target, tid)
+
+    with project.running() as program, patcher.attach(program.pid) as session:
+        assert program.ask(0) == "0"
+        monkeypatch.setattr(Target, "sampled", watched)
+        done = session.apply(change)
+        assert [f.function for f in done.frames] == ["inside"]
+        assert set(sampled) == {f.thread for f in done.frames}
+        assert len(session.target.threads()) == 3
+        sampled.clear()
+        session.revert(0)
+        assert sampled == []  # whoever runs is in what is in use again

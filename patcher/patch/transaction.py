@@ -7,7 +7,8 @@ Before it, everything is written to memory that nobody executes, and the journal
     later patches               one write of the slots, nobody is stopped
 
 A detour by itself changes nothing: its slot still points at the displaced copy, which is the old body. The
-slots are contiguous and the generation's number is the first of them, so one write decides.
+slots are contiguous and the generation's number is the first of them, so one write decides. Where a page ends inside
+of an entry it is made by several writes, each of which leaves it whole (`code/border.py`).
 
 Slots on more than one page, or in more than one arena, cannot change in one write. Each is first led to a switch,
 which goes on to the old body until the generation's number is the new one; then that number alone is written, and
@@ -39,6 +40,7 @@ _NEW_STACK = 64 << 10  # of a thread whose stack was mapped after we looked
 _TRIES = 20
 _PATIENT_TRIES, _PATIENCE = 1000, 5.0  # where more than the entries has to be clear; in seconds
 _STEPS = 16
+_LAST = 1 << 64
 _TOGETHER = 1 << 20  # bytes of stacks that are searched at once
 _MANY = 48  # threads whose stacks are read at once rather than one by one: below, that is the quicker way
 _APART, _GAP = 8, 256  # bytes between writes to the text that are written as one
@@ -109,11 +111,20 @@ class Flip:
         return len(self.slots) < 2 and all(8 * (max(values) + 1) <= PAGE for _, values in self.slots)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A thread with its general registers as it stood while a change was made, and its stack from its pointer up."""
+
+    thread: StoppedThread
+    stack: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class FlipResult:
-    """How long the target stood still (0: not at all)."""
+    """How long the target stood still (0: not at all), and its threads meanwhile, where they were few."""
 
     stop_ns: int
+    seen: tuple[Seen, ...] = ()
 
 
 def flip(target: Target, change: Flip) -> FlipResult:
@@ -192,13 +203,13 @@ def _flip(target: Target, change: Flip, slots: Sequence[TextWrite]) -> FlipResul
         stacks = _Stacks(target)
         with target.stopped() as stopped:
             used = change.idle(stopped) if change.idle is not None else ""
-            done = not used and _is_clear(stopped, stacks, guards)
+            done = not used and stacks.are_clear(stopped, guards)
             reason = change.inside(stopped) if done and change.inside is not None else ""
             done = done and not reason
             if done:
                 writes.write()
         if done:
-            return FlipResult(stopped.duration_ns)
+            return FlipResult(stopped.duration_ns, stacks.seen(stopped))
         if used:
             waits += 1
             # However long it takes to look: most of the time the program runs.
@@ -309,13 +320,17 @@ def _as_one(target: Target, run: Sequence[TextWrite]) -> TextWrite:
     return TextWrite(start, before, bytes(after))
 
 
+def _words(numbers: Sequence[int]) -> Words:
+    return np.array(numbers, dtype=np.uint64)
+
+
 class _Guard:
     """Keeps bytes from changing under a thread that stands in them, or that will return into them."""
 
     def __init__(self, spans: Iterable[tuple[int, int]], *, include_start: bool) -> None:
-        ordered = sorted(spans)
-        self._starts = np.array([s + (not include_start) for s, _ in ordered], dtype=np.uint64)
-        self._ends = np.array([e for _, e in ordered], dtype=np.uint64)
+        self._spans = sorted((start + (not include_start), end) for start, end in spans)
+        self._starts = _words([start for start, _ in self._spans])
+        self._ends = _words([end for _, end in self._spans])
         self._step_out = not include_start
 
     def __bool__(self) -> bool:
@@ -323,18 +338,25 @@ class _Guard:
 
     def step_out(self, stopped: Stopped) -> bool:
         """Tell whether no thread stands in the bytes, after stepping out of a detour's whoever does."""
-        counters = np.array(stopped.counters(), dtype=np.uint64)
-        for i in np.flatnonzero(self._inside(counters)):
+        counters = stopped.counters()
+        for i in self._standing(counters) if len(counters) < _MANY else np.flatnonzero(self._inside(_words(counters))):
             if not self._step_out or not self._has_stepped(stopped, stopped.threads[i]):
                 return False
         return True
+
+    def _standing(self, counters: Sequence[int]) -> Iterator[int]:
+        """Yield which of a few counters are inside: numpy takes longer to begin than this takes."""
+        for number, counter in enumerate(counters):
+            position = bisect_right(self._spans, (counter, _LAST)) - 1
+            if position >= 0 and counter < self._spans[position][1]:
+                yield number
 
     def _has_stepped(self, stopped: Stopped, thread: StoppedThread) -> bool:
         for _ in range(_STEPS):
             before, thread = thread, stopped.step(thread.tid)
             if thread.pc == before.pc:
                 return False
-            if not self._inside(np.array([thread.pc], dtype=np.uint64))[0]:
+            if not any(True for _ in self._standing([thread.pc])):
                 return True
         return False
 
@@ -350,33 +372,39 @@ class _Guard:
         return (position >= 0) & (addresses < self._ends[position])
 
 
-def _is_clear(stopped: Stopped, stacks: _Stacks, guards: Sequence[_Guard]) -> bool:
-    """Tell whether all bytes that are guarded may change: no thread is in them or will return into them."""
-    if not all(guard.step_out(stopped) for guard in guards):
-        return False
-    return not any(guard.holds(words) for words in stacks.words(stopped) for guard in guards)
-
-
 class _Stacks:
     """Where the stacks of a process may be, looked up before it stands still."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
         self._mappings = target.mappings()
-        self._starts = np.array([m.start for m in self._mappings], dtype=np.uint64)
-        self._ends = np.array([m.end for m in self._mappings], dtype=np.uint64)
+        self._starts = _words([m.start for m in self._mappings])
+        self._ends = _words([m.end for m in self._mappings])
         self._buffer = bytearray(2 * _TOGETHER)
+        self._few: list[bytes] = []
 
-    def words(self, stopped: Stopped) -> Iterator[Words]:
+    def seen(self, stopped: Stopped) -> tuple[Seen, ...]:
+        """Return the threads with their stacks, where they were few enough that these were kept."""
+        if not self._few:
+            return ()
+        return tuple(Seen(thread, stack) for thread, stack in zip(stopped.described(), self._few, strict=True))
+
+    def are_clear(self, stopped: Stopped, guards: Sequence[_Guard]) -> bool:
+        """Tell whether all bytes that are guarded may change: no thread is in them or will return into them."""
+        if not all(guard.step_out(stopped) for guard in guards):
+            return False
+        return not any(guard.holds(words) for words in self._words(stopped) for guard in guards)
+
+    def _words(self, stopped: Stopped) -> Iterator[Words]:
         """Yield the words of all stacks, many together: a thousand small arrays would take milliseconds.
 
         What was yielded before is overwritten.
         """
         if len(stopped.pointers()) < _MANY:
-            parts = [_stack_bytes(self._target, pointer, self._mappings) for pointer in stopped.pointers()]
-            yield np.frombuffer(b"".join(parts), dtype=np.uint64)
+            self._few = [_stack_bytes(self._target, pointer, self._mappings) for pointer in stopped.pointers()]
+            yield np.frombuffer(b"".join(self._few), dtype=np.uint64)
             return
-        pointers = np.array(stopped.pointers(), dtype=np.uint64)
+        pointers = _words(stopped.pointers())
         lows = pointers & np.uint64(~7 & (1 << 64) - 1)
         index = np.searchsorted(self._starts, pointers, "right") - 1
         sizes = np.minimum(self._ends[index] - lows, np.uint64(_STACK_LIMIT)) & np.uint64(~7 & (1 << 64) - 1)

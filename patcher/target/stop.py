@@ -30,7 +30,6 @@ from patcher.target.quiet import ahead, uninterrupted
 from patcher.target.tracing import Halt, Registers, Tracee, thread_state
 
 STOP_SECONDS = 2.0
-_MANY = 16  # threads, each of which would take our processor as it wakes
 
 _UNSIGNED = 1 << 64
 EINTR = _UNSIGNED - 4
@@ -284,16 +283,19 @@ class _Gathering:
         tracees = list(self.tracees.values())
         with self._in_haste(tracees):
             left = [t for t in tracees if not (t.standing and (t.detach() or (t.standing and t.detach())))]
+            ended = time.monotonic_ns()
         for tracee in left:
             with suppress(PatcherError):  # the request may be what failed
                 tracee.interrupt()
             if not _settled(tracee, 0.02):
                 self.lingering.add(tracee)
+            ended = time.monotonic_ns()
         self.lingering.held = {}
-        return time.monotonic_ns() - self.started if self.started else 0
+        return ended - self.started if self.started else 0
 
     def _in_haste(self, tracees: list[Tracee]) -> AbstractContextManager[None]:
-        return ahead() if len(tracees) >= _MANY else nullcontext()
+        # Each that wakes would take our processor, and the others would stand still for longer.
+        return ahead() if len(tracees) > 1 else nullcontext()
 
     def _start(self) -> None:
         self.started = time.monotonic_ns()

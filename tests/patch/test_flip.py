@@ -10,13 +10,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from project import MAIN, Project, assert_untouched, image_bytes
 
 import patcher
 from patcher.errors import TargetBusy
 from patcher.patch import transaction
-from patcher.target import Stopped, StoppedThread
+from patcher.target import Memory, Stopped, StoppedThread
 
 ENTRY_UNIT = """\
 #include <pthread.h>
@@ -371,3 +372,64 @@ def test_a_killed_patcher_is_no_obstacle_and_leaves_no_tracer(tmp_path):
             session.apply(change)
         assert program.ask(1) == "1"
         assert os.path.exists(f"/proc/{program.pid}")
+
+
+# --- the stacks of many threads ---
+
+MANY = """\
+#include <pthread.h>
+#include <unistd.h>
+static volatile long deep;
+__attribute__((noinline)) static long down(long n)
+{
+    volatile long kept[64] = {n};
+    return n ? down(n - 1) + kept[0] : pause() + kept[0];
+}
+static void *run(void *depth)
+{
+    __atomic_add_fetch(&deep, 1, __ATOMIC_SEQ_CST);
+    return (void *)down((long)depth);
+}
+int answer(int n)
+{
+    for (long i = 0; i < n; i++) {
+        pthread_t thread;
+        pthread_create(&thread, 0, run, (void *)(i * 40));
+    }
+    while (deep < n)
+        ;
+    return n;
+}
+"""
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("count", [3, 90])
+def test_the_stacks_of_all_threads_are_read_whole(tmp_path, monkeypatch, count, at_once):
+    together = []
+    read_together = Memory.read_together
+
+    def watched(memory, tid, extents, buffer):
+        together.append(at_once and read_together(memory, tid, extents, buffer))
+        return together[-1]
+
+    monkeypatch.setattr(Memory, "read_together", watched)
+    project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": MANY})
+    with project.running() as program, patcher.attach(program.pid) as session:
+        assert program.ask(count) == str(count)
+        target = session.target
+        stacks = transaction._Stacks(target)
+        with target.stopped() as stopped:
+            found = np.concatenate([words.copy() for words in stacks._words(stopped)])
+            wanted = [transaction.read_stack(target, sp, target.mappings()) for sp in stopped.pointers()]
+            assert np.array_equal(found, np.concatenate(wanted))
+            assert len(wanted) == count + 1
+            on_a_stack = int(wanted[-1 if count == 3 else 50][0])
+            inside, outside = (
+                transaction._Guard([(at, at + 4)], include_start=True) for at in (on_a_stack, 0x123456789ABC0)
+            )
+            assert not stacks.are_clear(stopped, [outside, inside])
+            assert stacks.are_clear(stopped, [outside])
+            seen = stacks.seen(stopped)
+        assert set(together) == (set() if count == 3 else {at_once})
+        assert [len(s.stack) for s in seen] == ([] if count == 90 else [8 * len(w) for w in wanted])

@@ -264,3 +264,28 @@ def test_uninterruptible_thread_is_named(tmp_path, attach):
         assert statuses(process.pid, "TracerPid") == {"0"}
         process.stdin.close()
         assert process.wait(10) == 5
+
+
+def test_we_run_as_before_when_many_threads_have_been_stopped(start, attach):
+    """We are ahead of whom we wake as long as we wake them, and no longer: what waits for them must let them run."""
+    target = attach(start("crowd", "20", "rest").pid)
+    before, asked = (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority), []
+    interrupt, detach = stop.Tracee.interrupt, stop.Tracee.detach
+
+    class Watched(stop.Tracee):
+        def interrupt(self):
+            asked.append(os.sched_getscheduler(0))
+            interrupt(self)
+
+        def detach(self):
+            asked.append(os.sched_getscheduler(0))
+            return detach(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stop, "Tracee", Watched)
+        with target.stopped() as stopped:
+            assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
+            assert len(stopped.counters()) == len(stopped.pointers()) == len(stopped.threads)
+    assert (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority) == before
+    assert len(asked) >= 40
+    assert len(set(asked)) == 1
