@@ -57,6 +57,7 @@ class Loop:
             session.remember_texts(self.paths)
             session.prepare()
             session.emit(Ready(session.target.pid, session.target.program, tuple(str(p) for p in self.paths)))
+            session.warm(self.paths)
             while not stop.is_set():
                 saved = watcher.next(0.5)
                 self._say_left_out(wanted.left_out)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -33,6 +33,7 @@ from patcher.build import (
     files_included,
     is_unit,
     kept_directory,
+    likely_units,
 )
 from patcher.data import migrate
 from patcher.data.admission import Admission
@@ -43,7 +44,7 @@ from patcher.data.prepare import has_types
 from patcher.data.remembered import Memory
 from patcher.data.undescribed import Enquiry, is_data
 from patcher.elf import ObjectFile, read_object, read_objects
-from patcher.errors import ObjectError, PatcherError, UnsafeChange
+from patcher.errors import NoCompileCommand, ObjectError, PatcherError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
 from patcher.lines import LineNumbers, line_fields, moves_of_lines
 from patcher.live import UNDEFINED, LiveUnit
@@ -59,6 +60,8 @@ from patcher.supply import Supplies
 from patcher.texts import Texts
 
 _DRIFT_MINIMUM = 4  # functions that must differ before a unit is thought not to be what runs
+
+_WARMED = 4  # units that are made ready before they are saved
 
 _FARTHER = {PLAIN: INDIRECT, INDIRECT: LARGE}
 
@@ -131,6 +134,14 @@ class Units:
         self._undescribed: set[tuple[str, str]] = set()
         self.probes = Probes(self.compiler)
         self._included: WeakKeyDictionary[ObjectFile, tuple[str, ...]] = WeakKeyDictionary()
+
+    def warm(self, paths: Sequence[Path]) -> None:
+        """Have those units made ready in the background, at and below some paths, that will be saved most likely."""
+        commands = []
+        for file in likely_units(paths, _WARMED):
+            with suppress(NoCompileCommand):  # it is told of when the file is saved
+                commands.append(self.commands.find(file))
+        self.compiler.learn(commands)
 
     def close(self) -> None:
         """Remove what was compiled."""

@@ -9,6 +9,7 @@ from patcher.build.command import LINE_SHIFT, CompileCommand, Unit, Variant, is_
 from patcher.build.commands import Commands
 from patcher.build.compiler import CompiledUnit, Compiler, kept_directory
 from patcher.build.debuginfo import DebugInformation, Recorded
+from patcher.build.likely import likely_units
 from patcher.build.linking import LinkLine, find_link_line, locate_library
 from patcher.build.probe import PREFIX as PROBED
 from patcher.build.probe import Probes, files_included
@@ -47,6 +48,7 @@ __all__ = [
     "identify",
     "is_unit",
     "kept_directory",
+    "likely_units",
     "locate_library",
     "object_of",
     "program_index",
