@@ -21,7 +21,7 @@ from patcher.build.preamble.inputs import Inputs, dependencies, inputs_of, searc
 from patcher.build.preamble.objects import same_but_debug
 from patcher.build.preamble.text import Cut, cut, leaves_state
 
-_TICK_NS = 20_000_000  # stamps of files are as coarse as the kernel's clock tick
+_TICK_NS = 10_000_000  # stamps of files are as coarse as the kernel's clock tick: 10 ms at most
 _WORTH = 0.9  # of the plain compile's processor time, at most
 
 
@@ -111,6 +111,7 @@ def _precompiled(
     rewriting: Rewriting, header: Path, background: Background, environment: dict[str, str]
 ) -> Inputs | NotMade:
     directory, output = rewriting.command.directory, header.parent / "output"
+    time.sleep(2 * _TICK_NS / 1e9)  # what was written a moment ago must not look as if it were written from now on
     began = time.time_ns() - _TICK_NS
     rule, text = header.parent / "rule", header.parent / "preprocessed"
     said_plainly = {**environment, "LC_ALL": "C"}  # the words looked for are translated otherwise
