@@ -38,10 +38,15 @@ class Toolchain:
     major: int
 
 
+def is_driver(program: str) -> bool:
+    """Tell whether a program is named like a compiler."""
+    return _DRIVER.fullmatch(os.path.basename(program)) is not None
+
+
 def program_index(arguments: Sequence[str]) -> int:
     """Return which argument is the compiler: the first one behind wrappers such as ccache that is named like one."""
     for index, word in enumerate(arguments[:_WRAPPER_WORDS]):
-        if _DRIVER.fullmatch(os.path.basename(word)):
+        if is_driver(word):
             return index
     return 0
 
