@@ -29,6 +29,7 @@ _MAKEFILES = ("GNUmakefile", "makefile", "Makefile")
 _DIRECTORY = re.compile(r"make(?:\[\d+\])?: (Entering|Leaving) directory '(.*)'")
 _VARIABLE = re.compile(r"^(\w+) = (.*)$", re.M)
 _USE = re.compile(r"\$\((\w+)\)")
+_SAYING = ("echo", "printf", ":", "true")  # makefiles say which command they run
 _ASSIGNED = re.compile(r"\w+=")
 _COMPUTED = re.compile(r"`|\$")
 
@@ -128,7 +129,9 @@ def commands_in(line: str, directory: Path, source: Path, origin: str) -> Iterat
             continue
         start = next((at for at, word in enumerate(words) if not _ASSIGNED.match(word)), len(words))
         words = words[start:]
-        if not words or any(map(_COMPUTED.search, words)) or not is_driver(words[program_index(words)]):
+        if not words or words[0] in _SAYING or any(map(_COMPUTED.search, words)):
+            continue
+        if not is_driver(words[program_index(words)]):
             continue
         if "-c" in words and any(_is_file(directory, word, source) for word in words[1:]):
             yield CompileCommand(directory, words, source, origin)
@@ -138,19 +141,18 @@ def _simple_commands(line: str) -> Iterator[tuple[str, ...]]:
     lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     lexer.commenters = ""
-    words: list[str] = []
     try:
-        for word in lexer:
-            if word and set(word) <= set("();|&"):
-                yield tuple(words)
-                words = []
-            else:
-                words.append(word)
+        words = list(lexer)
     except ValueError:
         return  # a quotation that does not end: no command
+    commands: list[list[str]] = [[]]
+    for word in words:
+        if word and set(word) <= set("();|&"):
+            commands.append([])
+        else:
+            commands[-1].append(word)
     # what is behind a redirection is no argument, and a command that has one writes elsewhere
-    if not any(set(word) <= set("<>&") for word in words if word):
-        yield tuple(words)
+    yield from (tuple(found) for found in commands if not any(word and set(word) <= set("<>&") for word in found))
 
 
 def _makefiles(start: Path) -> Iterator[Path]:
