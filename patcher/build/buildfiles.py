@@ -33,7 +33,7 @@ _SAYING = ("echo", "printf", ":", "true")  # makefiles say which command they ru
 _ASSIGNED = re.compile(r"\w+=")
 _COMPUTED = re.compile(r"`|\$")
 
-_Stamp = tuple[int, int, int]
+_Stamp = tuple[int, ...]
 
 
 class BuildFiles:
@@ -69,11 +69,14 @@ class BuildFiles:
     def _ask(self, file: Path, source: Path) -> tuple[CompileCommand, ...]:
         status = file.stat()
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+        # a make that calls others does not tell them what to take for newer, but what was saved is newer by itself
+        at_save = (*stamp, source.stat().st_mtime_ns)
         known = self._known.get((file, source))
-        if known is None or known[0] != stamp:
+        if known is None or known[0] != (stamp if known[1] else at_save):
             check_trusted(status, file)
             check_trusted(file.parent.stat(), file.parent)
-            known = self._known[file, source] = (stamp, tuple(_ASKING[file.name](file, source)))
+            found = tuple(_ASKING[file.name](file, source))
+            known = self._known[file, source] = (stamp if found else at_save, found)
         return known[1]
 
 

@@ -105,6 +105,19 @@ def test_it_is_asked_again_when_the_makefile_changes(tree: Path) -> None:
     assert "-DNUMBER=18" in commands.find(tree / "src/unit.c").arguments
 
 
+def test_a_make_that_calls_another(tree: Path) -> None:
+    (tree / "Makefile").write_text("all:\n\t$(MAKE) -C src -f ../inside.mk prog\n")
+    (tree / "inside.mk").write_text(INSIDE.replace("ccache ", ""))
+    run("make", cwd=tree)
+    commands = Commands(watched=[tree / "src"])
+    with pytest.raises(NoCompileCommand):
+        commands.find(tree / "src/unit.c")
+    saved = (tree / "src/unit.o").stat().st_mtime_ns + 10**9
+    os.utime(tree / "src/unit.c", ns=(saved, saved))
+    command = commands.find(tree / "src/unit.c")
+    assert (command.directory, command.arguments[-1]) == (tree / "src", "unit.c")
+
+
 def test_nobody_elses_makefile_is_run(tree: Path) -> None:
     (tree / "Makefile").write_text(f"X := $(shell touch {tree}/ran)\n{MAKE}")
     (tree / "Makefile").chmod(0o666)
