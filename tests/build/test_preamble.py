@@ -203,6 +203,19 @@ def test_errors_are_those_of_the_plain_compile(cc: str, place: Path, compiler: C
     assert is_behind(built(compiler, command))
 
 
+def test_saved_while_the_preamble_is_made(place: Path, preamble_store: Preambles) -> None:
+    """The compiler saves the file itself, once, before it makes the plain object that is compared."""
+    script = place / "g++"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in --version) ;; *plain.o)\n'
+        '[ -e saved ] || { touch saved; echo "int x = 1;" >> unit.cc; } ;; esac\n'
+        'exec g++ "$@"\n'
+    )
+    script.chmod(0o755)
+    assert_same(command_of(place, str(script)), preamble_store)
+    assert (place / "saved").exists()
+
+
 def test_only_comments_changed(place: Path, compiler: Compiler) -> None:
     command = command_of(place, "g++", "-O1", "-g")
     save(place, 'const char *a = "// a"; // one\n')

@@ -41,10 +41,11 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class NotMade:
-    """Why there is none; `lasting`: until the preamble or the command changes."""
+    """Why there is none; `lasting`: until the preamble or the command changes. `again`: it was saved meanwhile."""
 
     reason: str
     lasting: bool
+    again: bool = False
 
 
 class Background:
@@ -102,8 +103,8 @@ def make(rewriting: Rewriting, place: Path, background: Background, environment:
     if isinstance(inputs, NotMade):
         return inputs
     made = _compared(rewriting, divided, header, inputs, background, environment)
-    if isinstance(made, Made) and (stamp_of(command.file) != read or not inputs.unchanged()):
-        return NotMade("it changed meanwhile", lasting=False)
+    if stamp_of(command.file) != read or not inputs.unchanged():  # the objects may be those of two texts
+        return NotMade("it changed meanwhile", lasting=False, again=True)
     return made
 
 

@@ -168,6 +168,9 @@ class Preambles:
                 command = self._waiting[0]
             unit = self._made(command)
             with self._changed:
+                if unit is not None and isinstance(unit.made, NotMade) and unit.made.again:
+                    self._remove(unit)
+                    continue
                 self._waiting.remove(command)
                 if unit is not None:
                     self._finished.append((_key(command), unit))
@@ -215,8 +218,12 @@ class Preambles:
 
     def _drop(self, key: _Key) -> None:
         before = self._units.pop(key, None)
-        if before is not None and before.place is not None:
-            shutil.rmtree(before.place, ignore_errors=True)
+        if before is not None:
+            self._remove(before)
+
+    def _remove(self, unit: _Unit) -> None:
+        if unit.place is not None:
+            shutil.rmtree(unit.place, ignore_errors=True)
 
 
 def _key(command: CompileCommand) -> _Key:
