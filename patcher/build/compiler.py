@@ -25,6 +25,7 @@ from patcher.build.toolchain import identify
 from patcher.build.trust import is_private_directory
 from patcher.errors import BuildError
 
+_WITH_RULE = "-MD"  # the one option that compiling behind a preamble can do without the compiler
 # gcc writes dependencies where these say, whatever the switches are
 _WRITES_ELSEWHERE = ("DEPENDENCIES_OUTPUT", "SUNPRO_DEPENDENCIES")
 
@@ -98,8 +99,8 @@ class Compiler:
         `cancelled` is asked every 5 ms, in this thread; once it says so, every compiler is ended with its whole process
         group and BuildCancelled is raised.
         """
-        if self._preambles is not None and variant is Variant.PLAIN and not options:
-            return self._compile_behind(self._preambles, commands, cancelled)
+        if self._preambles is not None and variant is Variant.PLAIN and set(options) <= {_WITH_RULE}:
+            return self._compile_behind(self._preambles, commands, tuple(options), cancelled)
         tasks = tuple(self._task(command, variant, None, tuple(options)) for command in commands)
         return self._finish(tasks, cancelled)
 
@@ -141,19 +142,25 @@ class Compiler:
         return _Task(command, Job(arguments, command.directory, place / "output"), output)
 
     def _compile_behind(
-        self, preambles: Preambles, commands: Sequence[CompileCommand], cancelled: Callable[[], bool]
+        self,
+        preambles: Preambles,
+        commands: Sequence[CompileCommand],
+        options: tuple[str, ...],
+        cancelled: Callable[[], bool],
     ) -> tuple[CompiledUnit, ...]:
         """Compile units behind their preambles, where they have some; what does not go that way, plainly."""
         found = preambles.ready(commands)
         kept = [self._kept(ready) if ready is not None else None for ready in found]
         tasks = [
-            self._task_behind(command, ready) if ready is not None and ready.worth else self._plain_task(command)
+            self._task_behind(command, ready)
+            if ready is not None and ready.worth and not (options and ready.reads_more)
+            else self._task(command, Variant.PLAIN, None, options)
             for command, ready, unit in zip(commands, found, kept, strict=True)
             if unit is None
         ]
         outcomes = self._run(tasks, cancelled)
         again = [n for n, task in enumerate(tasks) if task.ready is not None and not _is_good(task, outcomes[n])]
-        plain = [self._plain_task(tasks[number].command) for number in again]
+        plain = [self._task(tasks[number].command, Variant.PLAIN, None, options) for number in again]
         for number, task, outcome in zip(again, plain, self._run(plain, cancelled), strict=True):
             ready = tasks[number].ready
             if ready is not None and outcome.status == 0:
@@ -164,11 +171,9 @@ class Compiler:
         for ready, unit in zip(found, units, strict=True):
             if ready is not None:
                 preambles.remember(ready, unit.object)
+                _write_rule(ready, unit, options)
         preambles.learn(commands)
         return units
-
-    def _plain_task(self, command: CompileCommand) -> _Task:
-        return self._task(command, Variant.PLAIN, None, ())
 
     def _task_behind(self, command: CompileCommand, ready: Ready) -> _Task:
         place = self._place()
@@ -216,6 +221,13 @@ def _units_of(tasks: Sequence[_Task], outcomes: Sequence[Outcome]) -> tuple[Comp
         CompiledUnit(task.command.file, task.object, task.job.arguments, outcome.milliseconds, outcome.output)
         for task, outcome in pairs
     )
+
+
+def _write_rule(ready: Ready, unit: CompiledUnit, options: Sequence[str]) -> None:
+    """Say what a unit was made from, where the compiler was asked to, and had no part in it."""
+    rule = unit.object.with_suffix(".d")
+    if _WITH_RULE in options and not rule.exists():
+        rule.write_text(ready.rule(), errors="surrogateescape")
 
 
 def _is_good(task: _Task, outcome: Outcome) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from elftools.common.exceptions import ELFError
 
-from patcher.build import CompileCommand, CompiledUnit, Compiler, likely_units
+from patcher.build import CompileCommand, CompiledUnit, Compiler, files_included, likely_units
 from patcher.build.preamble import Preambles, preambles
 from patcher.build.preamble.objects import same_but_debug
 from patcher.build.preamble.text import bare, cut, includes_more, leaves_state
@@ -22,10 +22,14 @@ from .objects import entries, lines
 ROOT = Path(__file__).parents[2]
 COMPILERS = ["gcc", "clang"]
 EVERY = os.environ.get("PATCHER_PREAMBLES") == "every"
-HEAVY = "#pragma once\n" + "".join(
+HEAVY = "#pragma once\nstruct Described { int a; };\nclass Abstract { virtual void f(); Described d; };\n" + "".join(
     f"inline int heavy{n}(int x) {{ return x * {n} + __LINE__; }}\n" for n in range(4000)
 )
-UNIT = '#define START 7\n#include "heavy.h"\n\nint work(int n) { return heavy11(n) + START + __LINE__; }\n'
+UNIT = """#define START 7
+#include "heavy.h"
+
+int work(int n, Described *, Abstract *) { return heavy11(n) + START + __LINE__; }
+"""
 PLUS = {"gcc": "g++", "clang": "clang++"}
 
 
@@ -183,8 +187,29 @@ def test_a_save_is_compiled_behind_the_preamble(cc: str, place: Path, compiler: 
     learnt(compiler, command)
     save(place, "int more(void) { return __LINE__; }\n")
     unit = built(compiler, command)
+    plain = compiler.compile(command)
     assert is_behind(unit)
-    assert same_but_debug(unit.object.read_bytes(), compiler.compile(command).object.read_bytes())
+    assert same_but_debug(unit.object.read_bytes(), plain.object.read_bytes())
+    assert entries(unit.object) == entries(plain.object)
+    assert lines(unit.object) == lines(plain.object)
+
+
+@pytest.mark.parametrize("cc", COMPILERS)
+def test_what_a_unit_is_made_from_is_known_all_the_same(cc: str, place: Path, compiler: Compiler) -> None:
+    command = command_of(place, PLUS[cc], "-O1", "-g")
+    (place / "beside #1 $.h").write_text("")
+    (place / "unit.cc").write_text('#include "beside #1 $.h"\n' + UNIT)
+
+    def files(unit: CompiledUnit) -> set[Path]:
+        return {place / file for file in files_included(unit)} - {place / "unit.cc"}
+
+    plain = files(compiler.compile(command, options=("-MD",)))
+    learnt(compiler, command)
+    for more, behind in (("int more;\n", True), ("int more; // a\n", True), ('#include "beside #1 $.h"\n', False)):
+        (place / "unit.cc").write_text('#include "beside #1 $.h"\n' + UNIT + more)
+        (unit,) = compiler.compile_all([command], options=("-MD",))
+        assert (is_behind(unit) or unit.milliseconds == 0) == behind
+        assert files(unit) == plain >= {place / "heavy.h", place / "beside #1 $.h"}
 
 
 @pytest.mark.parametrize("cc", COMPILERS)

@@ -37,7 +37,7 @@ _RULED_OUT = (
     *("-gdwarf-1", "-gsplit-dwarf", "-fdebug-prefix-map", "-ffile-prefix-map", "-fmacro-prefix-map", "-frandom-seed"),
     *("-fdebug-compilation-dir", "-ffile-compilation-dir", "-Xclang", "-Xpreprocessor", "-I-", "-wrapper", "-specs"),
     *("-Wunused-macros", "-fdump", "-fstack-usage", "-fcallgraph-info", "-grecord-command-line", "--include"),
-    *("-frecord-command-line", "-frecord-gcc-switches", "-index-store-path", "-fstandalone-debug", "@"),
+    *("-frecord-command-line", "-frecord-gcc-switches", "-index-store-path", "@"),
 )
 
 
@@ -100,7 +100,7 @@ def rewriting_of(command: CompileCommand, toolchain: Toolchain) -> Rewriting | s
     """Return how a command is divided, or why it is not. Raises NoCompileCommand where it does not name the file."""
     if toolchain.family is Family.OTHER:
         return f"{toolchain.program} is neither gcc nor clang"
-    words = object_arguments(command, Path("object"))
+    words = object_arguments(command, Path("object"), toolchain=toolchain)
     at = program_index(words)
     before = {os.path.basename(word) for word in words[:at]}
     if before - _WRAPPERS:

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from patcher.build.outline import dependencies
 from patcher.build.preamble.text import spoils
 
 _LIMIT = 8192  # places looked at, each time the preamble is used
-_DEPENDENCY = re.compile(r"(?:\\\n|\s)*((?:\\[ #]|\$\$|[^\s\\]|\\(?=[^\s#]))+)")
 _HAS_INCLUDE = re.compile(rb"__has_include(?:_next)?\s*\(\s*(?:[<\"]([^>\"\n]+)[>\"]|(\w))")
 _DEFINES_HAS_INCLUDE = re.compile(rb"define\s+__has_include\w*\s*\([^)\n]*\)")
 _IGNORED = re.compile(r'^ignoring nonexistent directory "(.*)"$', re.M)
@@ -83,11 +83,9 @@ def inputs_of(files: Sequence[str], searched: Sequence[str], source_directory: s
     return Inputs(tuple((path, stamp) for path, stamp in stamps if stamp is not None), places)
 
 
-def dependencies(rule: str, directory: Path) -> tuple[str, ...]:
+def files_of(rule: str, directory: Path) -> tuple[str, ...]:
     """Return the files of a rule that the compiler wrote (-MD), absolute, without the one that was compiled."""
-    _, _, listed = rule.partition(":")
-    names = [re.sub(r"\\([ #])", r"\1", name).replace("$$", "$") for name in _DEPENDENCY.findall(listed)]
-    return tuple(dict.fromkeys(os.path.join(directory, name) for name in names[1:]))
+    return tuple(dict.fromkeys(os.path.join(directory, name) for name in dependencies(rule)[1:]))
 
 
 def searched_directories(said: str, directory: Path) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patcher.build.preamble.command import Rewriting
-from patcher.build.preamble.inputs import Inputs, dependencies, inputs_of, searched_directories, stamp_of
+from patcher.build.preamble.inputs import Inputs, files_of, inputs_of, searched_directories, stamp_of
 from patcher.build.preamble.objects import same_but_debug
 from patcher.build.preamble.text import Cut, cut, leaves_state
 
@@ -127,7 +127,7 @@ def _precompiled(
     if background.run(arguments, directory, output, environment) is None:
         return NotMade("its preamble cannot be compiled by itself", lasting=False)
     own_directory = os.path.realpath(directory / os.path.dirname(rewriting.named))
-    files = dependencies(os.fsdecode(rule.read_bytes()), directory)
+    files = files_of(os.fsdecode(rule.read_bytes()), directory)
     found = inputs_of(files, searched, own_directory, before=began)
     return NotMade(found, lasting=False) if isinstance(found, str) else found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import threading
 from collections import deque
@@ -64,6 +65,16 @@ class Ready:
         """Return the command that compiles what follows the preamble; what it needs is written below `place`."""
         rewriting = self.made.rewriting
         return rewriting.behind(self.made.header, place / "text" / rewriting.command.file.name, self.cut, output)
+
+    @property
+    def reads_more(self) -> bool:
+        """Whether files are included behind the preamble."""
+        return includes_more(self.cut.rest)
+
+    def rule(self) -> str:
+        """Return what the compiler would write of the files that the unit is made from, if those are all."""
+        files = [str(self.made.rewriting.command.file), *(path for path, _ in self.made.inputs.files)]
+        return "unit:" + "".join(" " + re.sub(r"([ #])", r"\\\1", path.replace("$", "$$")) for path in files) + "\n"
 
     def still_reads(self) -> bool:
         """Tell whether the file is the one that was looked at."""
