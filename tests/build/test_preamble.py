@@ -480,3 +480,27 @@ def test_likely_units(tmp_path: Path) -> None:
     run("git", "-c", "user.name=a", "-c", "user.email=a", "commit", "-qm", "a", cwd=tmp_path)
     os.utime(tmp_path / "old.c", (5, 5))
     assert [path.name for path in likely_units([tmp_path], 2)] == ["written.c", "committed.c"]
+
+
+def test_a_preamble_that_changes_the_object_is_not_used(place: Path, preamble_store: Preambles) -> None:
+    script = place / "g++"
+    script.write_text('#!/bin/sh\ncase "$*" in *quick.o) exec g++ -DMORE "$@" ;; esac\nexec g++ "$@"\n')
+    script.chmod(0o755)
+    save(place, "#ifdef MORE\nint more;\n#endif\n")
+    assert_same(command_of(place, str(script)), preamble_store, why="its object is another")
+
+
+def test_what_two_objects_have_in_common(place: Path, compiler: Compiler) -> None:
+    def made(text: str, *switches: str) -> bytes:
+        save(place, text)
+        return compiler.compile(command_of(place, "g++", *switches)).object.read_bytes()
+
+    one = made("int f(void) { return heavy1(1); }\n", "-g")
+    assert same_but_debug(one, made("int\nf(void) { return heavy1(1); }\n", "-g", "-gno-column-info"))
+    assert not same_but_debug(one, made("int f(void) { return heavy1(2); }\n", "-g"))
+    assert not same_but_debug(one, made("int f(void) { return heavy2(1); }\n", "-g"))
+    assert not same_but_debug(one, made("int h(void) { return heavy1(1); }\n", "-g"))
+    assert not same_but_debug(one, made("int f(void) { return heavy1(1); }\nint v;\n", "-g"))
+    for broken in (b"", b"text that is long enough to be an object, but is none at all, as it does not begin like one"):
+        with pytest.raises(ValueError):
+            same_but_debug(broken, broken)

@@ -28,9 +28,7 @@ def same_but_debug(one: bytes, other: bytes) -> bool:
 
     Raises ValueError for what is no 64-bit little-endian ELF file.
     """
-    if _HEADER.unpack_from(one, 16)[:3] != _HEADER.unpack_from(other, 16)[:3]:
-        return False
-    return list(_compared(one)) == list(_compared(other))
+    return one[4:20] == other[4:20] and list(_compared(one)) == list(_compared(other))
 
 
 def _compared(file: bytes) -> Iterator[_Section]:
