@@ -502,5 +502,5 @@ def test_what_two_objects_have_in_common(place: Path, compiler: Compiler) -> Non
     assert not same_but_debug(one, made("int h(void) { return heavy1(1); }\n", "-g"))
     assert not same_but_debug(one, made("int f(void) { return heavy1(1); }\nint v;\n", "-g"))
     for broken in (b"", b"text that is long enough to be an object, but is none at all, as it does not begin like one"):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="not a 64-bit"):
             same_but_debug(broken, broken)
