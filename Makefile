@@ -52,8 +52,9 @@ format: $(VENV)/dev.stamp ## put the sources into the one format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix --select I .
 
-bench: $(VENV)/run.stamp ## measure from a save to the first new answer, the linker, the check of layouts and how long a program stands still (needs gcc, clang and make; 25 minutes)
+bench: $(VENV)/run.stamp ## measure from a save to the first new answer, and against the compile alone, the linker, the check of layouts and how long a program stands still (needs gcc, clang and make; 25 minutes)
 	@$(BIN)/python benchmarks/latency.py
+	@$(BIN)/python benchmarks/loop.py
 	@$(BIN)/python benchmarks/link.py
 	@$(BIN)/python benchmarks/layouts.py
 	@$(BIN)/python benchmarks/pause.py

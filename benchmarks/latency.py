@@ -82,6 +82,10 @@ class Program:
         for line in self._process.stderr:
             self._events.put(line)
 
+    def await_unchanged(self) -> None:
+        """Wait for the word that a save changed nothing."""
+        self.event("unchanged")
+
     def event(self, name: str) -> dict[str, Any]:
         """Return the next event of a name."""
         while True:

@@ -117,6 +117,7 @@ class Loop:
         session.emit(Ready(session.target.pid, session.target.program, tuple(str(p) for p in self.paths)))
         if self._builder is None:
             session.touched.start()
+            session.warm(self.paths)
 
     def go_on(self, session: Session, *, as_built: bool) -> None:
         """Go on with another process: of a program built of the sources as they are (`as_built`), or the same."""

@@ -786,6 +786,11 @@ class Session:
         self.units.know_layouts(self.image.executable)
         self.ledger.refresh()
 
+    def warm(self, paths: Sequence[Path]) -> None:
+        """Have what compiling the next saves needs made ready in the background."""
+        if not self.options.build:
+            self.units.warm(paths)
+
     def _await_loaded(self) -> None:
         # A program that was started a moment ago is still being put together by its dynamic linker.
         deadline = time.monotonic() + 2.0

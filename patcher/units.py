@@ -14,7 +14,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -35,9 +35,9 @@ from patcher.build import (
     Dependencies,
     Probes,
     Variant,
-    files_included,
     is_unit,
     kept_directory,
+    likely_units,
 )
 from patcher.data import migrate
 from patcher.data.admission import Admission
@@ -48,7 +48,7 @@ from patcher.data.prepare import has_types
 from patcher.data.remembered import Memory
 from patcher.data.undescribed import Enquiry, is_data
 from patcher.elf import ObjectFile, read_object, read_objects
-from patcher.errors import ObjectError, PatcherError, UnsafeChange
+from patcher.errors import NoCompileCommand, ObjectError, PatcherError, UnsafeChange
 from patcher.image import Definition, Image, LoadedModule
 from patcher.lines import LineNumbers, line_fields, moves_of_lines
 from patcher.live import UNDEFINED, LiveUnit
@@ -67,6 +67,7 @@ _DRIFT_MINIMUM = 4  # functions that must differ before a unit is thought not to
 
 _MANY_UNITS = 8  # that are worth a word on how far their compile has come
 _PROGRESS_SECONDS = 1.0
+_WARMED = 4  # units that are made ready before they are saved
 
 _FARTHER = {PLAIN: INDIRECT, INDIRECT: LARGE}
 
@@ -154,7 +155,15 @@ class Units:
         self._unchecked: set[str] = set()
         self._undescribed: set[tuple[str, str]] = set()
         self.probes = Probes(self.compiler)
-        self._included: WeakKeyDictionary[ObjectFile, tuple[str, ...]] = WeakKeyDictionary()
+        self._listings: WeakKeyDictionary[ObjectFile, str] = WeakKeyDictionary()
+
+    def warm(self, paths: Sequence[Path]) -> None:
+        """Have those units made ready in the background, at and below some paths, that will be saved most likely."""
+        commands = []
+        for file in likely_units(paths, _WARMED):
+            with suppress(NoCompileCommand):  # it is told of when the file is saved
+                commands.append(self.commands.find(file))
+        self.compiler.learn(commands)
 
     def close(self) -> None:
         """Remove what was compiled."""
@@ -192,13 +201,12 @@ class Units:
         if commands:
             began = time.time()
             with self.building():
-                options = self.probes.options(commands)
-                compiled = self.compiler.compile_all(commands, options=options, cancelled=cancelled)
+                compiled = self.compiler.compile_all(commands, cancelled=cancelled)
             for unit, command in zip(compiled, commands, strict=True):
                 stamps = stamps_between(began, time.time(), command.file.stat().st_mtime)
                 standing = standings.get(command.file, Standing.GIVEN)
                 found += [Source(o, command.file, command, stamps, standing) for o in read_objects(unit.object)]
-                self._included.update((s.object, files_included(unit)) for s in found[-1:] if options)
+                self._listings.update((s.object, unit.listing) for s in found[-1:])
                 self.dependencies.learn_listing(command.file, unit.listing, command.directory)
                 self.compiler.discard(unit)
         return found
@@ -557,7 +565,7 @@ class Units:
             if command is None:
                 return None
             with self.building():
-                found = self.probes.ask(command, names, self._included.get(object_, ()))
+                found = self.probes.ask(command, names, self._listings.get(object_, ""))
             return (found.object, found.missing) if found is not None else None
 
         return Enquiry(denoted, types, PROBED)

@@ -11,9 +11,10 @@ from patcher.build.compiler import CompiledUnit, Compiler, kept_directory
 from patcher.build.debuginfo import DebugInformation, Recorded
 from patcher.build.dependencies import Dependencies
 from patcher.build.gathering import Gathering
+from patcher.build.likely import likely_units
 from patcher.build.linking import LinkLine, find_link_line, locate_library
 from patcher.build.probe import PREFIX as PROBED
-from patcher.build.probe import Probes, files_included
+from patcher.build.probe import Probes
 from patcher.build.running import BuildCancelled
 from patcher.build.toolchain import Family, identify, program_index
 
@@ -45,12 +46,12 @@ __all__ = [
     "Probes",
     "Recorded",
     "Variant",
-    "files_included",
     "find_link_line",
     "identify",
     "is_header",
     "is_unit",
     "kept_directory",
+    "likely_units",
     "locate_library",
     "object_of",
     "program_index",

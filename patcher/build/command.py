@@ -119,7 +119,7 @@ def object_arguments(
     front: tuple[str, ...] = ()
     if text is not None and toolchain is not None:
         kept = [str(text) if word == named else word for word in kept if not word.startswith(_STRICTNESS)]
-        front = (*_quoted_includes(named, text, toolchain), "-w")
+        front = (*quoted_includes(named, text, toolchain), "-w")
     added = ["-ffunction-sections", "-fdata-sections", "-fno-lto"]
     if variant & Variant.INDIRECT and toolchain is not None:
         added.append(_indirect(toolchain))
@@ -132,10 +132,15 @@ def object_arguments(
     if colour:
         added.append("-fdiagnostics-color=always")
     if listing is not None and is_driver(program[-1]):
-        added += ["-MD", "-MF", str(listing)]
+        added += listing_switches(listing)
     added += [*options, "-c", "-o", str(output)]
     end = kept.index("--") if "--" in kept else len(kept)
     return (*program, *front, *kept[:end], *added, *kept[end:])
+
+
+def listing_switches(listing: Path) -> tuple[str, ...]:
+    """Return what has a compiler write what it reads to `listing`, besides its object."""
+    return ("-MD", "-MF", str(listing))
 
 
 def listing_arguments(command: CompileCommand, listing: Path) -> tuple[str, ...]:
@@ -238,7 +243,7 @@ def _same(path: Path, file: Path) -> bool:
         return os.path.realpath(path) == str(file)
 
 
-def _quoted_includes(named: str, text: Path, toolchain: Toolchain) -> tuple[str, ...]:
+def quoted_includes(named: str, text: Path, toolchain: Toolchain) -> tuple[str, ...]:
     """Return the switches by which a text elsewhere finds, under the same names, what the file itself includes.
 
     gcc names the headers beside `a.c` "x.h", clang "./x.h". gcc forgets the last -iquote when it is the first -I

@@ -1,7 +1,7 @@
 """Finding the command that compiles a source file.
 
 Decides where to look and in which order: a compilation database that was given, those near the watched paths and the
-program, the program's debug information. It runs no build.
+program, the files that a build works by, the program's debug information. It runs no build.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from patcher.build.buildfiles import BuildFiles
 from patcher.build.command import CompileCommand, is_unit
 from patcher.build.database import GET_A_DATABASE, NAME, Database, find_databases
 from patcher.build.debuginfo import DebugInformation
@@ -39,6 +40,7 @@ class Commands:
             dict.fromkeys([_directory_of(path) for path in watched] + [_above(name) for name in names])
         )
         self._databases: dict[Path, Database] = {}
+        self._build_files = BuildFiles(self._starts)
 
     def find(self, source: Path) -> CompileCommand:
         """Return the command that compiles a source file, the first of several.
@@ -51,7 +53,11 @@ class Commands:
         """Return every known command of a source file, at least one, best first. Raises NoCompileCommand."""
         source = source.absolute()
         tried: list[str] = []
-        found = self._in_databases(source, tried) or self._in_debug_information(source, tried)
+        found = (
+            self._in_databases(source, tried)
+            or (self._given is None and self._build_files.commands(source, tried))
+            or self._in_debug_information(source, tried)
+        )
         if not found:
             raise NoCompileCommand(
                 f"{source}: nothing says how it is compiled (tried: {'; '.join(tried) or 'nothing was there to try'})",

@@ -17,10 +17,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from patcher.build.command import CompileCommand, Variant, input_argument, is_cpp, object_arguments, text_of
+from patcher.build.command import (
+    CompileCommand,
+    Variant,
+    input_argument,
+    is_cpp,
+    listing_switches,
+    object_arguments,
+    text_of,
+)
 from patcher.build.database import GET_A_DATABASE
 from patcher.build.dependencies import read_listing
 from patcher.build.mirror import mirrored, write_texts
+from patcher.build.outline import dependencies
+from patcher.build.preamble import Preambles, Ready
 from patcher.build.running import Job, Outcome, never, run_all
 from patcher.build.toolchain import identify
 from patcher.build.trust import is_private_directory
@@ -47,6 +57,7 @@ class _Task:
     command: CompileCommand
     job: Job
     object: Path
+    ready: Ready | None = None  # the preamble that it is compiled behind
 
     @property
     def listing(self) -> Path:
@@ -71,6 +82,18 @@ class Compiler:
         self.directory = _private_directory(directory)
         self._colour = colour
         self._numbers = count(1)
+        self._preambles: Preambles | None = None
+
+    def learn(self, commands: Sequence[CompileCommand]) -> None:
+        """From now on have the preambles of units precompiled in the background: of these, and of what is compiled."""
+        if self._preambles is None:
+            self._preambles = Preambles(self.directory / "preambles", self._environment())
+        self._preambles.learn(commands)
+
+    def await_learnt(self) -> None:
+        """Wait until no preamble is left to be precompiled."""
+        if self._preambles is not None:
+            self._preambles.wait()
 
     def compile(
         self,
@@ -104,6 +127,8 @@ class Compiler:
         `cancelled` is asked every 5 ms, in this thread; once it says so, every compiler is ended with its whole process
         group and BuildCancelled is raised.
         """
+        if self._preambles is not None and variant is Variant.PLAIN and not options:
+            return self._compile_behind(self._preambles, commands, cancelled)
         tasks = tuple(self._task(command, variant, None, tuple(options)) for command in commands)
         return self._finish(tasks, cancelled)
 
@@ -113,6 +138,8 @@ class Compiler:
 
     def close(self) -> None:
         """Remove the directory and all objects in it."""
+        if self._preambles is not None:
+            self._preambles.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -137,8 +164,7 @@ class Compiler:
                 f"configure the build again, or {GET_A_DATABASE}",
                 file=str(command.file),
             )
-        place = self.directory / str(next(self._numbers))
-        place.mkdir()
+        place = self._place()
         written: Path | None = None
         mirror = place / "text" if headers else None
         if text is not None and mirror is not None:
@@ -157,19 +183,81 @@ class Compiler:
             text=written,
             colour=self._colour,
             options=options,
-            listing=output.with_suffix(".d") if written is None else None,
+            listing=output.with_suffix(".d"),
             mirror=mirror,
         )
         return _Task(command, Job(arguments, command.directory, place / "output"), output)
 
-    def _finish(self, tasks: tuple[_Task, ...], cancelled: Callable[[], bool]) -> tuple[CompiledUnit, ...]:
+    def _compile_behind(
+        self, preambles: Preambles, commands: Sequence[CompileCommand], cancelled: Callable[[], bool]
+    ) -> tuple[CompiledUnit, ...]:
+        """Compile units behind their preambles, where they have some; what does not go that way, plainly."""
+        found = preambles.ready(commands)
+        kept = [self._kept(ready) if ready is not None else None for ready in found]
+        tasks = [
+            self._task_behind(command, ready) if ready is not None and ready.worth else self._plain_task(command)
+            for command, ready, unit in zip(commands, found, kept, strict=True)
+            if unit is None
+        ]
+        outcomes = self._run(tasks, cancelled)
+        again = [n for n, task in enumerate(tasks) if task.ready is not None and not _is_good(task, outcomes[n])]
+        plain = [self._plain_task(tasks[number].command) for number in again]
+        for number, task, outcome in zip(again, plain, self._run(plain, cancelled), strict=True):
+            ready = tasks[number].ready
+            if ready is not None and outcome.status == 0:
+                preambles.useless(ready)
+            tasks[number], outcomes[number] = task, outcome
+        made = iter(self._units_of(tasks, outcomes))
+        units = tuple(unit or next(made) for unit in kept)
+        for ready, unit in zip(found, units, strict=True):
+            if ready is not None:
+                preambles.remember(ready, unit.object)
+        preambles.learn(commands)
+        return units
+
+    def _plain_task(self, command: CompileCommand) -> _Task:
+        return self._task(command, Variant.PLAIN, None, ())
+
+    def _task_behind(self, command: CompileCommand, ready: Ready) -> _Task:
+        place = self._place()
+        output = place / f"{command.file.name}.o"
+        words = (*ready.arguments(place, output), *listing_switches(output.with_suffix(".d")))
+        return _Task(command, Job(words, command.directory, place / "output"), output, ready)
+
+    def _kept(self, ready: Ready) -> CompiledUnit | None:
+        """Return the object of an earlier text that differs in comments only."""
+        if ready.kept is None:
+            return None
+        command = ready.made.rewriting.command
+        output = self._place() / f"{command.file.name}.o"
+        try:
+            os.link(ready.kept, output)
+        except OSError:
+            return None
+        return CompiledUnit(command.file, output, ready.made.rewriting.words, 0.0, "", ready.rule())
+
+    def _place(self) -> Path:
+        place = self.directory / str(next(self._numbers))
+        place.mkdir()
+        return place
+
+    def _environment(self) -> dict[str, str]:
         environment = {key: value for key, value in os.environ.items() if key not in _WRITES_ELSEWHERE}
         environment["TMPDIR"] = str(self.directory)  # what a killed compiler leaves behind goes with the directory
+        return environment
+
+    def _finish(self, tasks: tuple[_Task, ...], cancelled: Callable[[], bool]) -> tuple[CompiledUnit, ...]:
+        return self._units_of(tasks, self._run(tasks, cancelled))
+
+    def _run(self, tasks: Sequence[_Task], cancelled: Callable[[], bool]) -> list[Outcome]:
         try:
             jobs = [task.job for task in tasks]
-            outcomes = run_all(jobs, environment=environment, cancelled=cancelled, progress=self._progress)
+            environment = self._environment()
+            return list(run_all(jobs, environment=environment, cancelled=cancelled, progress=self._progress))
         except OSError as error:
             raise _not_started(error, tasks) from None
+
+    def _units_of(self, tasks: Sequence[_Task], outcomes: Sequence[Outcome]) -> tuple[CompiledUnit, ...]:
         pairs = tuple(zip(tasks, outcomes, strict=True))
         failed = [(task, outcome) for task, outcome in pairs if outcome.status != 0 or not task.object.exists()]
         if failed:
@@ -181,10 +269,24 @@ class Compiler:
                 task.job.arguments,
                 outcome.milliseconds,
                 outcome.output,
-                read_listing(task.listing),
+                self._listing(task),
             )
             for task, outcome in pairs
         )
+
+    def _listing(self, task: _Task) -> str:
+        listed = read_listing(task.listing)
+        if task.ready is None:
+            return listed
+        # A compiler behind a preamble lists what is ours, and perhaps not what the preamble was made from.
+        more = [file for file in dependencies(listed) if not Path(file).is_relative_to(self.directory)]
+        return task.ready.rule(more)
+
+
+def _is_good(task: _Task, outcome: Outcome) -> bool:
+    """Tell whether a task behind a preamble made the object of the text that the preamble was chosen for."""
+    still = task.ready is None or task.ready.still_reads()
+    return outcome.status == 0 and task.object.exists() and still
 
 
 def _private_directory(parent: Path | None) -> Path:

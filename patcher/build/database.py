@@ -91,11 +91,16 @@ class Database:
 
 def find_databases(start: Path) -> Iterator[Path]:
     """Yield the databases in and beside a directory and all above it, the nearest first."""
+    return places_near(start, NAME)
+
+
+def places_near(start: Path, name: str) -> Iterator[Path]:
+    """Yield the files of a name in a directory, in build directories beside it, and so on above, the nearest first."""
     for directory in (start, *start.parents):
-        if (directory / NAME).is_file():
-            yield directory / NAME
+        if (directory / name).is_file():
+            yield directory / name
         for pattern in _BESIDE:
-            yield from sorted(path for path in directory.glob(f"{pattern}/{NAME}") if path.is_file())
+            yield from sorted(path for path in directory.glob(f"{pattern}/{name}") if path.is_file())
 
 
 def _opener(path: str, flags: int) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patcher.build.command import ASSEMBLY, CompileCommand, is_cpp
-from patcher.build.compiler import CompiledUnit, Compiler
+from patcher.build.compiler import Compiler
 from patcher.build.outline import dependencies, outline
 from patcher.build.toolchain import Family, identify
 from patcher.errors import BuildError
@@ -26,10 +26,9 @@ _FILE = "patcher-probe"
 _LINE = re.compile(rf"^{_FILE}:(\d+):", re.MULTILINE)
 _OPTIONS = (
     *("-g", "-gno-split-dwarf", "-fstandalone-debug", "-fno-debug-types-section", "-fno-access-control"),
-    *("-ferror-limit=0", "-fno-color-diagnostics", "-MD"),
+    *("-ferror-limit=0", "-fno-color-diagnostics"),
 )
 _EVERY_TYPE = "-fno-eliminate-unused-debug-types"  # that of a name that only a function knows is among them
-DEPENDENCIES = ("-MD",)  # writes them beside the object
 _TICK = 20_000_000  # nanoseconds by which times of files may be behind
 _LEVEL = re.compile(r"-O(.*)")
 
@@ -61,21 +60,17 @@ class Probes:
         self._compiler = compiler
         self._seen: dict[CompileCommand, _Seen] = {}
 
-    def options(self, commands: Sequence[CompileCommand]) -> tuple[str, ...]:
-        """Return the switches with which units are to be compiled, so that it is known what they include."""
-        return DEPENDENCIES if any(command in self._seen for command in commands) else ()
-
-    def ask(self, command: CompileCommand, names: tuple[str, ...], included: tuple[str, ...]) -> Probed | None:
+    def ask(self, command: CompileCommand, names: tuple[str, ...], listing: str) -> Probed | None:
         """Return what types the names have; None when that cannot be asked: another compiler, or it refuses the text.
 
-        `included` is what `files_included` says of the unit as it is now.
+        `listing` is that of the unit as it was just compiled; "" when it is not known.
         """
         if command.file.suffix in ASSEMBLY or _family(command) is not Family.CLANG:
             return None
         text = command.file.read_bytes()
         seen, outlined = self._seen.get(command), outline(text)
-        unchanged = seen is not None and included and (names, outlined) == (seen.names, seen.outline)
-        if seen is not None and unchanged and _stamps(command, included) == seen.files:
+        unchanged = seen is not None and listing and (names, outlined) == (seen.names, seen.outline)
+        if seen is not None and unchanged and _stamps(command, dependencies(listing)) == seen.files:
             return seen.answer
         self._seen.pop(command, None)
         began = time.time_ns() - _TICK
@@ -101,7 +96,7 @@ class Probes:
                     raise
                 missing |= failed
                 continue
-            files = _stamps(command, files_included(unit), unit.object.parent)
+            files = _stamps(command, dependencies(unit.listing), unit.object.parent)
             found = Probed(unit.object.read_bytes(), missing)
             self._compiler.discard(unit)
             return found, files
@@ -126,15 +121,6 @@ def _cheap(command: CompileCommand) -> tuple[str, ...]:
         return ("-Xclang", "-disable-llvm-passes")
     small = ("-D__OPTIMIZE_SIZE__=1",) if level in ("s", "z") else ()
     return ("-O0", "-D__OPTIMIZE__=1", "-U__NO_INLINE__", *small)
-
-
-def files_included(unit: CompiledUnit) -> tuple[str, ...]:
-    """Return the files that a unit was made from, if it was compiled with `DEPENDENCIES`; else nothing."""
-    try:
-        rule = unit.object.with_suffix(".d").read_text(errors="surrogateescape")
-    except OSError:
-        return ()
-    return dependencies(rule)
 
 
 def _stamps(command: CompileCommand, files: Sequence[str], ours: Path | None = None) -> tuple[Stamp, ...]:

@@ -61,6 +61,15 @@ def identify(arguments: Sequence[str], directory: Path) -> Toolchain:
     return Toolchain(program, family, major)
 
 
+def program_stamp(arguments: Sequence[str], directory: Path) -> tuple[int, int, int, int] | None:
+    """Return what changes when the compiler of a command is replaced, or None when it is not there."""
+    path = _locate(arguments[program_index(arguments)], directory)
+    if path is None:
+        return None
+    status = os.stat(path)
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino
+
+
 def include_directories(program: str, language: str) -> tuple[Path, ...]:
     """Return the compiler's own include directories for a language (`c` or `c++`), resolved, in its order."""
     path = _locate(program, Path.cwd())

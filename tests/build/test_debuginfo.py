@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -182,19 +181,15 @@ def test_compilation_directory_that_is_gone(project: Path, build: Callable[..., 
     assert caught.value.hint
 
 
-def test_the_index_is_quick(project: Path) -> None:
+def test_the_index_has_every_unit(project: Path) -> None:
     names = [f"many{number}.c" for number in range(100)]
     for number, name in enumerate(names):
         (project / name).write_text(f"#include <stddef.h>\nint many{number}(size_t n) {{ return (int)n; }}\n")
     (project / "main.c").write_text("int main(void) { return 0; }\n")
     run("gcc", "-g", "-O1", "main.c", *names, "-o", "prog", cwd=project)
-    DebugInformation(project / "prog").units(project / "none.c")  # imports
     information = DebugInformation(project / "prog")
-    began = time.perf_counter()
-    assert information.units(project / "many7.c")
-    taken = time.perf_counter() - began
+    assert all(information.units(project / name) for name in names)
     assert len(information) == 101
-    assert taken < 0.3
 
 
 def test_build_command_returns_what_it_made(project: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from patcher.build import PROBED, CompileCommand, Compiler, Probes, files_included
+from patcher.build import PROBED, CompileCommand, Compiler, Probes
 from patcher.build.outline import dependencies, outline
 from patcher.data.declared import Declared
 from patcher.data.layouts import declared_by
@@ -108,8 +108,8 @@ class Unit:
 
     def ask(self, *names: str) -> dict[str, str]:
         """Return the types of names, and note what was answered."""
-        unit = self.compiler.compile(self.command, options=self.probes.options([self.command]))
-        self.answer = self.probes.ask(self.command, names, files_included(unit))
+        unit = self.compiler.compile(self.command)
+        self.answer = self.probes.ask(self.command, names, unit.listing)
         assert self.answer is not None
         (found,) = declared_by(self.answer.object, "probe")
         return {n: self.type(found, f"{PROBED}{i}") for i, n in enumerate(names) if i not in self.answer.missing}
