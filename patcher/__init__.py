@@ -31,6 +31,7 @@ from patcher.errors import (
     UnresolvedSymbol,
     UnsafeChange,
     UnsupportedRelocation,
+    named_shortages,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
+@named_shortages()
 def attach(
     pid: int,
     *,

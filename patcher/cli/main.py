@@ -20,7 +20,7 @@ from patcher.cli.header import header
 from patcher.cli.mistakes import explained
 from patcher.cli.spawn import spawn
 from patcher.cli.status import status
-from patcher.errors import BuildError, PatcherError
+from patcher.errors import BuildError, PatcherError, named_shortages
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -44,7 +44,8 @@ for command in (spawn, attach, apply, revert, status, explain, doctor, config, c
 def main() -> None:
     """Run the command line, and end with the exit status that is promised."""
     try:
-        sys.exit(cli.main(prog_name="patcher", standalone_mode=False) or 0)
+        with named_shortages():
+            sys.exit(cli.main(prog_name="patcher", standalone_mode=False) or 0)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.exceptions.NoArgsIsHelpError as error:
