@@ -188,7 +188,7 @@ def memory_of(pid: int) -> tuple[int, list[str]]:
     return resident * 1024, mapped
 
 
-@pytest.mark.timeout(3600 if COUNT > 1000 else 240)
+@pytest.mark.timeout(4 * 3600 if COUNT > 1000 else 240)
 def test_generations_without_end(project, objects):
     """Whoever is still in old code, or has an address in it, finds it as it was; all else of it is used again."""
     with project.running(str(THREADS)) as program, patcher.attach(program.pid, force=True) as session:
