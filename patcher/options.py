@@ -218,6 +218,9 @@ class Settings(Options):
     events: str = field(
         default="", metadata=_row("events", "Append events, one JSON object a line; - is stderr.", metavar="FILE")
     )
+    log: str = field(
+        default="", metadata=_row("log", "Append what is said to this file, instead of stderr.", metavar="FILE")
+    )
     json: bool = field(
         default=False,
         metadata=_row(

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import click
 
@@ -128,7 +128,7 @@ def _check_present(chosen: Chosen) -> None:
 
 def options_for(settings: Settings) -> Options:
     """Return what a session is to know: compilers use colour where we write to a terminal."""
-    return replace(settings, colour=sys.stderr.isatty())
+    return replace(settings, colour=sys.stderr.isatty() and not settings.log)
 
 
 def open_session(settings: Settings, pid: int, reporter: Reporter, offer: Offer | None = None) -> Session:
@@ -143,14 +143,18 @@ def open_reporter(settings: Settings) -> Iterator[Reporter]:
     """Yield what events go to: the console, and the stream or file of --events."""
     reporters: list[Reporter] = []
     with contextlib.ExitStack() as stack:
+        if settings.log or settings.events != "-":
+            stream = stack.enter_context(_appended("log", settings.log)) if settings.log else sys.stderr
+            reporters.append(ConsoleReport(stream, quiet=settings.quiet, verbose=settings.verbose))
         if settings.events == "-":
             reporters.append(EventStream(sys.stderr))
-        else:
-            reporters.append(ConsoleReport(sys.stderr, quiet=settings.quiet, verbose=settings.verbose))
-        if settings.events not in ("", "-"):
-            try:
-                stream = stack.enter_context(open(settings.events, "a", encoding="utf-8"))
-            except OSError as error:
-                raise PatcherError(f"{settings.events}: {error.strerror}", "give another file to --events") from None
-            reporters.append(EventStream(stream))
+        elif settings.events:
+            reporters.append(EventStream(stack.enter_context(_appended("events", settings.events))))
         yield Reporters(reporters)
+
+
+def _appended(switch: str, file: str) -> TextIO:
+    try:
+        return open(file, "a", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise PatcherError(f"{file}: {error.strerror}", f"give another file to --{switch}") from None

@@ -56,7 +56,8 @@ def spawn(program: str, arguments: tuple[str, ...], **rest: Any) -> int:
         try:
             _accompany(pid, asked, reporter, jobs)
         except PatcherError as error:
-            reporter.emit(Note(f"{error.message}; the program runs on without patcher. {error.hint}".rstrip(" .")))
+            text = f"{error.message}; the program runs on without patcher. {error.hint}".rstrip(" .")
+            reporter.emit(Note(text, grave=True))
         return _end(wait_exit(pid), reporter)
 
 

@@ -1,6 +1,6 @@
-"""Console lines: one short block on stderr for each event.
+"""Console lines: one short block for each event, on stderr or in a file.
 
-The target owns the terminal: every block is written at once and ends a line, and nothing is drawn in place.
+The target owns the terminal: an event's lines are one write, which ends a line, and nothing is drawn in place.
 """
 
 from __future__ import annotations
@@ -38,18 +38,34 @@ class ConsoleReport:
         self._quiet = quiet
         self._verbose = verbose
         self._console: Console | None = None
+        self._lines: list[str] = []  # of the event at hand
 
     def emit(self, event: Event) -> None:
+        self._compose(event)
+        if self._lines:
+            # Raw terminal modes of the target do not turn a newline into a carriage return as well.
+            newline = "\r\n" if self._stream.isatty() else "\n"
+            self._stream.write("".join(line.replace("\n", newline) + newline for line in self._lines))
+            self._stream.flush()
+            self._lines.clear()
+
+    def _compose(self, event: Event) -> None:
         if isinstance(event, BuildFailed):
+<<<<<<< HEAD
             self._write(event.diagnostics.rstrip("\n"), "")
             told = event.message and (self._verbose or not event.file)
             message = event.message if told else f"{event.file} does not compile"
+=======
+            if event.diagnostics.strip():
+                self._lines.append(event.diagnostics.rstrip("\n"))
+            message = event.message if self._verbose and event.message else f"{event.file} does not compile"
+>>>>>>> da8abaf (report: --log, and an event is one write)
             self._say(f"[red]{_escape(message)}[/]; the old code runs on")
             self._hint(event.hint)
         elif isinstance(event, Refused):
             self._say(f"[red]refused[/]: {_escape(event.message)}")
             self._hint(event.hint)
-        elif not self._quiet:
+        elif not self._quiet or (isinstance(event, Note) and event.grave):
             self._tell(event)
 
     def _tell(self, event: Event) -> None:
@@ -118,17 +134,7 @@ class ConsoleReport:
             self._say(f"  {_escape(hint)}")
 
     def _say(self, markup: str) -> None:
-        self._write(markup, _PREFIX, markup=True)
-
-    def _write(self, text: str, prefix: str, *, markup: bool = False) -> None:
-        if not text:
-            return
-        if markup:
-            text = self._render(prefix + text)
-        # Raw terminal modes of the target do not turn a newline into a carriage return as well.
-        newline = "\r\n" if self._stream.isatty() else "\n"
-        self._stream.write(text.replace("\n", newline) + newline)
-        self._stream.flush()
+        self._lines.append(self._render(_PREFIX + markup))
 
     def _render(self, markup: str) -> str:
         from rich.console import Console

@@ -195,9 +195,10 @@ class Exited(Event):
 
 @dataclass(frozen=True, slots=True)
 class Note(Event):
-    """A sentence for people; never goes out as an event."""
+    """A sentence for people; never goes out as an event. `grave`: who wants to hear of errors only hears it too."""
 
     text: str
+    grave: bool = False
 
 
 class Reporter(Protocol):

@@ -170,3 +170,35 @@ def test_colours_on_a_terminal_only():
             text += os.read(ours, 4096).decode()
     os.close(ours)
     assert text.count("\r\n") >= 2
+
+
+class Writes(io.StringIO):
+    """A stream that keeps each write by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.all.append(text)
+        return super().write(text)
+
+
+@pytest.mark.parametrize(
+    "event", [APPLIED, BuildFailed("a.c", "a.c:1:2: error: no\n", "no", "mend it"), Refused("x", "why", "do", "a.c")]
+)
+def test_an_event_is_one_write_of_whole_lines(event):
+    """What else writes to the terminal comes before it or after it."""
+    stream = Writes()
+    ConsoleReport(stream).emit(event)
+    (text,) = filter(None, stream.all)
+    assert text.endswith("\n")
+    assert len(text.splitlines()) > 1
+
+
+def test_quiet_hears_what_is_grave():
+    stream = io.StringIO()
+    report = ConsoleReport(stream, quiet=True)
+    report.emit(Note("by the way"))
+    report.emit(Note("it runs on without patcher", grave=True))
+    assert stream.getvalue() == "patcher: it runs on without patcher\n"
