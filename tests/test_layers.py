@@ -118,9 +118,11 @@ ALLOWED: dict[str, set[str]] = {
     # Several sessions as one.
     "tree": {"errors", "options", "report", "session", "target", "units"},
     # The watch loop drives a session, which starts it.
-    "loop": {"errors", "edits", "session", "build", "watch", "report", "ignored", "options", "units"},
+    "loop": {"errors", "control", "edits", "session", "build", "watch", "report", "ignored", "options", "units"},
     # One watch over one process of a program after another.
-    "restart": {"build", "errors", "ignored", "loop", "options", "report", "session", "target", "watch"},
+    "restart": {"build", "errors", "ignored", "loop", "options", "report", "session", "target", "watch", "control"},
+    # Talks to clients; what is asked is done by the loop, in its own thread.
+    "control": {"errors", "report"},
     # Looks at files and at a process of its own, before there is a target.
     "doctor": {"build", "code", "elf", "errors", "image", "target"},
     "cli": {
@@ -134,6 +136,8 @@ ALLOWED: dict[str, set[str]] = {
         "tree",
         "build",
         "configuration",
+        "control",
+        "loop",
         "",
     },
     "": {"errors", "options", "session", "target", "tree", "report"},  # the package itself: the public API

@@ -51,15 +51,10 @@ class ConsoleReport:
 
     def _compose(self, event: Event) -> None:
         if isinstance(event, BuildFailed):
-<<<<<<< HEAD
-            self._write(event.diagnostics.rstrip("\n"), "")
-            told = event.message and (self._verbose or not event.file)
-            message = event.message if told else f"{event.file} does not compile"
-=======
             if event.diagnostics.strip():
                 self._lines.append(event.diagnostics.rstrip("\n"))
-            message = event.message if self._verbose and event.message else f"{event.file} does not compile"
->>>>>>> da8abaf (report: --log, and an event is one write)
+            told = event.message and (self._verbose or not event.file)
+            message = event.message if told else f"{event.file} does not compile"
             self._say(f"[red]{_escape(message)}[/]; the old code runs on")
             self._hint(event.hint)
         elif isinstance(event, Refused):

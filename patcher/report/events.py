@@ -163,6 +163,7 @@ class Applied(Event):
         t = self.timings
         return {
             "generation": self.generation,
+            "files": list(self.files),
             "functions": [{"name": f.name, "module": f.module, "status": f.status} for f in self.functions],
             "data": [asdict(v) for v in self.variables],
             "supplied": list(self.supplied),

@@ -222,6 +222,7 @@ TABLE = {
     "unchanged": {"files", "data"},
     "applied": {
         "generation",
+        "files",
         "functions",
         "data",
         "supplied",

@@ -27,6 +27,7 @@ from patcher.report import (
 )
 from patcher.report.console import ConsoleReport
 from patcher.report.events import EventStream, Reporters
+from patcher.report.remote import event_of, told
 
 APPLIED = Applied(
     3,
@@ -58,6 +59,7 @@ EVENTS: list[tuple[Event, dict[str, object]]] = [
         {
             "event": "applied",
             "generation": 3,
+            "files": ["/src/a.c", "/src/b.c"],
             "functions": [
                 {"name": "f", "module": "/bin/p", "status": "changed"},
                 {"name": "g", "module": "/bin/p", "status": "added"},
@@ -202,3 +204,17 @@ def test_quiet_hears_what_is_grave():
     report.emit(Note("by the way"))
     report.emit(Note("it runs on without patcher", grave=True))
     assert stream.getvalue() == "patcher: it runs on without patcher\n"
+
+
+@pytest.mark.parametrize("event", [e for e, _ in EVENTS], ids=[type(e).__name__ for e, _ in EVENTS])
+def test_an_event_comes_back_from_its_json(event):
+    back = event_of(json.loads(json.dumps(event.as_json())))
+    assert type(back) is type(event)
+    assert back is not None
+    assert {**back.as_json(), "active": 0} == {**event.as_json(), "active": 0}
+
+
+def test_what_another_patcher_tells_is_told_in_the_same_words():
+    assert told(APPLIED.as_json())[:3] == ["a.c, b.c: generation 3 is live", "  changed: f", "  added: g"]
+    assert told({"event": "held", "time": 1, "files": ["a.c"]}) == ["saved, and waits, as it is paused: a.c"]
+    assert told({"event": "building", "time": 1}) == []
