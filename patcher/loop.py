@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from patcher.build import BuildCancelled, BuildCommand, is_unit
+from patcher.control import FAILED, Call, Control, Fault, Method
 from patcher.edits import Edits, State
 from patcher.errors import (
     BuildError,
@@ -31,7 +32,7 @@ from patcher.errors import (
 )
 from patcher.ignored import IGNORE, Ignored
 from patcher.options import Options
-from patcher.report import BuildFailed, Note, Ready, Refused, Saved
+from patcher.report import BuildFailed, Note, Ready, Refused, Reverted, Saved
 from patcher.session import Generation, Session
 from patcher.units import Source, Standing
 from patcher.watch import Watcher, gathered, git_lock, is_build_file, source_filter
@@ -42,6 +43,7 @@ _TICK_SECONDS = 0.5
 _BUSY_SECONDS = 1.0  # another patcher needs the process for less
 _BUSY_POLL_SECONDS = 0.02
 _NAMED = 4
+_ASKED_AT_ONCE = 4
 _OF_THE_CHANGE = (UnsafeChange, LinkError, ObjectError)  # another process takes it, if it is built of it
 
 
@@ -61,11 +63,16 @@ class Loop:
         *,
         wanted: Ignored | None = None,
         restarted_if_refused: bool = False,
+        control: Control | None = None,
     ) -> None:
         """`wanted` is the filter of whatever watches the paths, by default one as the session's options say.
 
-        `restarted_if_refused`: a refused change ends a watch, for the program to be started again with it.
+        `restarted_if_refused`: a refused change ends a watch, for the program to be started again with it. What
+        `control` is asked is done between rounds.
         """
+        self._control = control
+        self.paused = False
+        self._held: frozenset[Path] = frozenset()  # saved while it was paused
         self.session = session
         self.wants_restart = False
         self._begun: Session | None = None  # what is ready
@@ -94,7 +101,7 @@ class Loop:
         """Apply every save until `stop` is set, or a restart is wanted. Raises `TargetGone` when the process ends."""
         session = self.session
         if self._begun is not session:
-            self._begin()
+            self._begin(watcher)
         lock = git_lock(self.paths)
         if self._restarted and self.edits.core():
             self._go(_Round(time.perf_counter(), 0.0, watcher.pending))
@@ -104,20 +111,33 @@ class Loop:
             self._say_left_out()
             if saved is None:
                 return
-            if saved:
+            if saved and self.paused:
+                self._hold(saved)
+            elif saved:
                 self.round(gathered(watcher, saved, lock), watcher.pending)
             else:
                 session.target.check_alive()
-                self._look_at_commands(watcher.pending)
+                if not self.paused:
+                    self._look_at_commands(watcher.pending)
+            if self._control is not None:
+                self._obey(self._control, watcher)
 
-    def _begin(self) -> None:
+    def _begin(self, watcher: Watcher) -> None:
         session = self._begun = self.session
         session.remember_texts(self.paths)
         session.prepare()
+        self._open_control(watcher)
         session.emit(Ready(session.target.pid, session.target.program, tuple(str(p) for p in self.paths)))
         if self._builder is None:
             session.touched.start()
             session.warm(self.paths)
+
+    def _open_control(self, watcher: Watcher) -> None:
+        if self._control is not None:
+            try:
+                self._control.listen(self.session.target.pid, watcher.wake)
+            except PatcherError as error:
+                self.session.emit(Note(f"`patcher ctl` cannot reach this watch: {error.message}"))
 
     def go_on(self, session: Session, *, as_built: bool) -> None:
         """Go on with another process: of a program built of the sources as they are (`as_built`), or the same."""
@@ -179,6 +199,7 @@ class Loop:
         self.session.touched.start()
 
     def _go(self, round_: _Round) -> None:
+        self._tell("building", files=sorted(map(str, self.edits.core())))
         try:
             self._try_all(round_)
         except BuildCancelled:  # saved again while it was compiled: the next round has everything
@@ -186,6 +207,8 @@ class Loop:
         except TargetGone:
             self.edits.gone()
             raise
+        finally:
+            self._tell("idle")
         self._commands = dict(self.session.units.commands.stamp())
 
     def _try_all(self, round_: _Round) -> None:
@@ -241,6 +264,72 @@ class Loop:
 
     def _refuse(self, error: PatcherError, files: Collection[Path]) -> None:
         self.session.emit(Refused(error.code, error.message, error.hint, ", ".join(map(str, sorted(files)))))
+
+    # --- what is asked of it ------------------------------------------------------------------------------------
+
+    def _tell(self, name: str, **fields: object) -> None:
+        if self._control is not None:
+            self._control.tell(name, **fields)
+
+    def _hold(self, saved: frozenset[Path]) -> None:
+        self._held |= saved
+        self._tell("held", files=sorted(map(str, saved)))
+
+    def _obey(self, control: Control, watcher: Watcher) -> None:
+        """Do some of what is asked; saves are looked at before the rest."""
+        for _ in range(_ASKED_AT_ONCE):
+            asked = control.take()
+            if asked is None:
+                return
+            try:
+                with control.recorded() as told:
+                    outcome = self._do(asked.call, watcher, told)
+            except PatcherError as error:
+                asked.answer(Fault.of(error))
+                if isinstance(error, TargetGone):
+                    raise
+            else:
+                asked.answer(outcome)
+        watcher.wake()
+
+    def _do(self, call: Call, watcher: Watcher, told: Sequence[Mapping[str, object]]) -> object:
+        match call.method:
+            case Method.PAUSE | Method.RESUME if self.paused != (call.method is Method.PAUSE):
+                self.paused = not self.paused
+                self._tell("paused" if self.paused else "resumed")
+        match call.method:
+            case Method.PAUSE:
+                return {"paused": True}
+            case Method.APPLY | Method.RESUME:
+                self._apply([Path(f) for f in call.parameters.get("files", ())], watcher)
+                return _outcome(told, self.paused)
+            case Method.REVERT:
+                number = self.session.revert(call.parameters.get("generation"))
+                event = Reverted(number, self.session.frames)
+                self.session.emit(event)
+                return event.as_json()
+        return self._status()
+
+    def _apply(self, files: Sequence[Path], watcher: Watcher) -> None:
+        """Apply files, what was saved while it was paused, and what is pending."""
+        for file in files:
+            if not file.is_file():
+                raise PatcherError(f"{file}: no such file", "give its absolute path", code="no-file")
+        pending = (lambda: False) if self.paused else watcher.pending
+        saved, self._held = self._held.union(f.resolve() for f in files), frozenset()
+        if saved:
+            self.round(saved, pending)
+        elif self.edits.pending():
+            self._go(_Round(time.perf_counter(), 0.0, pending))
+
+    def _status(self) -> dict[str, object]:
+        return {
+            **self.session.status().as_json(),
+            "paused": self.paused,
+            "watching": [str(p) for p in self.paths],
+            "saved": sorted(map(str, self._held)),
+            "pending": sorted(map(str, self.edits.pending() - self._held)),
+        }
 
     # --- what is built ------------------------------------------------------------------------------------------
 
@@ -322,6 +411,18 @@ class _Round:
         self.began = began
         self.detect = detect
         self.pending = pending
+
+
+def _outcome(told: Sequence[Mapping[str, object]], paused: bool) -> object:
+    """Return what came of a round, of what was told of it: a Fault, where it is not live."""
+    for event in told:
+        if event["event"] == "refused":
+            data = {"reason": event["reason"], "hint": event["hint"], "events": list(told)}
+            return Fault(FAILED, str(event["message"]), data)
+        if event["event"] == "build_failed":
+            data = {"reason": "build-failed", "hint": "", "events": list(told)}
+            return Fault(FAILED, f"{event['file']} does not compile", data)
+    return {"paused": paused, "events": list(told)}
 
 
 def _blamed(error: PatcherError, made: Mapping[Path, frozenset[Path]], files: Collection[Path]) -> frozenset[Path]:

@@ -226,7 +226,7 @@ class Settings(Options):
         metadata=_row(
             "json",
             "Print the outcome as JSON on stdout.",
-            of=("apply", "revert", "explain", "status", "doctor", SHOWING),
+            of=("apply", "revert", "explain", "status", "ctl", "doctor", SHOWING),
             configured=False,
         ),
     )

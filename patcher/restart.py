@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patcher.build import BuildCancelled, BuildCommand
+from patcher.control import Control
 from patcher.errors import BuildError, PatcherError, TargetGone
 from patcher.ignored import Ignored
 from patcher.loop import Loop, saves_wanted
@@ -57,6 +58,7 @@ class Restarts:
         reporter: Reporter,
         when: When,
         options: Options,
+        control: Control | None = None,
     ) -> None:
         """`start` starts the program and has signals forwarded to it; `options` say what makes it anew (`build`)."""
         self._start = start
@@ -65,6 +67,7 @@ class Restarts:
         self._reporter = reporter
         self._when = when
         self._options = options
+        self._control = control
         directory = options.build_in or Path.cwd()
         self._build = BuildCommand(options.build, directory=directory) if options.build else None
 
@@ -87,7 +90,9 @@ class Restarts:
                     pass  # before we looked
                 except PatcherError as error:
                     text = f"{error.message}; the program runs on without patcher. {error.hint}".rstrip(" .")
-                    self._reporter.emit(Note(text))
+                    self._reporter.emit(Note(text, grave=True))
+                if self._control is not None:
+                    self._control.away()
                 status = self._end(pid, told=wanted)
                 self._report(status)
                 if not wanted and (not self._when.exit or self._was_asked_for()):
@@ -100,7 +105,8 @@ class Restarts:
 
     def _loop(self, loop: Loop | None, session: Session, paths: tuple[Path, ...], wanted: Ignored) -> Loop:
         if loop is None:
-            return Loop(session, paths, wanted=wanted, restarted_if_refused=self._when.refused)
+            refused = self._when.refused
+            return Loop(session, paths, wanted=wanted, restarted_if_refused=refused, control=self._control)
         loop.go_on(session, as_built=self._build is not None)
         return loop
 

@@ -161,6 +161,12 @@ class Status:
     arenas: tuple[ArenaUse, ...]
     objects: tuple[ObjectUse, ...]
 
+    def as_json(self) -> dict[str, object]:
+        """Return what goes out of it."""
+        found = asdict(self)
+        found.pop("recorded")
+        return found
+
 
 class _Offered(Exception):
     """Initialisers changed, and the user has not been asked yet whether the new values are wanted."""

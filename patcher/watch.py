@@ -118,6 +118,7 @@ class Watcher:
         """Begin to watch. Raises PatcherError when a path is not there or cannot be watched."""
         self._stop = stop or threading.Event()
         self._closed = threading.Event()
+        self._woken = threading.Event()
         self._is_source = is_source or source_filter()
         self._news = threading.Condition()
         self._changed: set[str] = set()
@@ -137,17 +138,27 @@ class Watcher:
             raise
 
     def next(self, timeout: float | None = None) -> frozenset[Path] | None:
-        """Wait for saves and return the files; None at the end (`stop` or `close`), an empty set after `timeout` s."""
+        """Wait for saves and return the files; None at the end (`stop` or `close`).
+
+        Returns an empty set after `timeout` s, and when it is woken.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._is_over():
             ready = self._complete()
             if ready:
                 return ready
             left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            if (left is not None and left <= 0) or self._woken.is_set():
+                self._woken.clear()
                 return frozenset()
             self._wait(left)
         return None
+
+    def wake(self) -> None:
+        """Have `next` return now, or when it is called; may be called from any thread."""
+        self._woken.set()
+        with self._news:
+            self._news.notify_all()
 
     def pending(self) -> bool:
         """Tell, without waiting, whether something was saved, or is being saved, that `next` has not returned yet."""
@@ -212,7 +223,7 @@ class Watcher:
         elif self._young:
             limits.append(_YOUNG_POLL_SECONDS)
         with self._news:
-            if not self._changed and not self.is_set():
+            if not self._changed and not self._woken.is_set() and not self.is_set():
                 self._news.wait(min(limits) if limits else None)
 
     def _take_news(self) -> None:

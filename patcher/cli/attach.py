@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+from contextlib import closing
 from typing import Any
 
 import click
 
 from patcher.cli.mistakes import pid_argument
 from patcher.cli.options import gather, open_reporter, open_session, takes
+from patcher.control import Control
 from patcher.errors import TargetGone
 from patcher.report import Exited, Note
 
@@ -28,7 +30,11 @@ def attach(pid: int, **rest: Any) -> int:
     patcher attach 4711                                    can it be patched
     """
     asked = gather("attach", rest)
-    with open_reporter(asked) as reporter, open_session(asked, pid, reporter) as session:
+    with (
+        closing(Control()) as control,
+        open_reporter(asked, control) as reporter,
+        open_session(asked, pid, reporter) as session,
+    ):
         if not asked.watched:
             session.prepare()
             known = sum(1 for m in session.image.modules if m.module.symbols_from)
@@ -36,8 +42,10 @@ def attach(pid: int, **rest: Any) -> int:
                 Note(f"process {pid} ({session.target.program}) can be patched; {known} of its modules have symbols")
             )
             return 0
+        from patcher.loop import Loop
+
         try:
-            session.watch(asked.watched, stop=threading.Event())
+            Loop(session, asked.watched, control=control).run(threading.Event())
         except TargetGone:
             reporter.emit(Exited(status=None))
         except KeyboardInterrupt:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from patcher.cli.mistakes import pid_argument
-from patcher.cli.options import gather, takes
+from patcher.cli.options import takes
 from patcher.control import Connection, Method
 from patcher.report.remote import told
 
@@ -34,13 +34,13 @@ def ctl(pid: int, method: str, words: tuple[str, ...], **rest: Any) -> int:
 
     With --json the result is printed as JSON, one object a line for `subscribe`. docs/editors.md has the protocol.
     """
-    asked = gather("ctl", rest)
+    as_json = bool(rest["json"])
     parameters = _parameters(Method(method), words)
     with Connection(pid) as connection:
         result = connection.call(method, parameters)
         if method == Method.SUBSCRIBE.value:
-            return _follow(connection, as_json=asked.json)
-    click.echo(json.dumps(result) if asked.json else "\n".join(_lines(Method(method), result)))
+            return _follow(connection, as_json=as_json)
+    click.echo(json.dumps(result) if as_json else "\n".join(_lines(Method(method), result)))
     return 0
 
 

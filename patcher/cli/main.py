@@ -14,6 +14,7 @@ from patcher.cli.attach import attach
 from patcher.cli.change import apply, revert
 from patcher.cli.completion import completion
 from patcher.cli.configured import config
+from patcher.cli.ctl import ctl
 from patcher.cli.doctor import doctor
 from patcher.cli.explain import explain
 from patcher.cli.header import header
@@ -37,7 +38,7 @@ def cli() -> None:
     """
 
 
-for command in (spawn, attach, apply, revert, status, explain, doctor, config, completion, header):
+for command in (spawn, attach, apply, revert, status, explain, ctl, doctor, config, completion, header):
     cli.add_command(command)
 
 

@@ -127,8 +127,8 @@ def _check_present(chosen: Chosen) -> None:
 
 
 def options_for(settings: Settings) -> Options:
-    """Return what a session is to know: compilers use colour where we write to a terminal."""
-    return replace(settings, colour=sys.stderr.isatty() and not settings.log)
+    """Return what a session is to know. Compilers use colour, in a watch in any case: someone may look on."""
+    return replace(settings, colour=bool(settings.watched) or (sys.stderr.isatty() and not settings.log))
 
 
 def open_session(settings: Settings, pid: int, reporter: Reporter, offer: Offer | None = None) -> Session:
@@ -139,9 +139,9 @@ def open_session(settings: Settings, pid: int, reporter: Reporter, offer: Offer 
 
 
 @contextlib.contextmanager
-def open_reporter(settings: Settings) -> Iterator[Reporter]:
-    """Yield what events go to: the console, and the stream or file of --events."""
-    reporters: list[Reporter] = []
+def open_reporter(settings: Settings, *others: Reporter) -> Iterator[Reporter]:
+    """Yield what events go to: the console, the stream or file of --events, and others."""
+    reporters: list[Reporter] = [*others]
     with contextlib.ExitStack() as stack:
         if settings.log or settings.events != "-":
             stream = stack.enter_context(_appended("log", settings.log)) if settings.log else sys.stderr

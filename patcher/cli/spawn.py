@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing
 from functools import partial
 from typing import Any
 
 import click
 
 from patcher.cli.options import gather, open_reporter, open_session, takes
+from patcher.control import Control
 from patcher.errors import PatcherError, TargetGone
 from patcher.options import Settings
 from patcher.report import Exited, Note, Ready, Reporter
@@ -37,7 +39,7 @@ def spawn(program: str, arguments: tuple[str, ...], **rest: Any) -> int:
         raise click.UsageError("--restart: of what sources? give them with --watch")
     if asked.restart in ("refused", "always") and not asked.build:
         raise click.UsageError(f"--restart {asked.restart} needs --build, the command that makes the program anew")
-    with open_reporter(asked) as reporter, JobControl() as jobs:
+    with closing(Control()) as control, open_reporter(asked, control) as reporter, JobControl() as jobs:
 
         def begin() -> int:
             child = start(program, arguments, aslr=asked.aslr, signal_mask=jobs.original_mask)
@@ -50,22 +52,25 @@ def spawn(program: str, arguments: tuple[str, ...], **rest: Any) -> int:
             from patcher.restart import Restarts, When
 
             session_of = partial(open_session, asked, reporter=reporter)
-            restarts = Restarts(begin, session_of, jobs, reporter, When.named(asked.restart), asked)
+            restarts = Restarts(begin, session_of, jobs, reporter, When.named(asked.restart), asked, control)
             return exit_code(restarts.run(asked.watched) or 0)
         pid = begin()
         try:
-            _accompany(pid, asked, reporter, jobs)
+            _accompany(pid, asked, reporter, jobs, control)
         except PatcherError as error:
             text = f"{error.message}; the program runs on without patcher. {error.hint}".rstrip(" .")
             reporter.emit(Note(text, grave=True))
+        control.away()
         return _end(wait_exit(pid), reporter)
 
 
-def _accompany(pid: int, asked: Settings, reporter: Reporter, jobs: JobControl) -> None:
+def _accompany(pid: int, asked: Settings, reporter: Reporter, jobs: JobControl, control: Control) -> None:
     try:
         with open_session(asked, pid, reporter) as session:
             if asked.watched:
-                session.watch(asked.watched, stop=jobs.ended)
+                from patcher.loop import Loop
+
+                Loop(session, asked.watched, control=control).run(jobs.ended)
             else:
                 reporter.emit(Ready(pid, session.target.program, ()))
                 jobs.ended.wait()

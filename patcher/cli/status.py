@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from typing import Any
 
 import click
@@ -33,18 +33,12 @@ def status(pid: int, **rest: Any) -> int:
         statuses = session.statuses() if asked.tree else [session.status()]
     for found in statuses:
         if asked.json:
-            click.echo(json.dumps(_as_json(found)))
+            click.echo(json.dumps(found.as_json()))
             continue
         _print(found)
         if asked.verbose and found.objects:
             _print_objects(found.objects)
     return 0
-
-
-def _as_json(found: Status) -> dict[str, object]:
-    fields = asdict(found)
-    fields.pop("recorded")
-    return fields
 
 
 def _print(found: Status) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from patcher.control import place, protocol
 from patcher.control.protocol import Call, Fault, Message, Method
-from patcher.report import Event, Note
+from patcher.report import BuildFailed, Event, Note
 
 _CLIENTS = 64
 _UNTAKEN = 8  # messages of one client that wait for the watch: no more is read before
@@ -30,6 +30,7 @@ _UNREAD = 1 << 20  # bytes for one client, who is then taken to be asleep
 _ANSWERED = 1 << 16  # bytes that it has to read before it may ask for more
 _LINES_A_SECOND = 200  # of one client
 _DEAF_SECONDS = 0.2  # after which a client that was too loud, or could not be accepted, is heard again
+_ENDS = {"exited": "ready", "resumed": "paused", "idle": "building"}  # and what they end
 _HANG_UP = select.POLLHUP | select.POLLERR | select.POLLNVAL
 
 
@@ -93,6 +94,7 @@ class Control:
         self._directory = -1
         self._pid = 0
         self._clients: dict[int, _Client] = {}
+        self._standing: dict[str, dict[str, Any]] = {}  # events that are still so
         self._deaf_until = 0.0
         self._ending = False
 
@@ -131,7 +133,10 @@ class Control:
         if isinstance(event, Note):
             self.tell("note", text=event.text, time=event.time)
         else:
-            self._tell(event.as_json())
+            found = event.as_json()
+            if isinstance(event, BuildFailed):
+                found["coloured"] = event.diagnostics
+            self._tell(found)
 
     def tell(self, name: str, **fields: object) -> None:
         """Tell something that is no event of a session, but of its watch."""
@@ -297,8 +302,11 @@ class Control:
         self._finish_if_done(client, open_)
 
     def _subscribe(self, client: _Client, call: Call) -> dict[str, bool]:
+        """Take note of what a client wants to hear, beginning with how things are."""
         client.subscribed = True
         client.wanted = frozenset(call.parameters.get("events", ()))
+        for event in self._standing.values():
+            self._tell_client(client, event)
         return {"subscribed": True}
 
     def _hand_on(self, client: _Client, open_: _Open, index: int, call: Call) -> None:
@@ -329,10 +337,18 @@ class Control:
             self._leave_if_done(client)
 
     def _publish(self, event: dict[str, Any]) -> None:
-        line = protocol.notification("event", event)
+        name = event["event"]
+        if name in _ENDS:
+            self._standing.pop(_ENDS[name], None)
+        elif name in _ENDS.values():
+            self._standing[name] = event
         for client in [*self._clients.values()]:
-            if client.subscribed and (not client.wanted or event["event"] in client.wanted):
-                self._send(client, line)
+            if client.subscribed:
+                self._tell_client(client, event)
+
+    def _tell_client(self, client: _Client, event: dict[str, Any]) -> None:
+        if not client.wanted or event["event"] in client.wanted:
+            self._send(client, protocol.notification("event", event))
 
     def _send(self, client: _Client, line: bytes) -> None:
         client.outgoing += line

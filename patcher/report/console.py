@@ -21,6 +21,7 @@ from patcher.report.events import (
     Reverted,
     Unchanged,
     Variable,
+    plain,
 )
 
 if TYPE_CHECKING:
@@ -52,7 +53,8 @@ class ConsoleReport:
     def _compose(self, event: Event) -> None:
         if isinstance(event, BuildFailed):
             if event.diagnostics.strip():
-                self._lines.append(event.diagnostics.rstrip("\n"))
+                coloured = event.diagnostics.rstrip("\n")
+                self._lines.append(coloured if self._stream.isatty() else plain(coloured))
             told = event.message and (self._verbose or not event.file)
             message = event.message if told else f"{event.file} does not compile"
             self._say(f"[red]{_escape(message)}[/]; the old code runs on")

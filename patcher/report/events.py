@@ -6,6 +6,7 @@ The names and fields of what goes out are a promise (README, "Events"); what els
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -31,6 +32,14 @@ class Variable:
     file: str
     outcome: str
     note: str = ""
+
+
+_COLOURS = re.compile(r"\x1b(\[[0-9;:]*[A-Za-z]|\][^\x07\x1b]*(\x07|\x1b\\))")  # ECMA-48: CSI, and OSC for links
+
+
+def plain(text: str) -> str:
+    """Return a compiler's words without its colours."""
+    return _COLOURS.sub("", text)
 
 
 def told_of(data: Iterable[Datum]) -> tuple[Variable, ...]:
@@ -117,7 +126,7 @@ class BuildFailed(Event):
     hint: str = ""
 
     def fields(self) -> dict[str, Any]:
-        return {"file": self.file, "diagnostics": self.diagnostics}
+        return {"file": self.file, "diagnostics": plain(self.diagnostics)}
 
 
 @dataclass(frozen=True, slots=True)

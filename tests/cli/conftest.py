@@ -70,6 +70,7 @@ class Session:
         self._events = Lines(self._fifo)
         self.output = Lines(self.process.stdout)
         self.pid = self.process.pid
+        self.ready: dict[str, Any] = {}
 
     def event(self, *names: str) -> dict[str, Any]:
         """Return the next event, or the next one that has one of some names."""
@@ -129,7 +130,7 @@ def watching(tmp_path: Path) -> Iterator[Callable[..., Session]]:
     def start(project: Project, *arguments: object) -> Session:
         session = Session(project.root, *arguments, events=tmp_path / f"events{len(sessions)}")
         sessions.append((session, 0))
-        ready = session.event("ready")
+        ready = session.ready = session.event("ready")
         # A program that was only attached to is ended by whoever started it.
         sessions[-1] = (session, ready["pid"] if arguments[0] == "spawn" else 0)
         if arguments[0] == "spawn":
