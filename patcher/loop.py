@@ -323,8 +323,10 @@ class Loop:
             self._go(_Round(time.perf_counter(), 0.0, pending))
 
     def _status(self) -> dict[str, object]:
+        found = self.session.status()
         return {
-            **self.session.status().as_json(),
+            **found.as_json(),
+            "recorded": list(found.recorded),
             "paused": self.paused,
             "watching": [str(p) for p in self.paths],
             "saved": sorted(map(str, self._held)),

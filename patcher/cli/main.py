@@ -19,6 +19,7 @@ from patcher.cli.doctor import doctor
 from patcher.cli.explain import explain
 from patcher.cli.header import header
 from patcher.cli.mistakes import explained
+from patcher.cli.monitor import monitor
 from patcher.cli.spawn import spawn
 from patcher.cli.status import status
 from patcher.errors import BuildError, PatcherError, named_shortages
@@ -38,7 +39,7 @@ def cli() -> None:
     """
 
 
-for command in (spawn, attach, apply, revert, status, explain, ctl, doctor, config, completion, header):
+for command in (spawn, attach, apply, revert, status, explain, ctl, monitor, doctor, config, completion, header):
     cli.add_command(command)
 
 

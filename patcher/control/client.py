@@ -83,7 +83,10 @@ class Connection:
         """Yield what was said in full, without waiting."""
         while b"\n" in self._data:
             line, _, self._data = self._data.partition(b"\n")
-            yield json.loads(line)
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise NoControl("what listens there speaks something else", "is it a patcher?") from None
 
 
 def result_of(message: dict[str, Any]) -> Any:

@@ -181,9 +181,10 @@ class Control:
         except place.NoControl:
             os.close(directory)
             raise
-        if self._listener is not None:
-            self._post(partial(self._unlisten, self._listener, self._directory, self._pid))
+        before = (self._listener, self._directory, self._pid)
         self._listener, self._directory, self._pid = listener, directory, pid
+        if before[0] is not None:
+            self._post(partial(self._unlisten, before[0], *before[1:]))
 
     @staticmethod
     def _unlisten(listener: socket.socket, directory: int, pid: int) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import select
+import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
+from fcntl import ioctl
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -146,3 +152,57 @@ def sentences(errors: str) -> Sequence[str]:
     """Return patcher's own lines on stderr without hints, which are indented."""
     assert "Traceback" not in errors, errors
     return [line for line in errors.splitlines() if line.startswith("patcher: ") and not line.startswith("patcher:  ")]
+
+
+class Screen:
+    """A command on a terminal of its own, and every byte that it shows."""
+
+    def __init__(self, command: list[str], cwd: Path) -> None:
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            os.chdir(cwd)
+            os.execvpe(command[0], command, {**ENVIRONMENT, "TERM": "xterm", "LANG": "C.UTF-8"})
+        ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        self.seen = b""
+        self.status: int | None = None
+
+    def expect(self, text: str) -> bytes:
+        """Return what was shown up to some text, since it was last waited for."""
+        deadline = time.monotonic() + SECONDS
+        while text.encode() not in self.seen:
+            ready, _, _ = select.select([self.terminal], [], [], max(0.0, deadline - time.monotonic()))
+            assert ready, f"no {text!r} in {self.seen!r}"
+            self.seen += os.read(self.terminal, 1 << 14)
+        before, found, self.seen = self.seen.partition(text.encode())
+        return before + found
+
+    def type(self, keys: str) -> None:
+        os.write(self.terminal, keys.encode())
+
+    def rest(self) -> bytes:
+        """Return what is shown until the end."""
+        with contextlib.suppress(OSError):
+            while part := os.read(self.terminal, 1 << 14):
+                self.seen += part
+        self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.seen
+
+    def end(self) -> None:
+        if self.status is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGHUP)
+            os.close(self.terminal)
+            os.waitpid(self.pid, 0)
+
+
+@pytest.fixture
+def on_screen() -> Iterator[Callable[[list[str], Path], Screen]]:
+    screens: list[Screen] = []
+
+    def start(command: list[str], cwd: Path) -> Screen:
+        screens.append(Screen(command, cwd))
+        return screens[-1]
+
+    yield start
+    for screen in screens:
+        screen.end()
