@@ -221,6 +221,14 @@ class Settings(Options):
     log: str = field(
         default="", metadata=_row("log", "Append what is said to this file, instead of stderr.", metavar="FILE")
     )
+    problems: bool = field(
+        default=False,
+        metadata=_row(
+            "problems",
+            "Say what is wrong as FILE:LINE:COLUMN: SEVERITY: MESSAGE, for an editor's problem matcher.",
+            of=WATCHING,
+        ),
+    )
     json: bool = field(
         default=False,
         metadata=_row(

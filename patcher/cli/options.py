@@ -16,6 +16,7 @@ from patcher.errors import PatcherError
 from patcher.options import Kind, Options, Row, Settings, rows_of
 from patcher.report.console import ConsoleReport
 from patcher.report.events import EventStream, Reporter, Reporters
+from patcher.report.problems import ProblemReport
 from patcher.session import Offer, Session
 from patcher.target import Target
 from patcher.tree import Tree
@@ -145,7 +146,8 @@ def open_reporter(settings: Settings, *others: Reporter) -> Iterator[Reporter]:
     with contextlib.ExitStack() as stack:
         if settings.log or settings.events != "-":
             stream = stack.enter_context(_appended("log", settings.log)) if settings.log else sys.stderr
-            reporters.append(ConsoleReport(stream, quiet=settings.quiet, verbose=settings.verbose))
+            console = ConsoleReport(stream, quiet=settings.quiet, verbose=settings.verbose)
+            reporters.append(ProblemReport(stream, console) if settings.problems else console)
         if settings.events == "-":
             reporters.append(EventStream(sys.stderr))
         elif settings.events:

@@ -31,6 +31,13 @@ _PREFIX = "patcher: "
 _LISTED = 8
 
 
+def write(stream: TextIO, lines: str) -> None:
+    """Write lines at once."""
+    # Raw terminal modes of the target do not turn a newline into a carriage return as well.
+    stream.write(lines.replace("\n", "\r\n") if stream.isatty() else lines)
+    stream.flush()
+
+
 class ConsoleReport:
     """Writes events for people. `quiet` leaves errors only; `verbose` names line-only functions too."""
 
@@ -44,10 +51,7 @@ class ConsoleReport:
     def emit(self, event: Event) -> None:
         self._compose(event)
         if self._lines:
-            # Raw terminal modes of the target do not turn a newline into a carriage return as well.
-            newline = "\r\n" if self._stream.isatty() else "\n"
-            self._stream.write("".join(line.replace("\n", newline) + newline for line in self._lines))
-            self._stream.flush()
+            write(self._stream, "".join(f"{line}\n" for line in self._lines))
             self._lines.clear()
 
     def _compose(self, event: Event) -> None:
