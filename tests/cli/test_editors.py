@@ -88,11 +88,34 @@ def test_vim_finds_the_same(project, lines, tmp_path):
     assert [(Path(f).name, int(n), int(c), words[t]) for f, n, c, t in found] == placed(project, lines)
 
 
-def test_emacs_knows_the_form_by_itself():
-    """Its `gnu` regexp asks for FILE:LINE:COLUMN: and takes `error`, `warning` and `note` for what they are."""
-    text = block("elisp")
-    assert "--problems" in text
-    assert text.count("(") == text.count(")")
+EMACS = """
+(require 'compile)
+(load (expand-file-name "snippet.el"))
+(unless (commandp 'patcher-spawn) (error "the snippet defines no command"))
+(with-current-buffer (get-buffer-create "*compilation*")
+  (insert-file-contents "lines")
+  (compilation-mode)
+  (setq compilation-skip-threshold 0 next-error-last-buffer (current-buffer)))
+(condition-case nil
+    (while t
+      (next-error)
+      (with-selected-window (selected-window)
+        (princ (format "%s:%d:%d\\n" (buffer-file-name) (line-number-at-pos) (1+ (current-column))))))
+  (user-error nil))
+"""
+
+
+@pytest.mark.skipif(shutil.which("emacs") is None, reason="emacs is not installed")
+def test_emacs_goes_there_by_itself(project, lines, tmp_path):
+    (tmp_path / "snippet.el").write_text(block("elisp"), "utf-8")
+    (tmp_path / "go.el").write_text(EMACS, "utf-8")
+    (tmp_path / "lines").write_text("\n".join(lines) + "\n", "utf-8")
+    done = subprocess.run(
+        ["emacs", "--batch", "-Q", "-l", "go.el"], cwd=tmp_path, capture_output=True, text=True, timeout=30
+    )
+    found = [line.rsplit(":", 2) for line in done.stdout.splitlines()]
+    wanted = [(name, line) for name, line, *_ in placed(project, lines)]
+    assert [(Path(f).name, int(n)) for f, n, _ in found] == wanted, done.stderr
 
 
 @pytest.mark.parametrize(

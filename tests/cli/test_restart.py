@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from project import Project
 
-from .conftest import Session, run
+from patcher.control import Connection
+
+from .conftest import ENVIRONMENT, Session, run
 
 MAIN = """\
 #include <stdio.h>
@@ -188,3 +190,22 @@ def test_wrong_usage(arguments, word, tmp_path) -> None:
     done = run("spawn", "cat", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert word in done.stderr
+
+
+def test_who_listens_hears_of_the_next_process_and_reaches_it(made, started, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    session = started(made, "spawn", "./program", "--watch", "src", "--restart", "exit")
+    first = int(session.ready["pid"])
+    with Connection(first) as connection:
+        connection.call("subscribe", {"events": ["ready", "exited"]})
+        session.process.stdin.write(b"-3\n")
+        session.process.stdin.flush()
+        events = connection.events()
+        assert [next(events)["event"] for _ in range(2)] == ["ready", "exited"]
+        second = next(events)["pid"]
+        assert second != first
+        with Connection(second) as another:
+            assert another.call("status")["pid"] == second
+    assert [p.name for p in (tmp_path / "patcher").glob("*.sock")] == [f"{second}.sock"]
+    assert again(session) == second
