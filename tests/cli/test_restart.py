@@ -11,6 +11,7 @@ import pytest
 from project import Project
 
 from patcher.control import Connection
+from patcher.errors import PatcherError
 
 from .conftest import ENVIRONMENT, Session, run
 
@@ -195,7 +196,9 @@ def test_wrong_usage(arguments, word, tmp_path) -> None:
 def test_who_listens_hears_of_the_next_process_and_reaches_it(made, started, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(ENVIRONMENT, "XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    session = started(made, "spawn", "./program", "--watch", "src", "--restart", "exit")
+    os.mkfifo(tmp_path / "gate")
+    build = f"read x < {tmp_path / 'gate'}; make -s"
+    session = started(made, "spawn", "./program", "--watch", "src", "--restart", "exit", "--build", build)
     first = int(session.ready["pid"])
     with Connection(first) as connection:
         connection.call("subscribe", {"events": ["ready", "exited"]})
@@ -203,6 +206,9 @@ def test_who_listens_hears_of_the_next_process_and_reaches_it(made, started, tmp
         session.process.stdin.flush()
         events = connection.events()
         assert [next(events)["event"] for _ in range(2)] == ["ready", "exited"]
+        with pytest.raises(PatcherError, match="there is no process now"):
+            connection.call("status")
+        (tmp_path / "gate").write_text("go\n")
         second = next(events)["pid"]
         assert second != first
         with Connection(second) as another:
