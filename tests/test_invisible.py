@@ -101,7 +101,7 @@ def state(pid: int, thread: int) -> str:
     return Path(f"/proc/{pid}/task/{thread}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(400)
 def test_a_thousand_patches_leave_no_trace(project, program):
     parent, pid = program
     change = project.object("unit.c", ("n + 1", "n + 100"))
@@ -128,7 +128,7 @@ def test_a_thousand_patches_leave_no_trace(project, program):
     assert parent.ask("end") == "0 0 1 7", "what the parent saw: no stop, no continuation, one SIGCHLD, the exit status"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(200)
 def test_a_real_signal_still_interrupts(project, program):
     """Handlers without SA_RESTART: each signal is handled once, and ends the call with EINTR, patch or no patch."""
     parent, pid = program

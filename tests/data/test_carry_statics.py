@@ -73,7 +73,9 @@ def test_a_static_of_a_function_grows(tmp_path: Path, compiled: Sequence[str], s
         assert_untouched(program.pid)
 
 
-def test_another_controller_goes_on(tmp_path: Path, compiled: Sequence[str]) -> None:
+def test_another_controller_goes_on(
+    tmp_path: Path, compiled: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": UNIT})
     with project.running() as program:
         assert program.ask(1) == "1011"
@@ -83,11 +85,18 @@ def test_another_controller_goes_on(tmp_path: Path, compiled: Sequence[str]) -> 
         with patcher.attach(program.pid, watched=[project.sources]) as session:
             assert told(session.apply(saved(project, GROWN.replace("100000", "200000")))) == []
             assert program.ask(1) == "1401031"
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("XDG_RUNTIME_DIR", str(tmp_path))  # where nothing is remembered of earlier changes
+            tmp_path.chmod(0o700)
+            with patcher.attach(program.pid, watched=[project.sources]) as session:
+                with pytest.raises(UnsafeChange) as refused:
+                    session.apply(saved(project, AGAIN))
+                assert refused.value.code == "layout", refused.value
+                assert program.ask(1) == "1401041"
         with patcher.attach(program.pid, watched=[project.sources]) as session:
-            with pytest.raises(UnsafeChange, match="has 12 bytes in the process, and another layout") as refused:
-                session.apply(saved(project, AGAIN))
-            assert refused.value.code == "layout"
-            assert program.ask(1) == "1401041"
+            note = "12 -> 16 bytes, members copied by name"
+            assert told(session.apply(saved(project, AGAIN))) == [("answer::state", "migrated", note)]
+            assert program.ask(1) == "1401051"
             session.revert(0)
             assert program.ask(1) == "1021"
 
