@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 int answer(int n);
-static const unsigned long reach = (1ul << 31) + (64ul << 20), hole = 66ul << 20;
+static const unsigned long reach = (1ul << 31) + (64ul << 20), hole = 66ul << 20, near = (1ul << 31) - (128ul << 20);
 static void fill(unsigned long start, unsigned long end)
 {
     if (start < end && mmap((void *)start, end - start, PROT_NONE,
@@ -31,6 +31,10 @@ static void crowd(int holes)
         gaps[count++][1] = high;
     }
     for (int i = 0; i < count; i++) {
+        if (holes > 0 && gaps[i][1] > here + near && gaps[i][0] + 2 * hole < here + near) {
+            fill(here + near, gaps[i][1]); /* a hole at the very end could not be reached */
+            gaps[i][1] = here + near;
+        }
         while (holes > 0 && gaps[i][1] - gaps[i][0] > 2 * hole) {
             gaps[i][1] -= hole;
             fill(gaps[i][1] - 4096, gaps[i][1]);
