@@ -196,7 +196,7 @@ class Borrowing:
                 raise Unsuitable("is about to handle a signal")
             self._check_unconfined(tracee, steps, terms)
             self._check_suitable(tracee, mappings, terms)
-            return _Loan(self._pid, self._memory, tracee, steps, terms).run_stub(mappings, terms.code)
+            return self._run_stub(_Loan(self._pid, self._memory, tracee, steps, terms), mappings, terms.code)
         except Confined as error:
             raise _all_confined(self._pid, f"thread {tracee.tid} {error}") from None
         except Unsuitable as error:
@@ -215,15 +215,18 @@ class Borrowing:
             self._await_suitable(tracee, mappings, terms, tries)
             loan = _Loan(self._pid, self._memory, tracee, steps, terms)
             if terms.code is not None:
-                try:
-                    return loan.run_stub(mappings, terms.code)
-                finally:
-                    if loan.away:
-                        self._unused_code.discard(terms.code)
+                return self._run_stub(loan, mappings, terms.code)
             if way is not None:
                 return loan.run_call(mappings, way)
             with self._written_stub(mappings) as start:
                 return loan.run_call(mappings, _Way(start, ()))
+
+    def _run_stub(self, loan: _Loan, mappings: Sequence[Mapping], code: int) -> tuple[int, ...]:
+        try:
+            return loan.run_stub(mappings, code)
+        finally:
+            if loan.away:  # it comes back by itself: until then nobody may write to the stub
+                self._unused_code.discard(code)
 
     @contextmanager
     def _standing(self, tid: int) -> Iterator[Tracee]:
