@@ -73,9 +73,7 @@ def test_a_static_of_a_function_grows(tmp_path: Path, compiled: Sequence[str], s
         assert_untouched(program.pid)
 
 
-def test_another_controller_goes_on(
-    tmp_path: Path, compiled: Sequence[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_controller_goes_on(tmp_path: Path, compiled: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": UNIT})
     with project.running() as program:
         assert program.ask(1) == "1011"
