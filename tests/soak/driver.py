@@ -35,6 +35,7 @@ PROGRAMS = Path(__file__).parent / "programs"
 CONTROLLER = Path(__file__).parent / "controller.py"
 WORKERS = 64
 ROWS = 4096
+WAITERS = 2  # threads in a call that shows EINTR after a stop
 PATIENCE = 60.0  # seconds for one order, one answer, one thread to make one round
 COMPILE = ("gcc", "-g", "-O2", "-pthread")
 OBJECT = ("-ffunction-sections", "-fdata-sections")
@@ -381,7 +382,8 @@ class Soak:
         self._look_after()
         if counts["sent"] != counts["arrived"] or counts["twice"] or abs(late) > 1:
             raise Wrong(f"signals were lost:\n{self.tally.text(0)}")
-        if counts["interrupted"] or lost:
+        # The kernel lets go of what a tracer that dies has just stopped, as it stands: with its EINTR.
+        if counts["interrupted"] > WAITERS * self.tally.killed or lost:
             raise Wrong(f"calls were interrupted, or counts lost:\n{self.tally.text(0)}")
 
     def close_controller(self) -> None:
