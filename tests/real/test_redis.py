@@ -159,6 +159,10 @@ def test_a_fix_that_changes_the_layout_of_live_data_is_refused_by_name(stage: St
     finally:
         apply(patch, stage.tree.root, reverse=True)
     message = f"{refusal['message']} {refusal['hint']}"
-    named = [name for name in ("redisServer", "lua_enable_deprecated_api", "static_configs") if name in message]
+    named = [
+        name
+        for name in ("redisServer", "lua_enable_deprecated_api", "static_configs", "lua_builtins_allow_list")
+        if name in message
+    ]
     assert named, f"the refusal names neither the type nor the member nor the table: {refusal}"
     stage.assert_nothing_lost()
