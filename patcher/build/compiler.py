@@ -27,9 +27,8 @@ from patcher.build.command import (
     text_of,
 )
 from patcher.build.database import GET_A_DATABASE
-from patcher.build.dependencies import read_listing
+from patcher.build.dependencies import named_files, read_listing
 from patcher.build.mirror import mirrored, write_texts
-from patcher.build.outline import dependencies
 from patcher.build.preamble import Preambles, Ready
 from patcher.build.running import Job, Outcome, never, run_all
 from patcher.build.toolchain import identify
@@ -279,7 +278,7 @@ class Compiler:
         if task.ready is None:
             return listed
         # A compiler behind a preamble lists what is ours, and perhaps not what the preamble was made from.
-        more = [file for file in dependencies(listed) if not Path(file).is_relative_to(self.directory)]
+        more = [file for file in named_files(listed) if not Path(file).is_relative_to(self.directory)]
         return task.ready.rule(more)
 
 

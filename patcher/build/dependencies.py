@@ -105,12 +105,16 @@ class Record:
 
 def prerequisites(text: str, directory: Path) -> tuple[Path, ...]:
     """Return the files that the rules of a dependency file name, resolved; relative ones are below `directory`."""
+    return _resolved(named_files(text), directory)
+
+
+def named_files(text: str) -> tuple[str, ...]:
+    """Return what the rules of a dependency file name behind their colons, each once, as it is written there."""
     words: list[str] = []
-    for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
+    for line in text.replace("\\\r\n", " ").replace("\\\n", " ").split("\n"):
         rule = _RULE.split(line, maxsplit=1)
         words += _WORD.findall(rule[1]) if len(rule) == 2 else []
-    plain = (re.sub(r"\\([ #])", r"\1", word).replace("$$", "$") for word in dict.fromkeys(words))
-    return _resolved(plain, directory)
+    return tuple(re.sub(r"\\([ #])", r"\1", word).replace("$$", "$") for word in dict.fromkeys(words))
 
 
 def _resolved(names: Iterable[str], directory: Path) -> tuple[Path, ...]:

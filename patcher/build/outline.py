@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import count
 
 _TOKEN = re.compile(
     rb"""
@@ -75,10 +74,3 @@ def _balanced(tokens: Iterator[bytes]) -> list[bytes]:
         if not depth:
             break
     return found
-
-
-def dependencies(rule: str) -> tuple[str, ...]:
-    """Return the files that a rule for make, as compilers write it, names behind the colon."""
-    words = re.findall(r"(?:\\[ #]|\$\$|\\(?!\n)|[^\s\\])+", rule.replace("\\\n", " "))
-    at = next((i for i in count() if i >= len(words) or words[i].endswith(":")), 0)
-    return tuple(re.sub(r"\\([ #])", r"\1", w).replace("$$", "$") for w in words[at + 1 :])

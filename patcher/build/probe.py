@@ -17,7 +17,8 @@ from pathlib import Path
 
 from patcher.build.command import ASSEMBLY, CompileCommand, is_cpp
 from patcher.build.compiler import Compiler
-from patcher.build.outline import dependencies, outline
+from patcher.build.dependencies import named_files
+from patcher.build.outline import outline
 from patcher.build.toolchain import Family, identify
 from patcher.errors import BuildError
 
@@ -70,7 +71,7 @@ class Probes:
         text = command.file.read_bytes()
         seen, outlined = self._seen.get(command), outline(text)
         unchanged = seen is not None and listing and (names, outlined) == (seen.names, seen.outline)
-        if seen is not None and unchanged and _stamps(command, dependencies(listing)) == seen.files:
+        if seen is not None and unchanged and _stamps(command, named_files(listing)) == seen.files:
             return seen.answer
         self._seen.pop(command, None)
         began = time.time_ns() - _TICK
@@ -96,7 +97,7 @@ class Probes:
                     raise
                 missing |= failed
                 continue
-            files = _stamps(command, dependencies(unit.listing), unit.object.parent)
+            files = _stamps(command, named_files(unit.listing), unit.object.parent)
             found = Probed(unit.object.read_bytes(), missing)
             self._compiler.discard(unit)
             return found, files

@@ -11,7 +11,7 @@ import pytest
 from elftools.common.exceptions import ELFError
 
 from patcher.build import CompileCommand, CompiledUnit, Compiler, likely_units
-from patcher.build.outline import dependencies
+from patcher.build.dependencies import named_files
 from patcher.build.preamble import Preambles, preambles
 from patcher.build.preamble.objects import same_but_debug
 from patcher.build.preamble.text import bare, cut, includes_more, leaves_state
@@ -202,7 +202,7 @@ def test_what_a_unit_is_made_from_is_known_all_the_same(cc: str, place: Path, co
     (place / "unit.cc").write_text('#include "beside #1 $.h"\n' + UNIT)
 
     def files(unit: CompiledUnit) -> set[Path]:
-        return {place / file for file in dependencies(unit.listing)} - {place / "unit.cc"}
+        return {place / file for file in named_files(unit.listing)} - {place / "unit.cc"}
 
     plain = files(compiler.compile(command))
     learnt(compiler, command)

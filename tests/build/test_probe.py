@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from patcher.build import PROBED, CompileCommand, Compiler, Probes
-from patcher.build.outline import dependencies, outline
+from patcher.build.dependencies import named_files
+from patcher.build.outline import outline
 from patcher.data.declared import Declared
 from patcher.data.layouts import declared_by
 
@@ -86,7 +87,7 @@ def test_what_is_surely_a_body_is_left_out(text: bytes) -> None:
 
 def test_the_files_of_a_rule() -> None:
     rule = "unit.o: a\\ b.h \\\n c.h \\\n  d$$.h x\\#y.h\n"
-    assert dependencies(rule) == ("a b.h", "c.h", "d$.h", "x#y.h")
+    assert named_files(rule) == ("a b.h", "c.h", "d$.h", "x#y.h")
 
 
 # --- asking -----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from patcher.build.outline import dependencies
+from patcher.build.dependencies import named_files
 from patcher.build.preamble.text import spoils
 
 _LIMIT = 8192  # places looked at, each time the preamble is used
@@ -85,7 +85,7 @@ def inputs_of(files: Sequence[str], searched: Sequence[str], source_directory: s
 
 def files_of(rule: str, directory: Path) -> tuple[str, ...]:
     """Return the files of a rule that the compiler wrote (-MD), absolute, without the one that was compiled."""
-    return tuple(dict.fromkeys(os.path.join(directory, name) for name in dependencies(rule)[1:]))
+    return tuple(dict.fromkeys(os.path.join(directory, name) for name in named_files(rule)[1:]))
 
 
 def searched_directories(said: str, directory: Path) -> tuple[str, ...]:
