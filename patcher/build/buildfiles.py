@@ -19,6 +19,7 @@ from pathlib import Path
 
 from patcher.build.command import CompileCommand
 from patcher.build.database import places_near
+from patcher.build.running import asked
 from patcher.build.toolchain import is_driver, program_index
 from patcher.build.trust import check_trusted
 from patcher.errors import NoCompileCommand
@@ -180,16 +181,7 @@ def _said(arguments: Sequence[str], directory: Path) -> str:
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     environment["LC_ALL"] = "C"  # the words looked for are translated otherwise
     try:
-        done = subprocess.run(
-            arguments,
-            cwd=directory,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_SECONDS,
-            check=False,
-        )
+        done = asked(arguments, _SECONDS, directory=directory, environment=environment)
     except subprocess.TimeoutExpired:
         raise NoCompileCommand(f"{shlex.join(arguments)}: not done after {_SECONDS:.0f} seconds") from None
     except OSError as error:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patcher.build.command import CompileCommand, object_of
+from patcher.build.running import asked
 
 _WORD = re.compile(r"(?:\\[ #]|\$\$|\\(?!\s)|[^\s\\])+")
 _RULE = re.compile(r"(?<!\\):(?=\s|$)")
@@ -170,15 +171,7 @@ def noted_by_ninja(directory: Path) -> dict[Path, Record]:
         return {}
     try:
         # -n: otherwise the log would be opened for writing, and written anew when that is due
-        done = subprocess.run(
-            ["ninja", "-n", "-t", "deps"],
-            cwd=directory,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_NINJA_SECONDS,
-            check=False,
-        )
+        done = asked(["ninja", "-n", "-t", "deps"], _NINJA_SECONDS, directory=directory)
     except (OSError, subprocess.TimeoutExpired):
         return {}
     return dict(_ninja_records(done.stdout.decode("utf-8", "surrogateescape"), directory))

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from patcher.build.command import is_unit
+from patcher.build.running import asked
 
 _COMMITS = 20
 _GIT_SECONDS = 2.0
@@ -45,15 +46,7 @@ def _committed(paths: Sequence[Path]) -> Iterator[Path]:
 
 def _git(directory: Path, *arguments: str) -> str:
     try:
-        done = subprocess.run(
-            ("git", *arguments),
-            cwd=directory,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=_GIT_SECONDS,
-            check=False,
-        )
+        done = asked(("git", *arguments), _GIT_SECONDS, directory=directory)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return os.fsdecode(done.stdout) if done.returncode == 0 else ""

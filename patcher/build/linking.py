@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from patcher.build.running import asked
+
+_COMPILER_SECONDS = 20
 _ABOVE = 4  # directories above the program in which a build may have its root
 _COMMENT = re.compile(r"/\*.*?\*/", re.S)
 _PUNCTUATION = re.compile(r"\bAS_NEEDED\b|[(),]")
@@ -198,14 +201,7 @@ def _script(path: Path) -> tuple[str, ...] | None:
 def file_of_compiler(compiler: str, name: str) -> Path | None:
     """Return where a compiler finds one of its own files or libraries, or None."""
     try:
-        done = subprocess.run(
-            [compiler, f"-print-file-name={name}"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=20,
-            check=False,
-        )
+        done = asked([compiler, f"-print-file-name={name}"], _COMPILER_SECONDS)
     except (OSError, subprocess.TimeoutExpired):
         return None
     said = done.stdout.decode("utf-8", "replace").strip()

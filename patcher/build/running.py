@@ -53,6 +53,29 @@ def never() -> bool:
     return False
 
 
+def asked(
+    arguments: Sequence[str],
+    seconds: float,
+    *,
+    directory: Path | None = None,
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a program to its end for what it prints; its complaints are dropped, and it has nothing to read.
+
+    Raises OSError where it cannot be started, TimeoutExpired after so many seconds.
+    """
+    return subprocess.run(
+        arguments,
+        cwd=directory,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        timeout=seconds,
+        check=False,
+    )
+
+
 def run_all(
     jobs: Sequence[Job],
     *,
