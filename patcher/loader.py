@@ -58,7 +58,8 @@ def workspace(target: Target, room: int = 0) -> Iterator[Workspace]:
     """Map a workspace in the target for the length of the block, with `room` bytes for arguments.
 
     It stays when a call was abandoned: the thread's own data, such as the loader's list of who catches its errors,
-    may point into the stack on which the function ran.
+    may point into the stack on which the function ran. It stays too when a thread that was left alone in it does not
+    come back in time.
     """
     size = _WORKSPACE_SIZE + (room + _PAGE - 1 & -_PAGE)
     planned = [SystemCall(_MPROTECT, (Result(0), _PAGE, protection)) for protection in (_READ_WRITE, _READ_EXECUTE)]
@@ -80,7 +81,8 @@ def workspace(target: Target, room: int = 0) -> Iterator[Workspace]:
     finally:
         if not abandoned:
             with suppress(PatcherError):  # what was called has been done
-                target.inject([SystemCall(_MUNMAP, (base, size))])
+                if target.has_left(code, stack=(stack, code)):
+                    target.inject([SystemCall(_MUNMAP, (base, size))])
 
 
 def _protect(target: Target, start: int, size: int, protection: int) -> None:

@@ -17,7 +17,6 @@ What is read from the header was in the memory of another process: it is checked
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,7 +37,6 @@ CODE_SIZE = 16 << 20
 WRITABLE_SIZE = 32 << 20
 TOTAL_SIZE = READ_ONLY_SIZE + CODE_SIZE + WRITABLE_SIZE + PAGE
 
-_STUB_SECONDS = 1.0
 
 SLOT_COUNT = 8192
 _SLOTS_OFFSET = PAGE
@@ -353,11 +351,8 @@ def create_arena(target: Target, arena: Arena) -> None:
 
 def remove_arena(target: Target, arena: Arena) -> None:
     """Unmap an arena that nothing refers to, or what there is of it by now; one that a thread still uses stays."""
-    deadline = time.monotonic() + _STUB_SECONDS
-    while target.runs_stub(arena.stub):
-        if time.monotonic() > deadline:
-            return
-        time.sleep(0.001)
+    if not target.has_left(arena.stub):
+        return
     ours = [m for m in target.mappings() if arena.base <= m.start and m.end <= arena.end and m.private]
     if sum(m.size for m in ours) == TOTAL_SIZE:
         target.inject([SystemCall(_MUNMAP, (arena.base, TOTAL_SIZE))])

@@ -380,6 +380,7 @@ class Ledger:
                 self.target.memory.write(address, data)
             self._write_islands(change)
             if change.choices:
+                expose()  # a resolver that we leave alone in the middle goes on in it
                 change = self._chosen(change)
                 self._write_islands(change)
             if change.constructors:

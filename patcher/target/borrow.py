@@ -177,10 +177,10 @@ class Borrowing:
             time.sleep(pause * (0.5 + random.random()))
             pause, tries = min(1.5 * pause, _LONGEST_PAUSE), _TRIES_IN_A_ROW
 
-    def uses(self, code: int, mappings: Sequence[Mapping]) -> bool:
-        """Whether some thread still runs a stub at `code`, or may (it cannot be looked at)."""
+    def uses(self, code: int, stack: tuple[int, int] | None, mappings: Sequence[Mapping]) -> bool:
+        """Whether some thread still runs a stub at `code` or is on `stack`, or may (it cannot be looked at)."""
         try:
-            self._check_code_unused(Terms(code, 0, 0), mappings)
+            self._check_code_unused(Terms(code, 0, 0, stack=stack), mappings)
         except Unsuitable:
             return True
         return False

@@ -246,7 +246,7 @@ class _Gathering:
         return Stopped(self.pid, standing)
 
     def _stop(self, tracees: list[Tracee], deadline: int) -> None:
-        with self._in_haste(tracees):
+        with self._in_haste():
             for tracee in tracees:
                 tracee.interrupt()
         for tracee in tracees:
@@ -281,7 +281,7 @@ class _Gathering:
 
     def release(self) -> int:
         tracees = list(self.tracees.values())
-        with self._in_haste(tracees):
+        with self._in_haste():
             left = [t for t in tracees if not (t.standing and (t.detach() or (t.standing and t.detach())))]
             ended = time.monotonic_ns()
         for tracee in left:
@@ -293,9 +293,9 @@ class _Gathering:
         self.lingering.held = {}
         return ended - self.started if self.started else 0
 
-    def _in_haste(self, tracees: list[Tracee]) -> AbstractContextManager[None]:
+    def _in_haste(self) -> AbstractContextManager[None]:
         # Each that wakes would take our processor, and the others would stand still for longer.
-        return ahead() if len(tracees) > 1 else nullcontext()
+        return ahead() if len(self.tracees) > 1 else nullcontext()
 
     def _start(self) -> None:
         self.started = time.monotonic_ns()

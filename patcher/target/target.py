@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import struct
+import time
 import types
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Mapping as MappingOf
@@ -34,6 +35,7 @@ from patcher.target.stop import (
 )
 from patcher.target.tracing import Tracee, forget_exit, noted_exit, thread_state
 
+_LEAVING_SECONDS = 1.0
 _BITE = 512  # bytes poked while one thread stands still: some 0.1 ms
 _PAGE, _JUMP = 4096, 5
 
@@ -200,10 +202,18 @@ class Target:
         terms = Terms(code, timeout, timeout, objection, planned=tuple(planned))
         return self._borrowing.run(tuple(steps), self.mappings(), terms)
 
-    def runs_stub(self, code: int) -> bool:
-        """Whether some thread still runs steps that were put at `code`; raises as `inject`."""
+    def has_left(self, code: int, *, stack: tuple[int, int] | None = None) -> bool:
+        """Wait until no thread runs steps that were put at `code`, or is on `stack`; say whether that came true.
+
+        A thread that was left alone in the middle of them comes back by itself. Raises as `inject`.
+        """
         self.check_alive()
-        return self._borrowing.uses(code, self.mappings())
+        deadline = time.monotonic() + _LEAVING_SECONDS
+        while self._borrowing.uses(code, stack, self.mappings()):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
 
     def call(
         self,

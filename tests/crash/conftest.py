@@ -23,11 +23,29 @@ __attribute__((constructor)) static void start(void)
 }
 #define STEP base
 """
+# One that is in the middle of its work for so long that whoever gives up meanwhile has long taken its memory away.
+SLOW_CONSTRUCTOR = """\
+#include <unistd.h>
+static int base;
+__attribute__((constructor)) static void start(void)
+{
+    for (int i = 0; i < 20; i++)
+        usleep(2000);
+    base = 2;
+}
+#define STEP base
+"""
 NEW_LIBRARY = """\
 double cbrt(double);
 static volatile double eight = 8;
 #define STEP ((int)(cbrt(eight) + 0.5))
 """
+ADDED = {
+    "with an IFUNC": NEW_IFUNC,
+    "with a constructor": NEW_CONSTRUCTOR,
+    "with a slow constructor": SLOW_CONSTRUCTOR,
+    "with a library": NEW_LIBRARY,
+}
 # A function that jumps back to its entry, so that it changes only while nobody is in it.
 QUIET = """\
 #define TEXT(x) #x
@@ -92,11 +110,11 @@ def _case(name: str, root: Path) -> Case:
     shared = ("b.c",) if of == "in two modules" else ()
     scene = Scene(root, units, shared=shared)
     options = {"force": True, **({"libraries": ["m"]} if of == "with a library" else {})}
-    text = {"with an IFUNC": NEW_IFUNC, "with a constructor": NEW_CONSTRUCTOR, "with a library": NEW_LIBRARY}.get(of)
+    text = ADDED.get(of)
     first = scene.redefined(text) if text else scene.change(2)
     if kind == "first":
         made = Case(scene, [], first, options=options, steps={0: "1", 1: "2"}, final=scene.change(9))
-        return replace(made, constructs=of == "with a constructor")
+        return replace(made, constructs=of.endswith("constructor"))
     if kind == "later":
         steps = {0: "1", 1: "2", 2: "3"}
         return Case(scene, [first], scene.change(3), options=options, steps=steps, final=scene.change(9))

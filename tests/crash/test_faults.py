@@ -34,6 +34,7 @@ FAULTS = [
     ("undo", PTRACE, errno.EPERM, 5),
     ("undo", PWRITE, errno.EIO, 1),
     ("first with a constructor", PTRACE, errno.EPERM, 71),
+    ("first with a slow constructor", PTRACE, errno.EPERM, 37),
 ]
 
 
