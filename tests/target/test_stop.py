@@ -15,6 +15,7 @@ import pytest
 import patcher.target.stop as stop
 from patcher.errors import AttachDenied, PatcherError, TargetBusy, TargetGone
 from patcher.target import Target
+from patcher.target.tracing import thread_state
 
 from .conftest import statuses
 
@@ -193,6 +194,8 @@ def test_one_thread_sampled(start, attach):
     program = start("signals", "spinning")
     target = attach(program.pid)
     other = next(tid for tid in target.threads() if tid != program.pid)
+    while thread_state(program.pid, program.pid) != "S":  # on its way from "ready" to its next line
+        time.sleep(0.001)
     with target.sampled(other) as thread:
         assert thread.tid == other
         assert statuses(program.pid, "State") == {"S", "t"}
@@ -268,7 +271,7 @@ def test_uninterruptible_thread_is_named(tmp_path, attach):
 
 def test_we_run_as_before_when_many_threads_have_been_stopped(start, attach):
     """We are ahead of whom we wake as long as we wake them, and no longer: what waits for them must let them run."""
-    target = attach(start("crowd", "20", "rest").pid)
+    target = attach(start("crowd", "20").pid)
     before, asked = (os.sched_getscheduler(0), os.sched_getparam(0).sched_priority), []
     interrupt, detach = stop.Tracee.interrupt, stop.Tracee.detach
 
