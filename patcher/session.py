@@ -605,6 +605,7 @@ class Session:
         from patcher.directory import published
         from patcher.hooks import Named, applying
 
+        self._announce(variables)
         commit = published(self.image, self.ledger, linked.commit)
         named = tuple(Named(d.name, Path(d.file).name, d.fate.value) for d in linked.data)
         self.ledger.realise()
@@ -620,6 +621,12 @@ class Session:
             frames=self.frames,
             timings=Timings(stop=result.stop_ns / 1e6),
         )
+
+    def _announce(self, variables: Sequence[Variable]) -> None:
+        """Say which values are about to be carried over: afterwards it is too late to think of a mistake."""
+        migrated = [v for v in variables if v.outcome == Fate.MIGRATED.value]
+        if migrated:
+            self.emit(Note("about to migrate: " + ", ".join(f"{v.name} ({v.note})" for v in migrated)))
 
     def _note(self, units: Units, changes: Changes, linked: Linked, outcome: Generation) -> None:
         """Remember what a change that is live means for the next ones."""

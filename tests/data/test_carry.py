@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from project import MAIN, Project, assert_untouched
+from project import MAIN, Project, Running, assert_untouched
 
 import patcher
 from patcher.errors import TargetBusy, UnsafeChange
+from patcher.report import Event, Note
 
 COMPILERS = [(c, o) for c in ("gcc", "clang") for o in ("-O0", "-O2")]
 HEADER = "struct config { int count; char name[12]; };\nextern struct config settings;\n"
@@ -90,6 +91,37 @@ def test_a_struct_that_grows_with_all_who_know_it(tmp_path, compiled):
         assert [v.note for v in done.variables] == [NOTE]
         assert program.ask(1) == "70009", "filled afresh"
         assert_untouched(program.pid)
+
+
+class Asking:
+    """Asks the program whenever something is noted."""
+
+    def __init__(self, program: Running) -> None:
+        self.program = program
+        self.noted: list[tuple[str, str]] = []
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, Note):
+            self.noted.append((event.text, self.program.ask(1)))
+
+
+def test_a_migration_is_told_before_it_happens(tmp_path, compiled):
+    project = shared(tmp_path)
+    with project.running() as program:
+        reporter = Asking(program)
+        with patcher.attach(program.pid, watched=[project.sources], dry_run=True) as session:
+            session._reporter = reporter
+            files = grow(tmp_path, project)
+            assert session.apply(*files).variables
+            assert not reporter.noted, "a rehearsal is about to do nothing"
+        with patcher.attach(program.pid, watched=[project.sources]) as session:
+            session._reporter = reporter
+            session.apply(*files)
+            assert reporter.noted == [(f"about to migrate: settings ({NOTE})", "6")], "while the old code answers"
+            assert program.ask(1) == "70007"
+            session.apply(rewrite(project, "unit.c", NEW.replace("n + other", "10 * n + other")))
+            assert len(reporter.noted) == 1
+            assert program.ask(1) == "70017"
 
 
 def test_who_is_not_saved_is_named(tmp_path):
