@@ -8,7 +8,7 @@ is seen through. Specification: DWARF 5, chapter 5; bit-fields of DWARF 4 in sec
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -96,9 +96,18 @@ _NOWHERE = 0  # the place of no entry: `void`
 VOID = Node(Kind.VOID)
 _NESTED = re.compile(r"_ZN[rVK]*(.*)")
 _LENGTH = re.compile(r"\d+")
-_VALUES = frozenset((Tag.PARAMETER, Tag.VARIABLE))
-_PASSING = frozenset((Tag.PARAMETER, Tag.SUBPROGRAM, Tag.SUBROUTINE_TYPE))
 _LEADING = frozenset((Tag.POINTER, Tag.REFERENCE, Tag.RVALUE_REFERENCE, Tag.POINTER_TO_MEMBER))
+_MENTIONING = _LEADING | {Tag.PARAMETER, Tag.VARIABLE, Tag.SUBPROGRAM, Tag.SUBROUTINE_TYPE}
+
+
+@dataclass(frozen=True, slots=True)
+class _Mentions:
+    """The types that a unit names, by what names them: see the properties of `Declared`."""
+
+    passed: frozenset[int]
+    pointed: frozenset[int]
+    automatic: frozenset[int]
+    by_function: Mapping[int, Sequence[int]]  # of each function, in what order they stand
 
 
 class Declared:
@@ -192,44 +201,69 @@ class Declared:
         return tag == Tag.CONST
 
     @cached_property
-    def functions(self) -> Mapping[str, Entry]:
+    def functions(self) -> frozenset[str]:
         """The functions that the unit has code or declarations of, by qualified name."""
-        found = {self._qualified(e): e for e in self._entries if e.tag == Tag.SUBPROGRAM}
-        return {name: entry for name, entry in found.items() if name}
+        return frozenset(filter(None, map(self._qualified, self._subprograms)))
 
     @cached_property
-    def named_in(self) -> Mapping[str, tuple[int, ...]]:
-        """The types of each function's result, parameters and variables."""
-        return {name: self._types_in(entry) for name, entry in self.functions.items()}
+    def _subprograms(self) -> tuple[Entry, ...]:
+        return tuple(e for e in self._entries if e.tag == Tag.SUBPROGRAM)
 
-    def _types_in(self, function: Entry) -> tuple[int, ...]:
-        places = [function.offset, *(offset for offset, _ in self._dies.within(function.offset, _VALUES))]
-        return tuple(found for p in places if (found := self._type_at(p)))
+    def functions_naming(self, wanted: Callable[[int], bool]) -> tuple[str, ...]:
+        """Return the functions whose result, parameters or variables are of a wanted type, by qualified name."""
+        of = self._mentions.by_function
+        found = (self._qualified(e) for e in self._subprograms if any(map(wanted, of.get(e.offset, ()))))
+        return tuple(name for name in dict.fromkeys(found) if name)
 
-    @cached_property
+    @property
     def passed(self) -> frozenset[int]:
         """The types that functions take and return, those of other units too."""
-        every = {self._type_at(offset) for offset, _ in self._dies.within(self._dies.header.first, _PASSING)}
-        return frozenset(every - {_NOWHERE})
+        return self._mentions.passed
+
+    @property
+    def automatic(self) -> frozenset[int]:
+        """The types of variables without static storage."""
+        return self._mentions.automatic
+
+    @property
+    def pointed(self) -> frozenset[int]:
+        """The types that pointers and references lead to."""
+        return self._mentions.pointed
+
+    @cached_property
+    def _mentions(self) -> _Mentions:
+        passed: set[int] = set()
+        pointed: set[int] = set()
+        variables: list[tuple[int, int]] = []
+        by_function: dict[int, list[int]] = {}
+        inside: list[tuple[int, list[int]]] = []  # the functions that the entry is in: depth, and the types there
+        for tag, place, type_, depth in self._dies.typed(_MENTIONING):
+            while inside and depth <= inside[-1][0]:
+                inside.pop()
+            if tag in _LEADING:
+                pointed.add(type_)
+                continue
+            if tag == Tag.VARIABLE:
+                variables.append((place, type_))
+            else:
+                passed.add(type_)
+            if tag == Tag.SUBPROGRAM:
+                inside.append((depth, by_function.setdefault(place, [])))
+            if tag != Tag.SUBROUTINE_TYPE:
+                for _, types in inside:
+                    types.append(type_)
+        automatic = {type_ for place, type_ in variables if type_ and self._is_automatic(place)}
+        for type_ in passed | pointed | automatic:
+            self._dies.reference(type_ or None)
+        nowhere = {_NOWHERE}
+        return _Mentions(frozenset(passed - nowhere), frozenset(pointed - nowhere), frozenset(automatic), by_function)
+
+    def _is_automatic(self, place: int) -> bool:
+        raw = self._dies.attributes(place)
+        return not _is_static(raw.get(At.LOCATION, b"")) and At.DECLARATION not in raw
 
     def _type_at(self, offset: int) -> int:
         return self._reference(self._dies.attributes(offset), At.TYPE)
-
-    @cached_property
-    def automatic(self) -> frozenset[int]:
-        """The types of variables without static storage."""
-        found = set()
-        for offset, _ in self._dies.within(self._dies.header.first, frozenset((Tag.VARIABLE,))):
-            raw = self._dies.attributes(offset)
-            if not _is_static(raw.get(At.LOCATION, b"")) and At.DECLARATION not in raw:
-                found.add(self._reference(raw, At.TYPE))
-        return frozenset(found - {_NOWHERE})
-
-    @cached_property
-    def pointed(self) -> frozenset[int]:
-        """The types that pointers and references lead to."""
-        every = {self._type_at(offset) for offset, _ in self._dies.within(self._dies.header.first, _LEADING)}
-        return frozenset(every - {_NOWHERE})
 
     @cached_property
     def plain_typedefs(self) -> Mapping[str, tuple[int, ...]]:

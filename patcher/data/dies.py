@@ -92,6 +92,7 @@ _FLAG_PRESENT, _IMPLICIT = 0x19, 0x21
 _STRINGS, _LINE_STRINGS, _INDEXED_STRINGS = 0x0E, 0x1F, (0x1A, 0x25, 0x26, 0x27, 0x28)
 _TEXTS = (_STRINGS, _LINE_STRINGS, *_INDEXED_STRINGS)
 _IN_UNIT = (0x11, 0x12, 0x13, 0x14, 0x15)
+_REFERENCE = 0x13  # in four bytes, within the unit
 _CODES = {1: "B", 2: "H", 4: "I", 8: "Q", 16: "16s"}
 
 _OUTER = frozenset(
@@ -150,6 +151,8 @@ class _Abbreviation:
     references: tuple[int, ...]
     texts: tuple[tuple[int, int], ...]  # attributes that are strings elsewhere, and the forms that say where
     name: int  # where the offset of its name in `.debug_str` is; -1: elsewhere, or there is another entry to ask
+    typed: bool  # whether it has a type
+    type: int  # where the reference to that is; -1: not at a fixed place
 
 
 _COMPILE, _SKELETON, _SPLIT = 1, 4, 5  # kinds of units (DWARF 5, table 7.2)
@@ -273,22 +276,36 @@ class Dies:
                         outer = entry
         return found
 
-    def within(self, start: int, tags: frozenset[int]) -> Iterator[tuple[int, int]]:
-        """Return the places and depths of the entries of some tags below one, itself included."""
-        info, depth, place = self._info, 0, start
-        while place < self.header.end:
-            begin = place
-            code, place = _leb(info, place)
-            if code:
-                abbreviation = self._abbreviations[code]
-                place = _past(info, place, abbreviation)
-                if abbreviation.tag in tags:
-                    yield begin, depth
-                depth += abbreviation.children
-            else:
+    def typed(self, tags: frozenset[int]) -> Iterator[tuple[int, int, int, int]]:
+        """Return the tags, places, types (0: none) and depths of all entries of some tags."""
+        info, table, place, end, start = (
+            self._info,
+            self._abbreviations,
+            self.header.first,
+            self.header.end,
+            self.header.start,
+        )
+        depth = 0
+        while place < end:
+            begin, code = place, info[place]
+            place += 1
+            if code >= 0x80:
+                code, place = _leb(info, begin)
+            if not code:
                 depth -= 1
-            if depth <= 0:
-                return
+                if depth <= 0:
+                    return
+                continue
+            step = table[code]
+            if step.tag in tags:
+                at, type_ = place + step.type, 0
+                if step.type >= 0:
+                    type_ = start + int.from_bytes(info[at : at + 4], "little")
+                elif step.typed:
+                    type_ = self.reference(self.attributes(begin)[At.TYPE])
+                yield step.tag, begin, type_, depth
+            place = place + step.size if step.size >= 0 else _past(info, place, step)
+            depth += step.children
 
     def tag(self, offset: int) -> int:
         return self._abbreviations[_leb(self._info, offset)[0]].tag
@@ -500,15 +517,19 @@ def _abbreviation(tag: int, children: bool, every: tuple[tuple[int, int, int], .
         fixed=struct.Struct("<" + "".join(codes)) if fixed and all(codes) else None,
         references=tuple(a for a, form in attributes if form in _IN_UNIT),
         texts=tuple((a, form) for a, form in attributes if form in _TEXTS),
-        name=_name_place(attributes) if At.SPECIFICATION not in names and At.ABSTRACT_ORIGIN not in names else -1,
+        name=-1
+        if At.SPECIFICATION in names or At.ABSTRACT_ORIGIN in names
+        else _place_of(At.NAME, _STRINGS, attributes),
+        typed=At.TYPE in names,
+        type=_place_of(At.TYPE, _REFERENCE, attributes),
     )
 
 
-def _name_place(attributes: tuple[tuple[int, int], ...]) -> int:
+def _place_of(wanted: int, as_form: int, attributes: tuple[tuple[int, int], ...]) -> int:
     place = 0
     for attribute, form in attributes:
-        if attribute == At.NAME:
-            return place if form == _STRINGS else -1
+        if attribute == wanted:
+            return place if form == as_form else -1
         if _FORMS[form] < 0:
             return -1
         place += _FORMS[form]
@@ -525,7 +546,7 @@ def _action(
 ) -> int:
     if tag == Tag.SUBPROGRAM and At.DECLARATION in names and not virtual:
         # A function's declaration in a class has parameters, but neither types nor variables of its own.
-        return _SKIP if children and attributes[-1:] == ((At.SIBLING, 0x13),) else _PASS
+        return _SKIP if children and attributes[-1:] == ((At.SIBLING, _REFERENCE),) else _PASS
     if tag in _OUTER:
         return _OPEN
     if tag == Tag.VARIABLE and At.DECLARATION not in names:
