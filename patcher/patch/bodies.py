@@ -42,22 +42,22 @@ class Version:
 
 
 class Bodies:
-    """The code of all functions that were ever patched; what it made of a record it keeps."""
+    """The code of all functions that were ever patched; what it made of a record it keeps while that is asked for."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[GenerationRecord, tuple[Version, ...]]] = {}
 
     def out_of_use(self, journal: Journal, slots: Mapping[Door, int]) -> tuple[Version, ...]:
         """Return the code that no call reaches once slots have these values, of the functions that have these slots."""
-        records = journal.generations.values()
-        return tuple(version for record in records for version in self._of(record) if version.is_unused(slots))
+        self._known = {record.number: self._of(record) for record in journal.generations.values()}
+        return tuple(version for _, every in self._known.values() for version in every if version.is_unused(slots))
 
-    def _of(self, record: GenerationRecord) -> tuple[Version, ...]:
+    def _of(self, record: GenerationRecord) -> tuple[GenerationRecord, tuple[Version, ...]]:
         known = self._known.get(record.number)
-        if known is None or known[0] is not record:
-            originals = [version for redirect in record.redirects for version in _original(redirect)]
-            known = self._known[record.number] = record, (*originals, *_placed(record))
-        return known[1]
+        if known is not None and known[0] is record:
+            return known
+        originals = [version for redirect in record.redirects for version in _original(redirect)]
+        return record, (*originals, *_placed(record))
 
 
 def _original(redirect: Redirect) -> Iterator[Version]:

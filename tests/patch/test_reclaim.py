@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from project import MAIN as ANSWERING
 import patcher
 from patcher.errors import UnsafeChange
 from patcher.patch import reclaim as reclaiming
-from patcher.patch.journal import FORMER
+from patcher.patch.journal import FORMER, GenerationRecord
 from patcher.patch.reclaim import Policy, folded
 
 COUNT = int(os.environ.get("GENERATIONS", "1000"))
@@ -221,6 +222,8 @@ def test_generations_without_end(project, objects):
         assert still == mapped
         assert later - resident < 256 << 10
         assert len(session.ledger.journal.free) < 32, "free memory is in small pieces"
+        known = sum(isinstance(found, GenerationRecord) for found in gc.get_objects())
+        assert known < 4 * len(status.recorded) + 16, "records of what is gone are kept"
         assert_untouched(program.pid)
 
 
