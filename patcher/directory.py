@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from patcher.image import Image
 from patcher.link.place import ArenaFull
 from patcher.patch.arena import Arena, Usage
+from patcher.patch.commit import Commit
 from patcher.patch.journal import FORMER, GenerationRecord, Journal, Placed, Stretch, without
-from patcher.patch.ledger import Commit, Ledger
+from patcher.patch.ledger import Ledger
 
 STATE = "patcher_state"
 MAGIC = int.from_bytes(b"patstate", "little")

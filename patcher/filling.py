@@ -18,8 +18,8 @@ from patcher.data.still_used import refuse_words
 from patcher.errors import AttachDenied, PatcherError, TargetGone, UnsafeChange
 from patcher.image import Image
 from patcher.loader import Caller, Workspace
+from patcher.patch.commit import Fill
 from patcher.patch.journal import ArenaView
-from patcher.patch.ledger import Fill
 from patcher.patch.transaction import read_stack
 from patcher.target import FunctionCall, Stopped, StoppedThread
 
@@ -152,7 +152,8 @@ class Filling:
         except (TargetGone, AttachDenied):
             raise
         except PatcherError as error:
-            self._forget_arguments()
+            if not self._target.left_alone(self._memory.code):  # it goes on by what is there
+                self._forget_arguments()
             by = ", ".join(dict.fromkeys(f"`{f.by}`" for f in fills))
             raise UnsafeChange(
                 f"{by} of {fills[0].unit} was not run to its end, and so nothing was changed: {error.message}",

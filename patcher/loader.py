@@ -21,7 +21,7 @@ from pathlib import Path
 
 from patcher.elf.tables import read_raw
 from patcher.elf.thread_module import NAMES, NUMBER_CELL, OFFSET_CELL, ThreadBlock, names_of, thread_module
-from patcher.errors import ObjectError, PatcherError, TargetBusy, TargetGone, UnsafeChange
+from patcher.errors import ObjectError, PatcherError, UnsafeChange
 from patcher.image import Image
 from patcher.safepoint import SafePoints
 from patcher.target import FunctionCall, Result, Stopped, StoppedThread, SystemCall, Target, read_stat
@@ -192,8 +192,10 @@ class Caller:
             Path(f"/proc/{self.target.pid}/fd/{descriptor}").write_bytes(contents)
             yield descriptor
         finally:
-            with suppress(TargetBusy, TargetGone):
-                self.target.inject([SystemCall(_CLOSE, (descriptor,))])
+            with suppress(PatcherError):
+                # A thread that was left alone in the loader would open by that number what the program opened since.
+                if self.target.has_left(memory.code, stack=memory.stack):
+                    self.target.inject([SystemCall(_CLOSE, (descriptor,))])
 
     def _load(self, path: str, flags: int, memory: Workspace | None) -> int:
         name = _as_text(path)

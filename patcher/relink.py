@@ -47,6 +47,7 @@ from patcher.live import THREAD_LOCAL, UNDEFINED, LiveFunction, base_name, threa
 from patcher.match import Status
 from patcher.part import Part
 from patcher.patch.arena import DOOR_SIZE, SLOT_COUNT, Arena, Usage
+from patcher.patch.commit import Choice, Commit, Constructor, Fill, ThreadValue
 from patcher.patch.journal import (
     Allocation,
     Body,
@@ -59,7 +60,7 @@ from patcher.patch.journal import (
     Stretch,
     without,
 )
-from patcher.patch.ledger import Choice, Commit, Constructor, Fill, Ledger, ThreadValue
+from patcher.patch.ledger import Ledger
 
 
 @dataclass(frozen=True, slots=True)

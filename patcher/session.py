@@ -61,7 +61,8 @@ if TYPE_CHECKING:
     from patcher.link.place import FarData
     from patcher.part import Part
     from patcher.patch.bodies import Version
-    from patcher.patch.ledger import Commit, Constructor, Ledger
+    from patcher.patch.commit import Commit, Constructor
+    from patcher.patch.ledger import Ledger
     from patcher.patch.reclaim import Policy
     from patcher.patch.transaction import FlipResult
     from patcher.policy import Condition

@@ -18,7 +18,7 @@ import numpy as np
 from patcher.errors import UnsafeChange
 from patcher.image import Image
 from patcher.linkmap import GENERATION_NAMES, generations
-from patcher.patch.ledger import ThreadValue
+from patcher.patch.commit import ThreadValue
 from patcher.patch.transaction import read_stack
 from patcher.target import Mapping, Stopped, StoppedThread
 from patcher.unwind import Unwinder

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 RT_SIGRETURN = 15
-SPARE_WORDS = 3  # behind the results: the default of mxcsr, where errno is, and what it was
+SPARE_WORDS = 4  # behind the results: the default of mxcsr, where errno is, what it was, and the mark
+_MARK_SIZE, _END_SIZE = 11, 19  # of the instructions that clear the mark, and of those behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,9 @@ def assemble(steps: Sequence[Step], results: int, frame: int, blobs: Sequence[in
     """Return the code that does `steps` and then restores the thread from the signal frame at `frame`.
 
     `results` is the address of 8 bytes a step followed by SPARE_WORDS words, the first of which is 0x1f80 (mxcsr's
-    default); `blobs` holds the addresses of the `bytes` arguments in their order. With the address of the function
-    that tells where errno is, errno is what it was afterwards. The code is position-independent.
+    default), and the last the mark: it is cleared when all steps are done (and only the code itself is still in use).
+    `blobs` holds the addresses of the `bytes` arguments in their order. With the address of the function that tells
+    where errno is, errno is what it was afterwards. The code is position-independent.
     """
     addresses = iter(blobs)
     code = bytearray()
@@ -109,11 +111,22 @@ def assemble(steps: Sequence[Step], results: int, frame: int, blobs: Sequence[in
         struct.pack_into("<i", code, after - 4, end - after)
     if errno_location:
         code += _RESTORE_ERRNO
+    code += b"\x48\xc7\x83" + struct.pack("<ii", mark_offset(len(steps)), 0)  # movq $0, mark(%rbx)
     code += b"\x48\xbc" + _u64(frame)  # movabs $frame, %rsp
     code += b"\xb8\x0f\x00\x00\x00"  # mov $15, %eax
     code += b"\x0f\x05"  # syscall (rt_sigreturn)
     code += b"\xeb\xf7"  # jmp to the mov: only reached when a controller called the system call off
     return bytes(code)
+
+
+def mark_offset(count: int) -> int:
+    """Return where the mark is of so many steps, from `results` on."""
+    return 8 * (count + SPARE_WORDS - 1)
+
+
+def end_offset(stub: bytes) -> int:
+    """Return where in a stub a thread that has `results` in %rbx clears the mark and then restores itself."""
+    return len(stub) - _END_SIZE - _MARK_SIZE
 
 
 # The return address must not stay behind: it would look as if the stub were still in use.

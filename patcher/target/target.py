@@ -18,8 +18,9 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from patcher.errors import PatcherError, TargetBusy, TargetGone, named_shortages
-from patcher.target.borrow import Borrowing, Terms
+from patcher.target.borrow import Borrowing
 from patcher.target.image import find_image, time_written
+from patcher.target.loan import Terms
 from patcher.target.maps import Mapping, read_mappings
 from patcher.target.memory import Memory
 from patcher.target.process import await_program, check_attachable, command_name, permission_denied, read_stat
@@ -214,6 +215,14 @@ class Target:
                 return False
             time.sleep(0.001)
         return True
+
+    def left_alone(self, code: int) -> bool:
+        """Whether a thread that was left alone in steps at `code` is not done with them. Asks without stopping any."""
+        return self._borrowing.left_alone(code)
+
+    def expect_others(self) -> None:
+        """Take it that another patcher may have been here, and may have left threads in memory for steps."""
+        self._borrowing.distrust()
 
     def call(
         self,

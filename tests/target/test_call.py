@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import random
 import re
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +43,9 @@ class Callees(NamedTuple):
     code: int
     stack: int
     leave: int
+    hold: int
+    trap: int
+    count_spoiled: int
 
 
 class Ground:
@@ -387,4 +393,93 @@ def test_a_function_is_finished_without_its_controller_and_the_next_one_waits_fo
     with open(f"/proc/{ground.program.pid}/fd/{c.pipe_in}", "wb", buffering=0) as pipe:
         pipe.write(b"x")
     assert ground.call(FunctionCall(c.count_calls)) == (1,)
+    ground.check()
+
+
+def test_a_function_that_is_abandoned_computes_with_its_own_registers_until_it_ends(ground):
+    """A controller that dies while it takes the thread out of the function leaves it in it, or out of it."""
+    c = ground.callees
+
+    def abandon():
+        with Target.attach(ground.program.pid) as target, pytest.raises(TargetBusy, match="did not come back"):
+            target.call(
+                [FunctionCall(c.hold, (400_000_000,))],
+                code=ground.code,
+                objection=lambda thread: "",
+                stack=ground.stack,
+                timeout=0.02,
+            )
+
+    requests = 15  # the thread is in the function by then
+    while not dies_after(requests, abandon):
+        requests += 1
+        assert ground.call(FunctionCall(c.count_spoiled)) == (0,)  # when it is through
+    ground.check()
+    assert requests > 17
+
+
+@contextmanager
+def refusing_to_go_on():
+    """Let no thread be traced on from the moment on in which it was sent away."""
+    ptrace, syscall = tracing.ptrace, 24
+
+    def refuse(request, *arguments):
+        if request != syscall:
+            return ptrace(request, *arguments)
+        ctypes.set_errno(errno.EPERM)
+        return -1
+
+    tracing.ptrace = refuse
+    try:
+        yield
+    finally:
+        tracing.ptrace = ptrace
+
+
+def await_reading(ground):
+    while f"0 {ground.callees.pipe_out:#x} " not in Path(f"/proc/{ground.program.pid}/syscall").read_text():
+        pass
+
+
+def go_on(ground):
+    with open(f"/proc/{ground.program.pid}/fd/{ground.callees.pipe_in}", "wb", buffering=0) as pipe:
+        pipe.write(b"x")
+
+
+def test_a_thread_left_alone_is_waited_for_wherever_it_is(start, attach):
+    """It is in the function, and then, on another stack, in a handler that goes back to it."""
+    program = start("callees")
+    ground = Ground(program, attach(program.pid))
+    c, target = ground.callees, ground.target
+    with refusing_to_go_on(), pytest.raises(PatcherError, match="refused"):
+        ground.call(FunctionCall(c.trap, (c.pipe_out,)))
+    for _ in ("in the function", "in the handler"):
+        await_reading(ground)
+        assert target.left_alone(ground.code)
+        assert not target.has_left(ground.code, stack=ground.stack)
+        go_on(ground)
+        while f"0 {c.pipe_out:#x} " in Path(f"/proc/{program.pid}/syscall").read_text() and target.left_alone(c.code):
+            pass
+    assert target.has_left(ground.code, stack=ground.stack)
+    assert not target.left_alone(ground.code)
+    assert ground.call(FunctionCall(c.count_calls)) == (0,)
+    ground.check()
+
+
+def test_another_controller_may_have_left_a_thread_in_memory_that_we_know(start, attach):
+    program = start("callees", "small", "two")
+    ground = Ground(program, attach(program.pid))
+    c = ground.callees
+    assert ground.call(FunctionCall(c.count_calls)) == (0,)
+    with Target.attach(ground.program.pid) as other:
+        own, ground.target = ground.target, other
+        with refusing_to_go_on(), pytest.raises(PatcherError, match="refused"):
+            ground.call(FunctionCall(c.wait_for, (c.pipe_out,)))  # on the first of two threads
+        ground.target = own
+    await_reading(ground)
+    own.expect_others()
+    with pytest.raises(TargetBusy, match="earlier"):
+        ground.call(FunctionCall(c.count_calls), wait=0.05)
+    go_on(ground)
+    assert ground.call(FunctionCall(c.count_calls)) == (0,)
     ground.check()
