@@ -9,17 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from patcher.blocks import Block, Blocks, Kind
 from patcher.constructors import Starter, starters
+from patcher.data.comparison import Comparison
+from patcher.data.shapes import Carried
 from patcher.image import LoadedModule
 from patcher.live import LiveFunction
 from patcher.match import Delta, FunctionMatch, Status, is_cold_piece, is_private_piece, parent_of
-
-if TYPE_CHECKING:
-    from patcher.data.carry import Carried
-    from patcher.data.migrate import Comparison
 
 _MIGRATION = re.compile(r"(?:_ZL?\d+)?patcher_migrate_")
 HOOKS = ("patcher_before", "patcher_after")  # functions that patcher calls by name: nothing else has to

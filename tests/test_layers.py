@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"errors", "data.outcome"},
     "convention": MATCHING | {"match"},
     # One unit's share of a generation: its verdicts, and the object that new code is taken from.
-    "part": MATCHING | {"match", "constructors", "data.carry", "data.migrate"},
+    "part": MATCHING | {"match", "constructors", "data.comparison", "data.shapes"},
     # What becomes of variables; the types are read from a copy of the object, in which relocations are mended.
     "data": MATCHING | {"match", "part", "patch.journal"},
     # Tables of labels go with their functions.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from patcher.data.layouts import LayoutVerdict, Restructured, Standing
-from patcher.data.shapes import Form, Move, Obstacle, Shape, copy_plan, told
+from patcher.data.shapes import Carried, Form, Move, Obstacle, Shape, copy_plan
 from patcher.part import Part
 
 
@@ -26,21 +26,6 @@ class Judged:
     part: Part
     files: tuple[str, ...]
     verdicts: tuple[LayoutVerdict, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Carried:
-    """A variable whose value is carried over; `scoped`: within a function, which its name says."""
-
-    name: str
-    old: Shape
-    new: Shape
-    moves: tuple[Move, ...]
-    scoped: bool = False
-
-    @property
-    def note(self) -> str:
-        return f"{self.old.size} -> {self.new.size} bytes, {told(self.old, self.new)}"
 
 
 def may_be_carried(judged: Iterable[Judged]) -> bool:

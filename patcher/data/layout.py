@@ -12,8 +12,9 @@ from typing import Any
 import drgn
 
 from patcher.blocks import Kind
+from patcher.data.comparison import Comparison, Layout, Spec
 from patcher.data.dwarf import Layouts
-from patcher.data.migrate import Comparison, Layout, Spec, plain_name
+from patcher.data.migrate import plain_name
 from patcher.live import base_name
 from patcher.part import Part
 

@@ -256,3 +256,18 @@ def _only_in(shape: Shape, other: Shape, path: str) -> Iterator[str]:
 def _listed(names: list[str]) -> str:
     more = len(names) - _TOLD
     return ", ".join(names[:_TOLD]) + (f" and {more} more" if more > 0 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A variable whose value is carried over; `scoped`: within a function, which its name says."""
+
+    name: str
+    old: Shape
+    new: Shape
+    moves: tuple[Move, ...]
+    scoped: bool = False
+
+    @property
+    def note(self) -> str:
+        return f"{self.old.size} -> {self.new.size} bytes, {told(self.old, self.new)}"
