@@ -14,11 +14,9 @@ from patcher.elf.object import (
     Symbol,
     SymbolBinding,
     SymbolType,
-    defined_names,
     parse_object,
-    read_object,
-    read_objects,
 )
+from patcher.elf.reading import defined_names, read_object, read_objects
 
 __all__ = [
     "Archive",
