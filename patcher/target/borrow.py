@@ -34,7 +34,7 @@ from patcher.target.loan import CODE_SIZE, Confined, Loan, Terms, Unsuitable, Wa
 from patcher.target.maps import Mapping
 from patcher.target.memory import Memory
 from patcher.target.process import read_status
-from patcher.target.steps import RT_SIGRETURN, Step, SystemCall, check_steps
+from patcher.target.steps import Step, SystemCall, check_steps
 from patcher.target.stop import (
     Lingering,
     conceal_interruption,
@@ -44,6 +44,7 @@ from patcher.target.stop import (
     stopped_thread,
 )
 from patcher.target.tracing import Halt, Tracee
+from patcher.target.ways import Ways
 
 _ALL_BITS = (1 << 64) - 1
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.0002, 0.005
@@ -51,15 +52,6 @@ _TRIES_IN_A_ROW = 100
 _RUN_SECONDS = 0.00005
 _SCANNED_STACK = 64 * 1024
 _STOP_SECONDS = 0.5
-
-_CALL_RETURN = b"\x0f\x05\xc3"  # syscall; ret
-_SIGRETURN = (
-    b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05",  # mov $15, %rax; syscall
-    b"\xb8\x0f\x00\x00\x00\x0f\x05",  # mov $15, %eax; syscall
-)
-_POP_RETURN = b"\x58\xc3"  # pop %rax; ret
-# syscall; again: mov $15, %eax; syscall; jmp again
-_WHOLE_STUB = b"\x0f\x05\xb8\x0f\x00\x00\x00\x0f\x05\xeb\xf7"
 
 
 class Borrowing:
@@ -72,7 +64,7 @@ class Borrowing:
         self.trusts_filters = False  # of seccomp, where we cannot read them
         self._unused_code: set[int] = set()
         self._left_alone: dict[int, list[Loan]] = {}
-        self._ways: dict[tuple[tuple[int, int, str, int], ...], Way | None] = {}
+        self._ways = Ways(memory)
 
     def run(self, steps: tuple[Step, ...], mappings: Sequence[Mapping], terms: Terms) -> tuple[int, ...]:
         """Do `steps` on some thread; see Target.inject."""
@@ -148,7 +140,7 @@ class Borrowing:
     def _run_on(
         self, tid: int, steps: tuple[Step, ...], mappings: Sequence[Mapping], terms: Terms, tries: int
     ) -> tuple[int, ...]:
-        way = self._find_way(mappings) if terms.code is None else None
+        way = self._ways.find(mappings) if terms.code is None else None
         with self._standing(tid) as tracee:
             self._bring_to_event_stop(tracee)
             self._check_unconfined(tracee, steps, terms)
@@ -158,7 +150,7 @@ class Borrowing:
                 return self._run_stub(loan, mappings, terms.code)
             if way is not None:
                 return loan.run_call(mappings, way)
-            with self._written_stub(mappings) as start:
+            with self._ways.written_stub(mappings) as start:
                 return loan.run_call(mappings, Way(start, ()))
 
     def _run_stub(self, loan: Loan, mappings: Sequence[Mapping], code: int) -> tuple[int, ...]:
@@ -289,49 +281,6 @@ class Borrowing:
                 code="shadow-stack",
             )
 
-    def _find_way(self, mappings: Sequence[Mapping]) -> Way | None:
-        texts = [mapping for mapping in mappings if _holds_program_text(mapping)]
-        texts.sort(key=lambda mapping: mapping.path != "[vdso]")
-        key = tuple((m.start, m.end, m.device, m.inode) for m in texts)
-        known = self._ways.get(key)  # searching all code takes longer than everything else that a call needs
-        if known is None or self._memory.read_available(known.start, len(_CALL_RETURN)) != _CALL_RETURN:
-            known = self._search_way(texts)
-            self._ways = {key: known}
-        return known
-
-    def _search_way(self, texts: Sequence[Mapping]) -> Way | None:
-        found: dict[bytes, int] = {}
-        for mapping in texts:
-            data = self._memory.read(mapping.start, mapping.size)
-            for pattern in (_CALL_RETURN, *_SIGRETURN, _POP_RETURN):
-                position = data.find(pattern)
-                if position >= 0:
-                    found.setdefault(pattern, mapping.start + position)
-            way = _way(found)
-            if way is not None:
-                return way
-        return None
-
-    @contextmanager
-    def _written_stub(self, mappings: Sequence[Mapping]) -> Iterator[int]:
-        for mapping in mappings:
-            if not _holds_program_text(mapping) or mapping.path == "[vdso]":
-                continue
-            start = mapping.end - 16
-            before = self._memory.read(start, 16)
-            left_behind = before.startswith(_WHOLE_STUB)
-            if any(before) and not left_behind:
-                continue
-            if not left_behind:
-                self._memory.write(start, _WHOLE_STUB)
-            yield start
-            # Only now, with the thread back in its own code; and never what an earlier patcher left behind,
-            # since a thread that it borrowed may still be there. In the padding it is in nobody's way.
-            if not left_behind:
-                self._memory.write(start, before)
-            return
-        raise Unsuitable("has no instructions in its program with which a system call could be done")
-
 
 def _as_call(step: SystemCall) -> Call:
     return step.number, tuple(argument & _ALL_BITS if isinstance(argument, int) else None for argument in step.args)
@@ -352,19 +301,3 @@ def _none_to_borrow(pid: int, reasons: Sequence[str]) -> TargetBusy:
         f"no thread of process {pid} can be borrowed for a call: {'; '.join(reasons[:3])}{more}",
         "try again when the program is idle",
     )
-
-
-def _way(found: dict[bytes, int]) -> Way | None:
-    call = found.get(_CALL_RETURN)
-    if call is None:
-        return None
-    for pattern in _SIGRETURN:
-        if pattern in found:
-            return Way(call, (found[pattern],))
-    if _POP_RETURN in found:
-        return Way(call, (found[_POP_RETURN], RT_SIGRETURN, call))
-    return None
-
-
-def _holds_program_text(mapping: Mapping) -> bool:
-    return mapping.executable and mapping.readable and (mapping.inode != 0 or mapping.path == "[vdso]")

@@ -1,7 +1,7 @@
 """Tracing: single ptrace requests on single threads, and what waitpid says about them.
 
 Decides how a request is spelled and how a wait status is understood. Does not decide when to stop whom
-(`stop.py`, `borrow.py`). All requests on a thread must come from the thread of ours that seized it.
+(`stop.py`, `borrow.py`, `loan.py`). All requests on a thread must come from the thread of ours that seized it.
 Specification: ptrace(2); PTRACE_SEIZE semantics throughout, never PTRACE_ATTACH.
 """
 
