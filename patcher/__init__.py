@@ -35,7 +35,9 @@ from patcher.errors import (
 )
 
 if TYPE_CHECKING:
-    from patcher.session import Generation, Session, Status
+    from patcher.outcome import Generation
+    from patcher.session import Session
+    from patcher.status import Status
 
 __version__ = "0.1.0"
 

@@ -32,8 +32,9 @@ from patcher.errors import (
 )
 from patcher.ignored import IGNORE, Ignored
 from patcher.options import Options
+from patcher.outcome import Generation
 from patcher.report import BuildFailed, Note, Ready, Refused, Reverted, Saved
-from patcher.session import Generation, Session
+from patcher.session import Session
 from patcher.units import Source, Standing
 from patcher.watch import Watcher, gathered, git_lock, is_build_file, source_filter
 

@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING
 
 from patcher.errors import PatcherError, TargetGone
 from patcher.options import Options
+from patcher.outcome import Generation
 from patcher.report import Explanation, Member, Outlook, Refusal, Reporter
-from patcher.session import Generation, Session, Status
+from patcher.session import Session
+from patcher.status import Status
 from patcher.target import Target, read_parent
 
 if TYPE_CHECKING:

@@ -283,14 +283,14 @@ def test_a_change_that_may_not_be_made_is_called_off(tmp_path, options, error):
     with project.running() as program, patcher.attach(program.pid, **options) as session:
         change = project.object("unit.c", ("n + 10", "n + 20"))
         if error is KeyboardInterrupt:
-            looks = session.lookout.standing
+            looks = session.occupants.lookout.standing
 
             def interrupted(*arguments):
                 assert looks(*arguments)
                 signal.raise_signal(signal.SIGINT)
                 return looks(*arguments)
 
-            session.lookout.standing = interrupted
+            session.occupants.lookout.standing = interrupted
         with pytest.raises(error):
             session.apply(change)
         told = program.ask("t")

@@ -89,36 +89,43 @@ ALLOWED: dict[str, set[str]] = {
     "edits": set(),
     "touched": {"build", "image", "options", "texts", "units"},
     "explain": {"data", "errors", "match", "part", "relink", "units", "report"},
-    "session": MATCHING
-    | {
-        "activity",
-        "policy",
-        "explain",
-        "match",
-        "part",
-        "linkage",
-        "patch",
-        "relink",
-        "data",
-        "directory",
-        "filling",
-        "thread_values",
-        "hooks",
-        "loader",
-        "data.threads",
-        "options",
-        "texts",
-        "touched",
+    # Who is in the code that a change takes out of use.
+    "occupants": {"activity", "errors", "image", "options", "patch", "policy", "relink", "report"},
+    # A change is linked until all is there that it needs.
+    "linking": {"data", "elf", "errors", "link", "linkage", "loader", "part", "relink", "units"},
+    # What the program itself has a hand in when a generation goes live or is gone back from.
+    "committing": {
+        *("data.outcome", "directory", "errors", "filling", "hooks", "image", "loader", "occupants", "options"),
+        *("patch", "policy", "relink", "thread_values"),
+    },
+    # One change, in one transaction.
+    "applying": {
+        *("committing", "data", "errors", "explain", "linking", "occupants", "outcome", "patch", "relink", "report"),
         "units",
+    },
+    "outcome": {"report"},
+    "status": {"patch"},
+    "session": {
+        *("applying", "committing", "linking", "occupants", "outcome", "status"),
+        *("build", "data", "errors", "image", "loop", "options", "patch", "report", "target", "texts", "touched"),
+        "units",
+    },
+    # Several sessions as one.
+    "tree": {"errors", "options", "outcome", "report", "session", "status", "target", "units"},
+    # The watch loop drives a session, which starts it.
+    "loop": {
+        "errors",
+        "control",
+        "edits",
+        "outcome",
+        "session",
         "build",
         "watch",
         "report",
-        "loop",
+        "ignored",
+        "options",
+        "units",
     },
-    # Several sessions as one.
-    "tree": {"errors", "options", "report", "session", "target", "units"},
-    # The watch loop drives a session, which starts it.
-    "loop": {"errors", "control", "edits", "session", "build", "watch", "report", "ignored", "options", "units"},
     # One watch over one process of a program after another.
     "restart": {"build", "errors", "ignored", "loop", "options", "report", "session", "target", "watch", "control"},
     # Talks to clients; what is asked is done by the loop, in its own thread.
@@ -132,6 +139,7 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "restart",
         "session",
+        "status",
         "target",
         "tree",
         "build",
@@ -140,7 +148,16 @@ ALLOWED: dict[str, set[str]] = {
         "loop",
         "",
     },
-    "": {"errors", "options", "session", "target", "tree", "report"},  # the package itself: the public API
+    "": {
+        "errors",
+        "options",
+        "outcome",
+        "session",
+        "status",
+        "target",
+        "tree",
+        "report",
+    },  # the package itself: the public API
     "__main__": {"cli"},
 }
 ONE_IMPORTER = {

@@ -11,7 +11,7 @@ import click
 
 from patcher.cli.mistakes import pid_argument
 from patcher.cli.options import gather, takes
-from patcher.session import ObjectUse, Status
+from patcher.status import ObjectUse, Status
 from patcher.target import Target
 from patcher.tree import Tree
 

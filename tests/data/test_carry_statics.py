@@ -10,7 +10,7 @@ from project import MAIN, Project, assert_untouched
 
 import patcher
 from patcher.errors import UnsafeChange
-from patcher.session import Generation
+from patcher.outcome import Generation
 
 COMPILERS = [(c, o) for c in ("gcc", "clang") for o in ("-O0", "-O2")]
 UNIT = """\

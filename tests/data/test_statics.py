@@ -11,7 +11,8 @@ from project import MAIN, Project
 import patcher
 from patcher.data.located import NONE, declared_in_object, declared_in_program
 from patcher.data.names import guard_of, spelling
-from patcher.session import Generation, Session
+from patcher.outcome import Generation
+from patcher.session import Session
 
 TWO = """\
 int last;

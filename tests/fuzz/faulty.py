@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from fuzz import worker
 from patcher.errors import ObjectError, TargetGone
-from patcher.session import Generation
+from patcher.outcome import Generation
 
 
 def refused() -> Generation:

@@ -17,19 +17,22 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 from fuzz.corpus import samples
 from fuzz.mutate import mutant
+from patcher.data.initial import Initials
 from patcher.elf import Archive, is_archive
 from patcher.errors import PatcherError, TargetError
 from patcher.link.place import Region
+from patcher.linking import Linking
 from patcher.options import Options
 from patcher.patch.arena import SLOT_COUNT
 from patcher.relink import Linked
 from patcher.session import Session
 from patcher.target import Target
-from patcher.units import Changes, Units
+from patcher.units import Changes
 
 SECONDS = 2.0  # of processor time
 MEMORY = 200 << 20  # bytes of address space
@@ -39,11 +42,11 @@ class InvalidLink(Exception):
     """Something would be written where it must not be."""
 
 
-class CheckedSession(Session):
-    """A session that looks at what it would write."""
+class CheckedLinking(Linking):
+    """Linking that looks at what would be written."""
 
-    def _link(self, units: Units, changes: Changes, *, dry_run: bool) -> Linked:
-        linked = super()._link(units, changes, dry_run=dry_run)
+    def link(self, changes: Changes, initials: Initials, *, dry_run: bool) -> Linked:
+        linked = super().link(changes, initials, dry_run=dry_run)
         code, others = self._free()
         end = 0
         for address, data in sorted(linked.commit.writes):
@@ -54,16 +57,22 @@ class CheckedSession(Session):
                 raise InvalidLink(f"{address:#x}..{end:#x} lies outside the free memory {code} {others}")
         for arena, index, body in linked.commit.record.bodies:
             led_to = any(r.start <= body < r.end for r in code)
-            if not (arena in self.ledger.arenas and 0 < index < SLOT_COUNT and led_to):
+            if not (arena in self._ledger.arenas and 0 < index < SLOT_COUNT and led_to):
                 raise InvalidLink(f"slot {index} of {arena:#x} would lead to {body:#x}")
         return linked
 
     def _free(self) -> tuple[list[Region], list[Region]]:
         """Return the memory of all arenas that is free for code, and for the rest."""
-        known = [(arena, self.ledger.usages[base]) for base, arena in self.ledger.arenas.items()]
+        known = [(arena, self._ledger.usages[base]) for base, arena in self._ledger.arenas.items()]
         spaces = [arena.space(usage) for arena, usage in known]
         code = [arena.entry_space(usage) for arena, usage in known]
         return code, [region for space in spaces for region in (space.read_only, space.data)]
+
+
+class CheckedSession(Session):
+    @cached_property
+    def linking(self) -> Linking:
+        return CheckedLinking(self.units)
 
 
 def applied(session: Session, file: Path) -> dict[str, object]:

@@ -20,7 +20,8 @@ from data.model.edits import Author, Edit, Impossible
 from data.model.expect import AMBIGUOUS, fates, refusals
 from data.model.program import MAIN, Program, State, Value, call
 from patcher.errors import PatcherError
-from patcher.session import Generation, Session
+from patcher.outcome import Generation
+from patcher.session import Session
 
 STEPS = 10
 COMPILERS = ("gcc", "clang")
