@@ -241,14 +241,6 @@ def displaced_copy(plan: Displaced, code: bytes, address: int, copy_address: int
     return copy
 
 
-def copy_positions(plan: Displaced, code: bytes, address: int, copy_address: int) -> tuple[tuple[int, int], ...]:
-    """Return, for each displaced instruction, its offset in the function and its offset in the copy.
-
-    A thread stopped at the one may be moved to the other.
-    """
-    return tuple(_copy(plan, code, address, copy_address).positions.items())
-
-
 def _copy(plan: Displaced, code: bytes, address: int, copy_address: int) -> _Copy:
     copy = _Copy(plan, address, copy_address)
     instructions = decode_start(code[: plan.copied], address, plan.copied)

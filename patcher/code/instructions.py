@@ -11,7 +11,7 @@ Specification: Intel SDM volume 2, chapter 2 (instruction format) and appendix A
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import cache
@@ -267,11 +267,6 @@ def padding_length(code: bytes) -> int:
     return found.end() if found else 0
 
 
-def is_padding(code: bytes) -> bool:
-    """Whether `code` is nothing but nops of every form, and int3. Zero bytes are not padding; no bytes are."""
-    return padding_length(code) == len(code)
-
-
 # --- where code points ---
 
 _BRANCHES = ("j", "call", "loop", "xbegin")
@@ -294,26 +289,6 @@ def lite_reference(instruction: Lite, address: int) -> int | None:
         return None
     distance = int(found[2] or "0", 0)
     return address + offset + size + (-distance if found[1] == "-" else distance)
-
-
-def direct_calls(code: bytes, address: int) -> tuple[tuple[int, int], ...]:
-    """Return the `call rel32` and `jmp rel32` of a function as (offset of the field, address of the target).
-
-    A prefix before the opcode (`addr32 call`, where a linker relaxed an indirect one) is part of the instruction
-    and does not matter. Raises UndecodableCode.
-    """
-    sites = []
-    for instruction in decode_lite(code, address):
-        offset, size, _, _ = instruction
-        if size >= 5 and code[offset + size - 5] in (0xE8, 0xE9) and (target := lite_target(instruction)) is not None:
-            sites.append((offset + size - 4, target))
-    return tuple(sites)
-
-
-def branch_targets(code: bytes, address: int) -> frozenset[int]:
-    """Return the addresses that the relative jumps and calls of `code` go to. Raises UndecodableCode."""
-    targets = (lite_target(instruction) for instruction in decode_lite(code, address))
-    return frozenset(target for target in targets if target is not None)
 
 
 _CANDIDATE = re.compile(
@@ -397,30 +372,3 @@ def plt_cell(code: bytes, address: int) -> int | None:
     if not found:
         return None
     return address + found.end() + int.from_bytes(found[1], "little", signed=True)
-
-
-# --- for people ---
-
-
-def disassembly(code: bytes, address: int, symbolize: Callable[[int], str | None] | None = None) -> str:
-    """Return `code` as lines of address, bytes and assembly for a message; what cannot be decoded is shown as bytes.
-
-    `symbolize` gives the name for an address that an instruction points to, or None.
-    """
-    lines, decoded = [], 0
-    for at, size, mnemonic, operands in _lite(code, address):
-        offset = decoded
-        decoded = offset + size
-        line = f"{at:#x}: {code[offset:decoded].hex(' '):<30} {mnemonic} {operands}".rstrip()
-        name = _pointed_name((offset, size, mnemonic, operands), address, symbolize)
-        lines.append(f"{line}  <{name}>" if name else line)
-    if decoded < len(code):
-        lines.append(f"{address + decoded:#x}: {code[decoded:].hex(' ')} (not decoded)")
-    return "\n".join(lines)
-
-
-def _pointed_name(instruction: Lite, address: int, symbolize: Callable[[int], str | None] | None) -> str | None:
-    pointed = lite_target(instruction)
-    if pointed is None:
-        pointed = lite_reference(instruction, address)
-    return symbolize(pointed) if symbolize and pointed is not None else None

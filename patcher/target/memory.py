@@ -109,23 +109,6 @@ class Memory:
         """Return the little-endian 8-byte word at `address`; raises as `read` does."""
         return int.from_bytes(self.read(address, 8), "little")
 
-    def read_cstring(self, address: int, limit: int = 4096) -> bytes:
-        """Return the bytes before the first NUL, at most `limit` of them; raises as `read` does.
-
-        Raises PatcherError "bad-address" too when there is no NUL within the limit.
-        """
-        found = b""
-        while len(found) < limit:
-            position = address + len(found)
-            chunk = self.read(position, min(_PAGE - position % _PAGE, limit - len(found)))
-            end = chunk.find(0)
-            if end >= 0:
-                return found + chunk[:end]
-            found += chunk
-        raise PatcherError(
-            f"no end of a string within {limit} bytes at {address:#x} in process {self._pid}", code="bad-address"
-        )
-
     def write(self, address: int, data: bytes) -> None:
         """Write all of `data` at `address`, into r-x pages too where the kernel forces such writes.
 

@@ -14,6 +14,7 @@ from conftest import Build, Function, named_functions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patcher.code import entry
 from patcher.code.entry import (
     COPY_SIZE,
     DETOUR_SIZE,
@@ -23,7 +24,6 @@ from patcher.code.entry import (
     SWITCH_SIZE,
     Displaced,
     NotDetourable,
-    copy_positions,
     detour,
     displaced_copy,
     far_jump,
@@ -31,7 +31,7 @@ from patcher.code.entry import (
     plan_entry,
     switch,
 )
-from patcher.code.instructions import Instruction, Kind, branch_targets, decode_start
+from patcher.code.instructions import Instruction, Kind, decode_lite, decode_start, lite_target
 from patcher.errors import RelocationOverflow
 
 AREA, FLAGS = 0x60000000, 0x70000000  # as in patched_run.c
@@ -171,6 +171,11 @@ def test_copies_mean_what_the_original_does(unwound_functions: tuple[Function, .
     assert checked > len(unwound_functions) * 2
 
 
+def copy_positions(plan: Displaced, code: bytes, address: int, at: int) -> tuple[tuple[int, int], ...]:
+    """Return, for each displaced instruction, its offset in the function and its offset in the copy."""
+    return tuple(entry._copy(plan, code, address, at).positions.items())
+
+
 def _assert_same_meaning(plan: Displaced, f: Function, code: bytes, at: int) -> None:
     positions = dict(copy_positions(plan, f.code, f.address, at))
     original = decode_start(f.code[: plan.copied], f.address, plan.copied)
@@ -291,13 +296,18 @@ def test_worst_case_fits() -> None:
 # --- copies: really executed ---
 
 
+def _branch_targets(f: Function) -> set[int]:
+    targets = (lite_target(instruction) for instruction in decode_lite(f.code, f.address))
+    return {target for target in targets if target is not None}
+
+
 def _run_patched(program: Path, patches: Path, functions: Iterable[Function]) -> tuple[str, int, int]:
     """Run a program with its entries detoured; return its output, and how many entries were patched and entered.
 
     A detour goes to `movb $1, flag(%rip)` (no register, no flags) and the displaced copy after it.
     """
     functions, records, patched = list(functions), bytearray(), 0
-    outside = {t for f in functions for t in branch_targets(f.code, f.address) if not f.contains(t)}
+    outside = {t for f in functions for t in _branch_targets(f) if not f.contains(t)}
     for f in functions:
         door = AREA + patched * 128
         entered = [n for n in range(1, DETOUR_SIZE) if f.address + n in outside]
