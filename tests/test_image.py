@@ -98,7 +98,8 @@ def test_names_are_resolved_in_the_order_of_the_dynamic_linker(image: Image) -> 
 def test_without_the_dynamic_linker_s_lists_the_order_is_that_of_the_specification(
     image: Image, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("patcher.image.read_scopes", lambda *_: None)  # as where another C library keeps them otherwise
+    # As where another C library keeps them otherwise.
+    monkeypatch.setattr("patcher.image.image.read_scopes", lambda *_: None)
     presumed = Image(image.target)
     assert [m.name for m in presumed.scope()] == [m.name for m in image.scope()]
     for module in presumed.modules:

@@ -1,15 +1,4 @@
-"""IMAGE: the modules of the live process, where they stand, and what their names and addresses mean.
-
-The one room that adds load biases: everything it takes and gives is an address in the process now.
-Names are resolved as the dynamic linker resolves them, in the order of its own lists. Where these cannot be
-read: the executable, preloaded libraries, then the libraries in breadth-first order of DT_NEEDED; after these
-the module's own dependencies.
-
-Decides what a name denotes and what an address is; never writes to the process.
-
-Specification: System V ABI, chapter 5 (shared object dependencies); ELF Handling For Thread-Local
-Storage, section 3 (module numbers) and 3.4.6 (offsets from the thread pointer, variant II).
-"""
+"""The image of one process: its modules, found in its memory map, and the names and addresses of all of them."""
 
 from __future__ import annotations
 
@@ -26,73 +15,19 @@ from patcher.elf.module import (
     Module,
     read_module,
 )
-from patcher.elf.relocations import OFFSET_TABLE, R
+from patcher.elf.relocations import R
 from patcher.elf.symbols import StaticSymbol
 from patcher.errors import ObjectError, PatcherError, TargetGone, UnsafeChange
+from patcher.image.loaded import LoadedModule, debug_files, load_biases
 from patcher.linkmap import BLOCK_OFFSET, MODULE_NUMBER, RENDEZVOUS, Layout, ThreadBlock, rendezvous, thread_blocks
 from patcher.scopes import Scopes, read_scopes
 from patcher.target import Mapping, Target
 
-_PAGE = 0xFFF
 # Every module has its own of these, and some export theirs.
 _LINKER_DEFINED = re.compile(
     r"_(end|edata|etext)$|__bss_start$|__(executable|ehdr)_start$|_DYNAMIC$|_GLOBAL_OFFSET_TABLE_$|__dso_handle$"
     r"|_(init|fini)$|__((pre)?init|fini)_array_(start|end)$|__rela_iplt_(start|end)$|__(start|stop)_\w+$"
 )
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedModule:
-    """A module and its load bias (live address minus link-time address)."""
-
-    module: Module
-    bias: int
-    path: str
-    file: Path  # by which the mapped file can be read from here
-
-    @property
-    def start(self) -> int:
-        return self.module.start + self.bias
-
-    @property
-    def end(self) -> int:
-        return self.module.end + self.bias
-
-    @property
-    def text(self) -> tuple[int, int]:
-        """Return the live extent of the executable segments."""
-        low, high = self.module.text
-        return low + self.bias, high + self.bias
-
-    @property
-    def name(self) -> str:
-        return Path(self.path).name
-
-    def contains(self, address: int) -> bool:
-        return self.start <= address < self.end
-
-    def executable_at(self, address: int) -> bool:
-        return any(
-            s.executable and s.address <= address - self.bias < s.address + s.memory_size for s in self.module.segments
-        )
-
-    def constant(self, address: int, size: int) -> bool:
-        """Tell whether live bytes lie where the program cannot write once it runs."""
-        return self.module.constant(address - self.bias, size)
-
-    @property
-    def offset_table(self) -> int | None:
-        """Return the address that the module's code takes for its global offset table, if a symbol tells."""
-        found = {s.value for s in self.module.symbols.named(OFFSET_TABLE)}
-        return found.pop() + self.bias if len(found) == 1 else None
-
-    def in_offset_table(self, cell: int) -> bool:
-        """Tell whether a cell lies in the module's global offset table."""
-        return self.contains(cell) and self.module.in_offset_table(cell - self.bias)
-
-    def symbols_at(self, address: int) -> tuple[StaticSymbol, ...]:
-        """Return the static symbols that start at a live address (values stay link-time)."""
-        return self.module.symbols.at(address - self.bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +128,7 @@ class Image:
                 self._known[key] = module
         except PatcherError:
             return []  # something executable that is no module, such as a JIT's file
-        return [LoadedModule(module, bias, path, file) for bias in _load_biases(module, group)]
+        return [LoadedModule(module, bias, path, file) for bias in load_biases(module, group)]
 
     @property
     def executable(self) -> LoadedModule:
@@ -628,52 +563,3 @@ def _exported(loaded: LoadedModule, name: str) -> Definition | None:
     bias = 0 if best.type == SymbolType.TLS or best.absolute else loaded.bias
     unique, weak = best.binding == SymbolBinding.UNIQUE, best.binding == SymbolBinding.WEAK
     return Definition(plain, best.value + bias, best.size, best.type, loaded, unique, weak)
-
-
-def _load_biases(module: Module, group: list[Mapping]) -> list[int]:
-    """Return the load bias of each copy of a module (dlmopen makes several of one file)."""
-    if not module.position_independent:
-        return [0]
-    found: dict[int, None] = {}
-    for mapping in sorted(group, key=lambda m: m.start):
-        for segment in module.segments:
-            low = segment.offset & ~_PAGE
-            if not low <= mapping.offset < low + max(segment.file_size, 1) + (segment.offset & _PAGE):
-                continue
-            bias = mapping.start - ((segment.address & ~_PAGE) + mapping.offset - low)
-            if bias >= 0 and bias not in found and _all_mapped(module, bias, group):
-                found[bias] = None
-    return list(found)
-
-
-def _all_mapped(module: Module, bias: int, group: list[Mapping]) -> bool:
-    for segment in module.segments:
-        if not segment.file_size:
-            continue
-        address = segment.address + bias
-        within = [m for m in group if m.start <= address < m.end]
-        if not any(m.offset + address - m.start == segment.offset for m in within):
-            return False
-        if segment.executable and not any(m.executable for m in within):
-            return False  # somebody reads the file through a mapping
-    return True
-
-
-def debug_files(path: str, build_id: str, link: str) -> list[Path]:
-    """List where separate debug information of a module may lie (gdb's search order)."""
-    found = []
-    root = Path("/usr/lib/debug")
-    if len(build_id) > 2:
-        found.append(root / ".build-id" / build_id[:2] / f"{build_id[2:]}.debug")
-    if link:
-        folder = Path(path).parent
-        found += [folder / link, folder / ".debug" / link, root / str(folder).lstrip("/") / link]
-    return [p for p in found if p.is_file() and str(p) != path]
-
-
-__all__ = [
-    "Definition",
-    "Image",
-    "LoadedModule",
-    "debug_files",
-]
