@@ -36,6 +36,7 @@ from patcher.target import Target
 REPOSITORY = Path(__file__).parents[1]
 SCENARIOS = REPOSITORY / "fixtures" / "scenarios"
 LOOP = SCENARIOS / "loop.c"
+SHARED = SCENARIOS / "shared"
 # What the dynamic linker writes once and nobody else: GLOB_DAT, JUMP_SLOT, DTPMOD64, DTPOFF64, TPOFF64, IRELATIVE
 GOT_RELOCATIONS = (6, 7, 16, 17, 18, 37)
 R_X86_64_JUMP_SLOT = 7
@@ -154,6 +155,7 @@ class Scenario:
     flags_each: tuple[tuple[str, ...], ...] = ()
     xfail: tuple[tuple[str, str], ...] = ()  # (pattern of variant names, why)
     modules: tuple[Library, ...] = ()
+    shared: tuple[str, ...] = ()  # files of `SHARED` that are there beside the scenario's own
     environment: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -183,9 +185,8 @@ def read_scenario(directory: Path) -> Scenario:
     asks = _asks(read.pop("asks", ()))
     final = _asks(read.pop("final", ())) or asks
     steps = tuple(_step(s) for s in read.pop("step"))
-    sources = tuple(read.pop("sources", ())) or tuple(
-        sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.suffix in _UNITS)
-    )
+    found = [str(p.relative_to(directory)) for p in directory.rglob("*") if p.suffix in _UNITS]
+    sources = tuple(read.pop("sources", ())) or tuple(sorted([*found, *read.get("shared", ())]))
     each = tuple(tuple(f) for f in read.pop("flags_each", ()))
     defects = tuple(read.pop("xfail", {}).items())
     modules = tuple(_library(b) for b in read.pop("modules", ()))
@@ -253,6 +254,8 @@ def build(scenario: Scenario, variant: Variant, directory: Path, shared: Path) -
     sources = directory / "src"
     if not sources.exists():
         shutil.copytree(scenario.directory, sources, ignore=shutil.ignore_patterns("scenario.toml"))
+        for name in scenario.shared:
+            shutil.copy(SHARED / name, sources)
     flags = [variant.optimise, "-g", "-I", str(SCENARIOS), *scenario.flags, *variant.flags]
     flags += ["-ffunction-sections", "-fdata-sections"] * variant.sections
     own = tuple(s for s in scenario.sources if s not in scenario.beside)
