@@ -178,7 +178,7 @@ class Applying:
         """Remember what a change that is live means for the next ones."""
         if not self._options.dry_run:
             time = linked.commit.record.time
-            self._units.admission.applied(outcome.number, time, (*changes.parts, *linked.supplied))
+            self._units.agreement.applied(outcome.number, time, (*changes.parts, *linked.supplied))
         for part in changes.parts:
             self._units.texts.applied(Path(part.source))
         if not self._options.dry_run:

@@ -42,7 +42,7 @@ def explain(
     try:
         changes = units.matched(sources)
         found = replace(found, functions=_functions((*changes.parts, *changes.idle)))
-        units.check_layouts(changes.parts, changes.idle)
+        units.agreement.check(changes.parts, changes.idle)
         changes, kept = with_data(changes)
         if not changes.parts:
             return replace(found, variables=told_of([c.datum(Fate.KEPT) for c in kept]))
@@ -72,7 +72,7 @@ def _types(units: Units, files: Sequence[str]) -> tuple[TypeOutlook, ...]:
     where = ", ".join(files)
     return tuple(
         TypeOutlook(v.type, where, "; ".join(v.details), f"{'accepted' if v.accepted else 'refused'}: {v.reason}")
-        for v in units.layouts
+        for v in units.agreement.verdicts
     )
 
 

@@ -64,7 +64,7 @@ class Linking:
             else:
                 threads.check()
                 if dry_run or not (self._load(tuple(supplies.to_load)) or self._load_storage(threads)):
-                    units.check_supplied(linked.supplied)
+                    units.agreement.check_supplied(linked.supplied)
                     return linked
         raise UnsafeChange("the change cannot be linked", "restart the program with the new code")
 

@@ -354,7 +354,7 @@ class Session:
             import_module(name)
         self._await_loaded()
         self.image.executable.module.symbols.named("main")
-        self.units.know_layouts(self.image.executable)
+        self.units.agreement.know(self.image.executable)
         self.ledger.refresh()
 
     def warm(self, paths: Sequence[Path]) -> None:

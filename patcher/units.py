@@ -2,7 +2,7 @@
 
 A unit is compiled with its own flags and matched against the process. Its verdicts are then sharpened: functions
 that differ by line numbers only are told apart by a second compile, a unit most of which is not what runs is
-refused unless its earlier text was, and types that changed their layout are refused by name.
+refused unless its earlier text was, and types that changed their layout are refused by name (`agreement`).
 
 Decides which functions are new and whether they may be; linking them is `relink`'s business.
 """
@@ -15,11 +15,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from weakref import WeakKeyDictionary
 
+from patcher.agreement import Agreement
 from patcher.blocks import Blocks, Kind
 from patcher.build import (
     ASKING,
@@ -27,7 +28,6 @@ from patcher.build import (
     LARGE,
     LINE_SHIFT,
     PLAIN,
-    PROBED,
     SHIFTED,
     Commands,
     CompileCommand,
@@ -36,27 +36,17 @@ from patcher.build import (
     Probes,
     Variant,
     is_unit,
-    kept_directory,
     likely_units,
 )
-from patcher.data import migrate
-from patcher.data.admission import Admission
-from patcher.data.admission import check as check_layouts
-from patcher.data.carry import Judged, carried_by, carry_over, may_be_carried
-from patcher.data.layouts import LayoutVerdict
-from patcher.data.prepare import has_types
-from patcher.data.remembered import Memory
-from patcher.data.undescribed import Enquiry, is_data
 from patcher.elf import ObjectFile, read_object, read_objects
 from patcher.errors import NoCompileCommand, ObjectError, PatcherError, UnsafeChange
-from patcher.image import Definition, Image, LoadedModule
+from patcher.image import Image
 from patcher.lines import LineNumbers, line_fields, moves_of_lines
-from patcher.live import UNDEFINED, LiveUnit
+from patcher.live import LiveUnit
 from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, match, past_lines
 from patcher.options import Options
 from patcher.origin import born_unit, find_unit
 from patcher.part import Part
-from patcher.patch.journal import Numbers
 from patcher.patch.ledger import Ledger
 from patcher.stamps import NONE as NO_STAMPS
 from patcher.stamps import Stamps, stamps_between
@@ -150,10 +140,7 @@ class Units:
         self._names: tuple[object, Counter[str]] | None = None  # how many known units have a name, and when that was
         self._waiting: dict[str, Source] = {}
         self._command_of: dict[ObjectFile, CompileCommand] = {}
-        self.admission = Admission(options.allowed_layouts, Memory(kept_directory("types"), image.target.pid))
-        self.layouts: list[LayoutVerdict] = []  # of the change that is being judged
-        self._unchecked: set[str] = set()
-        self._undescribed: set[tuple[str, str]] = set()
+        self.agreement = Agreement(image, ledger, options.allowed_layouts, self._probed, say)
         self.probes = Probes(self.compiler)
         self._listings: WeakKeyDictionary[ObjectFile, str] = WeakKeyDictionary()
 
@@ -219,6 +206,19 @@ class Units:
         finally:
             self.compiler.discard(unit)
 
+    def _probed(self, part: Part, names: tuple[str, ...]) -> tuple[bytes, frozenset[int]] | None:
+        """Return an object whose debug information describes some names that a unit's own does not, if it can be had.
+
+        With the places of the names that it has not.
+        """
+        object_ = part.delta.blocks.object
+        command = self._command_of.get(object_) or self.supplies.build.command_of.get(object_)
+        if command is None:
+            return None
+        with self.building():
+            found = self.probes.ask(command, names, self._listings.get(object_, ""))
+        return (found.object, found.missing) if found is not None else None
+
     def with_farther_reach(self, part: Part) -> Part | None:
         """Compile a unit that cannot reach some data again, so that it reaches farther, and remember that it must.
 
@@ -283,14 +283,14 @@ class Units:
     def changes(self, sources: Sequence[Source]) -> Changes:
         """Match objects against the process, and compare types. Raises `UnsafeChange` for what cannot be proven."""
         found = self.matched(sources)
-        self.check_layouts(found.parts, found.idle)
+        self.agreement.check(found.parts, found.idle)
         return found
 
     def matched(self, sources: Sequence[Source]) -> Changes:
         """Do what `changes` does, save that types are not compared."""
         self._command_of = {s.object: s.command for s in sources if s.command is not None}
         _check_code(sources)
-        self.layouts = []
+        self.agreement.begin()
         view = self.ledger.view()
         parts: list[Part] = []
         absent: list[str] = []
@@ -472,121 +472,6 @@ class Units:
         delta = match(blocks, live)
         return 2 * len(delta.with_status(Status.CHANGED)) <= len(delta.functions)
 
-    # --- layouts ----------------------------------------------------------------------------------------------
-
-    def check_supplied(self, parts: Sequence[Part]) -> None:
-        """Refuse objects that were brought in and see existing data in another layout."""
-        self.check_layouts([p for p in parts if p.unit.key != UNDEFINED and _has_types(p)])
-
-    def _compare_variables(self, parts: Sequence[Part]) -> None:
-        """Note how the variables of units are laid out, where some have, or get, storage of a new layout."""
-        from patcher.data.dwarf import Layouts
-        from patcher.data.layout import comparisons
-
-        for part in parts:
-            data = bytes(part.delta.blocks.object.contents)
-            new = Layouts.of_object(data, part.source) if _has_types(part) else None
-            old = self.admission.by_name(part.module.path) if self.know_layouts(part.module) else None
-            part.layouts = comparisons(part, old, new)
-
-    def check_layouts(self, parts: Sequence[Part], idle: Sequence[Part] = ()) -> None:
-        """Refuse new code that sees existing data in another layout, unless all of that can be carried over.
-
-        `idle` are the units of the change without new code.
-        """
-        journal = self.ledger.journal
-        if migrate.concerned(parts, self.ledger.view()):
-            self._compare_variables(parts)
-        lineage = journal.numbers_to(self.ledger.generation)
-        migrated = migrate.taken_care_of(parts, journal.storages_at(self.ledger.generation))
-        # Code that stays the same sees data as what runs now does.
-        new = [p for p in parts if p.supplied or any(p.status(b) is not Status.SAME for b in p.wanted())]
-        stored = migrate.stored_variables(parts, journal.storages_at(self.ledger.generation))
-        judged = [j for part in new if (j := self._judged(part, lineage, migrated, stored)) is not None]
-        if may_be_carried(judged) and not any(p.supplied for p in parts):
-            judged = self._carried(parts, idle, judged, lineage)
-        self.layouts += [v for j in judged for v in j.verdicts]
-        for one in judged:
-            check_layouts(one.part.source, one.verdicts)
-            migrate.check_statics(one.part, [v for v in one.verdicts if not self.admission.is_spared(v)])
-
-    def _judged(
-        self, part: Part, lineage: Numbers, migrated: Sequence[str] = (), stored: Sequence[str] = ()
-    ) -> Judged | None:
-        known = self.know_layouts(part.module)
-        enquiry = self._enquiry(part)
-        self.admission.recall(self.ledger.journal)
-        found = self.admission.verdicts(part, lineage, enquiry, migrated, stored) if known else None
-        if found is None:
-            self._say_unchecked(part, not known)
-            return None
-        self._say_undescribed(part)
-        return Judged(part, self.admission.files(part), found)
-
-    def _carried(
-        self, parts: Sequence[Part], idle: Sequence[Part], judged: Sequence[Judged], lineage: Numbers
-    ) -> list[Judged]:
-        """Have the values of variables carried over whose layout changes, where that is possible.
-
-        Units without new code count as well: they know types, and have variables.
-        """
-        types = {v.type for j in judged for v in j.verdicts}
-        seen = {j.part for j in judged}
-        silent = [j for p in (*parts, *idle) if p not in seen and (j := self._judged(p, lineage)) is not None]
-        silent = [replace(j, verdicts=tuple(v for v in j.verdicts if v.type in types)) for j in silent]
-        known = self.admission.knows(lineage)
-        decided = carry_over([*judged, *silent], self.admission.is_spared, history_known=known)
-        for one in decided:
-            one.part.carried = carried_by(one)
-        if any(one.part.carried for one in decided):
-            self._compare_variables([one.part for one in decided])
-        return list(decided)
-
-    def know_layouts(self, module: LoadedModule) -> bool:
-        """Read a module's debug information for the checks to come; tell whether it has any."""
-        file = Path(module.module.symbols_from)
-        file = module.file if str(file) == module.path or not file.is_file() else file
-        return self.admission.open(module.path, file)
-
-    def _enquiry(self, part: Part) -> Enquiry:
-        object_ = part.delta.blocks.object
-        command = self._command_of.get(object_) or self.supplies.build.command_of.get(object_)
-
-        def denoted(symbol: str) -> Definition | None:
-            found = self.image.resolve(symbol, part.module)
-            if found is None or not is_data(found):
-                return None
-            home = found.module
-            # What has its debug information elsewhere is installed: nobody edits it.
-            own = home is part.module or home.module.symbols_from == home.path
-            return found if own and self.know_layouts(home) else None
-
-        def types(names: tuple[str, ...]) -> tuple[bytes, frozenset[int]] | None:
-            if command is None:
-                return None
-            with self.building():
-                found = self.probes.ask(command, names, self._listings.get(object_, ""))
-            return (found.object, found.missing) if found is not None else None
-
-        return Enquiry(denoted, types, PROBED)
-
-    def _say_undescribed(self, part: Part) -> None:
-        names = [n for n in self.admission.unchecked(part) if (part.source, n) not in self._undescribed]
-        self._undescribed.update((part.source, n) for n in names)
-        if names:
-            self._say(
-                f"{part.source} uses {', '.join(f'`{n}`' for n in names)}, which its debug information does not "
-                "declare: whether their layout is what it was is not checked"
-            )
-
-    def _say_unchecked(self, part: Part, program: bool) -> None:
-        what = part.module.path if program else part.source
-        if what not in self._unchecked:
-            self._unchecked.add(what)
-            self._say(
-                f"{what} has no debug information (-g) that can be read: the layouts of its types are not checked"
-            )
-
 
 def _differs(file: Path, text: bytes) -> bool:
     try:
@@ -604,10 +489,6 @@ def commands_for(image: Image, options: Options) -> Commands:
         programs=[m.file for m in known],
         program_names=[Path(m.path) for m in known],
     )
-
-
-def _has_types(part: Part) -> bool:
-    return has_types(bytes(part.delta.blocks.object.contents), part.source)
 
 
 def _check_code(sources: Sequence[Source]) -> None:

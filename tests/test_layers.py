@@ -82,9 +82,11 @@ ALLOWED: dict[str, set[str]] = {
     # Whose word is taken is decided in one place, for compile commands and for this.
     "configuration": {"build", "errors", "options"},
     "texts": {"errors", "build"},
+    # Whether new code and live data agree on types.
+    "agreement": {"build", "data", "image", "live", "match", "part", "patch"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
     "units": MATCHING
-    | {"match", "origin", "part", "patch", "relink", "supply", "options", "texts", "stamps", "build", "data"},
+    | {"agreement", "match", "origin", "part", "patch", "supply", "options", "texts", "stamps", "build"},
     # What becomes of each saved file; knows no process.
     "edits": set(),
     "touched": {"build", "image", "options", "texts", "units"},
