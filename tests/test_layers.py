@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -217,6 +217,35 @@ def test_imports_go_one_way(name: str, tree: ast.Module) -> None:
     assert room(name) in ALLOWED, f"patcher.{name} belongs to no room of the table"
     own = [(package_name(i), line) for i, line in imports(tree) if i.split(".")[0] == "patcher"]
     assert [(imported, line) for imported, line in own if not is_allowed(name, imported)] == []
+
+
+def test_no_module_needs_itself() -> None:
+    """Not for types either; only that a session can start the loop that drives it is told of here."""
+    trees = dict(sources())
+    needs = {}
+    for name, tree in trees.items():
+        own = (package_name(i) for i, _ in imports(tree) if i.split(".")[0] == "patcher")
+        needs[name] = {module_of(i, trees) for i in own} - {name, ""}
+    needs["session"].discard("loop")
+    done: set[str] = set()
+    while left := [name for name in needs if name not in done]:
+        ready = [name for name in left if needs[name] <= done]
+        assert ready, f"each of these needs another of them: {sorted(innermost(left, needs))}"
+        done.update(ready)
+
+
+def module_of(imported: str, known: Collection[str]) -> str:
+    """Return the module that a dotted name is, or is something of."""
+    while imported and imported not in known:
+        imported = imported.rpartition(".")[0]
+    return imported
+
+
+def innermost(left: list[str], needs: dict[str, set[str]]) -> list[str]:
+    """Leave out the modules that nobody of the rest needs: they only use the circle."""
+    while len(kept := [n for n in left if any(n in needs[m] for m in left)]) < len(left):
+        left = kept
+    return left
 
 
 @pytest.mark.parametrize("library", ONE_IMPORTER)

@@ -8,17 +8,35 @@ which pieces stay together; whether it matters, where they are in the process, i
 from __future__ import annotations
 
 import bisect
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from patcher.blocks.block import Block, Cuts, Kind, Place, Reference
-from patcher.elf import Relocation
+from patcher.elf import ObjectFile, Relocation, Section
 from patcher.elf.relocations import R
-
-if TYPE_CHECKING:
-    from patcher.blocks.object import Blocks
 
 _ACCESSES = (R.PC32, R.PLT32)  # fields of instructions that use what is there; but for lea
 _LEA = 0x8D
+
+
+class Surroundings(Protocol):
+    """What is asked of the object that has been cut."""
+
+    object: ObjectFile
+
+    def run(self, block: Block) -> tuple[Block, ...]:
+        """Return what `run` here said of a block."""
+
+    def cuts(self, section: int) -> Cuts:
+        """Return the blocks of a section that has several."""
+
+    def pointed_offsets(self, section: Section) -> set[int]:
+        """Return where code and data point into a section that may hold nameless things."""
+
+    def relocations_in(self, block: Block) -> list[Relocation]:
+        """Return the relocations of a block as they stand."""
+
+    def reference(self, block: Block, r: Relocation) -> Reference:
+        """Return one relocation of a block as a reference."""
 
 
 def run(cuts: Cuts, block: Block) -> tuple[Block, ...]:
@@ -41,7 +59,7 @@ def _is_nameless_constant(block: Block) -> bool:
     return not block.symbols and block.kind is Kind.READ_ONLY
 
 
-def pairs(source: Blocks, user: Block, r: Relocation, reference: Reference) -> list[tuple[Block, Block]]:
+def pairs(source: Surroundings, user: Block, r: Relocation, reference: Reference) -> list[tuple[Block, Block]]:
     """Return the neighbours of a reference's target that it may be about as well.
 
     An instruction reads or writes inside of what it is about; but an address may be that of a variable's end, and
@@ -69,7 +87,7 @@ def pairs(source: Blocks, user: Block, r: Relocation, reference: Reference) -> l
     return pairs
 
 
-def _around(source: Blocks, run: tuple[Block, ...]) -> tuple[Block | None, Block | None]:
+def _around(source: Surroundings, run: tuple[Block, ...]) -> tuple[Block | None, Block | None]:
     """Return what lies before and behind some blocks of a section that is cut, padding left out."""
     starts, blocks, _ = source.cuts(run[0].section)
     low = bisect.bisect_left(starts, run[0].start) - 1
@@ -81,7 +99,7 @@ def _around(source: Blocks, run: tuple[Block, ...]) -> tuple[Block | None, Block
     return blocks[low] if low >= 0 else None, blocks[high] if high < len(blocks) else None
 
 
-def _is_padding(source: Blocks, block: Block) -> bool:
+def _is_padding(source: Surroundings, block: Block) -> bool:
     if block.symbols:
         return False
     unused = block.start not in source.pointed_offsets(source.object.sections[block.section])
@@ -89,7 +107,7 @@ def _is_padding(source: Blocks, block: Block) -> bool:
 
 
 def _is_own_table(
-    source: Blocks, user: Block, r: Relocation, table: Block, before: Block | None, after: Block | None
+    source: Surroundings, user: Block, r: Relocation, table: Block, before: Block | None, after: Block | None
 ) -> bool:
     """Tell whether a reference is the one by which a function finds its jump table.
 

@@ -8,15 +8,11 @@ Specification: AMD64 supplement, section 3.5.5 (large position-independent code 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from patcher.blocks import External, Reference
 from patcher.elf.relocations import OFFSET_TABLE, R, is_pc_relative
+from patcher.match.meaning import Meaning
 from patcher.match.rewritten import MASK
 from patcher.match.verdict import Cause, Mismatch
-
-if TYPE_CHECKING:
-    from patcher.match.matcher import Matcher
 
 _RELATIVE = frozenset((R.GOTPC32, R.GOTPC64, R.GOTOFF64, R.PLTOFF64, R.GOT32, R.GOT64, R.GOTPLT64))
 
@@ -29,7 +25,7 @@ def is_table_relative(r: Reference) -> bool:
 class TableReferences:
     """The references of one unit's functions that start at the table of cells."""
 
-    def __init__(self, matcher: Matcher) -> None:
+    def __init__(self, matcher: Meaning) -> None:
         self.matcher = matcher
         self._table: int | None = None  # what the function takes for the table
         self._waiting: list[tuple[Reference, int, int]] = []  # until that is known

@@ -10,13 +10,12 @@ sections 3-5; Oliva & Araujo, Thread-Local Storage Descriptors for IA32 and AMD6
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from patcher.blocks import External, Place, Reference, Target
 from patcher.elf import SymbolType
 from patcher.elf.dynamic import TLSDESC, Cell
 from patcher.elf.relocations import R
 from patcher.live import THREAD_LOCAL, thread_number
+from patcher.match.meaning import Meaning
 from patcher.match.rewritten import (
     MASK,
     descriptor_immediate,
@@ -26,9 +25,6 @@ from patcher.match.rewritten import (
 )
 from patcher.match.verdict import Cause, Mismatch
 
-if TYPE_CHECKING:
-    from patcher.match.matcher import Matcher
-
 MODULE_BASE = "_TLS_MODULE_BASE_"
 """The name that stands for the start of the module's own block."""
 
@@ -36,7 +32,7 @@ MODULE_BASE = "_TLS_MODULE_BASE_"
 class ThreadReferences:
     """The thread-local references of one unit's functions."""
 
-    def __init__(self, matcher: Matcher) -> None:
+    def __init__(self, matcher: Meaning) -> None:
         self.matcher = matcher
         self.unit = matcher.unit
         self.image = matcher.unit.image

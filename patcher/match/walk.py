@@ -3,26 +3,43 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from patcher.blocks import Block, Reference
 from patcher.errors import PatcherError
 from patcher.link.relocations import R, type_name
+from patcher.match.meaning import Meaning
 from patcher.match.rewritten import ASKING, MASK, NOP, REWRITTEN, Branch, field_of, relative_branch, width_of
+from patcher.match.threads import ThreadReferences
 from patcher.match.verdict import Cause, Mismatch
-
-if TYPE_CHECKING:
-    from patcher.match.matcher import Matcher
 
 _Lite = tuple[int, int, str, str]
 _NOP = re.compile(NOP)
+
+
+class Comparison(Meaning, Protocol):
+    """The comparison that a walk is part of."""
+
+    threads: ThreadReferences
+
+    def lines(self, block: Block) -> list[int]:
+        """Return the offsets of the line numbers in a block."""
+
+    def pass_over(self, ours: bytearray, theirs: bytes | bytearray, at: int, live: int) -> None:
+        """Make a line number of ours equal to the live one, if both name the same line."""
+
+    def check_at(self, r: Reference, code: bytes, offset: int, body: int) -> None:
+        """Check the field at `offset` of a live body, which stands for `r`; raises `Mismatch`."""
+
+    def check_rewritten(self, r: Reference, code: bytes, field_offset: int, body: int) -> None:
+        """Check a GOT reference that the linker may have made direct; raises `Mismatch`."""
 
 
 class Walk:
     """One function, instruction by instruction."""
 
     def __init__(
-        self, matcher: Matcher, block: Block, code: bytes, body: int, references: tuple[Reference, ...]
+        self, matcher: Comparison, block: Block, code: bytes, body: int, references: tuple[Reference, ...]
     ) -> None:
         from patcher.code.instructions import decode_lite
 
