@@ -1,7 +1,7 @@
 /* Follows the system calls of one thread and meddles with the N-th that counts: kills its process there, stops it,
- * or has the call fail.
+ * interrupts it, or has the call fail.
  *
- *     meddler PID ACTION N CALLS      ACTION: kill, cut, stop, fail:ERRNO; CALLS: numbers with commas, or "all"
+ *     meddler PID ACTION N CALLS      ACTION: kill, cut, stop, interrupt, fail:ERRNO; CALLS: numbers with commas, or "all"
  *
  * Calls count between two calls of getsid. Waiting by asking again and again (wait4, sched_yield, nanosleep) counts
  * once. Says "ready" when it follows, and at the end how many calls counted and the number of the call it met (or -1).
@@ -88,8 +88,8 @@ int main(int argc, char **argv)
                 waitpid(pid, &status, __WALL);
                 break;
             }
-            if (!strcmp(action, "stop")) {
-                kill(pid, SIGSTOP);
+            if (!strcmp(action, "stop") || !strcmp(action, "interrupt")) {
+                kill(pid, *action == 's' ? SIGSTOP : SIGINT);
                 ptrace(PTRACE_DETACH, pid, 0, 0);
                 break;
             }

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import traceback
@@ -24,7 +25,7 @@ import patcher.session
 import patcher.units
 from patcher.errors import PatcherError
 
-EXPECTED = 1  # exit status for an error of ours; 70 for any other exception
+EXPECTED = 1  # exit status for an error of ours; 130 when it was interrupted, 70 for any other exception
 
 
 def work(pid: int, files: list[str], generation: int | None, options: dict[str, Any]) -> None:
@@ -41,6 +42,7 @@ def live(order: dict[str, Any]) -> int:
             used = int(re.search(r"VmSize:\s*(\d+)", Path("/proc/self/status").read_text())[1]) << 10
             limit = used + (-limit << 20)
         resource.setrlimit(getattr(resource, name), (limit, limit))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.getsid(0)
     try:
         work(order["pid"], order["files"], order["generation"], order["options"])
@@ -48,6 +50,10 @@ def live(order: dict[str, Any]) -> int:
         os.getsid(0)
         print(json.dumps({"code": error.code, "message": error.message, "hint": error.hint}))
         return error.exit_status
+    except KeyboardInterrupt:
+        os.getsid(0)
+        print("{}")
+        return 130
     except BaseException:
         os.getsid(0)
         print(json.dumps({"traceback": traceback.format_exc()}))

@@ -13,6 +13,7 @@ from project import image_bytes
 from crash.scene import READING, kill_at_every
 
 EVERY = os.environ.get("PATCHER_KILLS") == "every"
+PWRITE = "18"
 # What comes to harm, how many calls are between two tries, and the answers that are found when all are tried.
 CASES = {
     "first": (23, {"1", "2"}),
@@ -52,7 +53,7 @@ def test_killed_at_any_call_the_program_runs_one_generation_and_patchers_go_on(n
 )
 def test_killed_while_the_kernel_goes_from_one_page_to_the_next(name, case, mortals):
     across = name.endswith("across pages")  # few writes are left that can be cut
-    seen = kill_at_every(case(name), mortals, stride=1 if EVERY or across else 3, calls="18", action="cut")
+    seen = kill_at_every(case(name), mortals, stride=1 if EVERY or across else 3, calls=PWRITE, action="cut")
     assert across or len(seen) > 1 or not EVERY
 
 
@@ -60,6 +61,15 @@ def test_killed_while_the_kernel_goes_from_one_page_to_the_next(name, case, mort
 def test_killed_while_it_only_reads(case, mortals):
     seen = kill_at_every(case("first"), mortals, stride=1 if EVERY else 171, calls=READING)
     assert seen <= {"1", "2"}
+
+
+@pytest.mark.timeout(3600 if EVERY else 120)
+@pytest.mark.parametrize(("name", "stride"), [("first", 5), ("later", 1), ("undo", 1), ("later of many functions", 5)])
+def test_interrupted_at_any_call(name, stride, case, mortals):
+    """By Ctrl-C, which may come when all is done already; in the short form at any write."""
+    how = {"stride": 1} if EVERY else {"stride": stride, "calls": PWRITE}
+    seen = kill_at_every(case(name), mortals, action="interrupt", **how)
+    assert seen <= CASES[name][1]
 
 
 @pytest.mark.timeout(3600 if EVERY else 120)
