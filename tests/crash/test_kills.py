@@ -79,8 +79,9 @@ def test_stopped_at_any_call_and_continued(name, case, mortals):
     patched, moment = case(name), 1
     while True:
         paused = []
-        with patched.running() as program:
-            before = _original(patched, program)
+        with patched.scene.project.running() as program:
+            before = image_bytes(program.pid)
+            patched.prepare(program)
             ended = patched.harm(
                 mortals, program, action="stop", moment=moment, while_stopped=lambda found=paused: found.append(1)
             )
@@ -93,16 +94,3 @@ def test_stopped_at_any_call_and_continued(name, case, mortals):
         assert paused
         moment += 1 if EVERY else 29 if name == "first" else 4
     assert moment > 2
-
-
-def _original(patched, program):
-    from patcher import attach
-
-    with attach(program.pid) as session:
-        live = session.status().generation
-        if live:
-            session.revert(0)
-        before = image_bytes(program.pid)
-        if live:
-            session.revert(live)
-    return before
