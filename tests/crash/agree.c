@@ -64,26 +64,30 @@ static void look_up(int answer)
 #endif
 
 #ifdef HOOKS
-static atomic_int announced, told_after;
+static atomic_int announced;
+static const char *volatile broken; /* told by the program itself: a hook that ends it is only called off */
+#define NOTE(what) ((what) ? (void)0 : (void)(broken = #what))
 /* Both take their time, so that who was to wait for them can be gone meanwhile. */
 void patcher_before(const struct patcher_event *event)
 {
-    MUST(event->size >= sizeof *event && event->generation != event->previous);
+    NOTE(event->size >= sizeof *event && event->generation != event->previous);
     for (uint64_t i = 0; i < event->function_count; i++) {
         usleep(500);
-        MUST(strlen(event->functions[i].name) > 1 && strlen(event->functions[i].outcome) > 1);
+        NOTE(strlen(event->functions[i].name) > 1 && strlen(event->functions[i].outcome) > 1);
     }
     announced++;
 }
 void patcher_after(const struct patcher_event *event)
 {
-    MUST(announced);
+    NOTE(announced);
     usleep(2000);
-    MUST(event->action <= PATCHER_CANCEL && event->size >= sizeof *event);
+    NOTE(event->action <= PATCHER_CANCEL && event->size >= sizeof *event);
     for (uint64_t i = 0; i < event->function_count; i++)
-        MUST(strlen(event->functions[i].name) > 1 && strlen(event->functions[i].file) == 3);
-    told_after++;
+        NOTE(strlen(event->functions[i].name) > 1 && strlen(event->functions[i].file) == 3);
 }
+#define CHECK_HOOKS() (broken ? wrong(broken, 0) : (void)0)
+#else
+#define CHECK_HOOKS() ((void)0)
 #endif
 
 static long now(void)
@@ -160,6 +164,7 @@ int main(int count, char **arguments)
             agreed &= answers[i] == first;
         }
         look_up(first);
+        CHECK_HOOKS();
         printf("%d\n", agreed && sample() == first ? first : -1);
     }
     return 0;
