@@ -28,6 +28,7 @@ import patcher.relink
 import patcher.session
 import patcher.units
 from patcher.errors import PatcherError
+from patcher.patch.reclaim import Policy
 
 GETSID = 124
 BPF_LOAD, BPF_EQUAL, BPF_RETURN, ALLOW, TRACE = 0x20, 0x15, 0x06, 0x7FFF0000, 0x7FF00000
@@ -47,8 +48,12 @@ def show(calls: set[int]) -> None:
     assert libc.prctl(PR_SET_SECCOMP, 2, program) == 0
 
 
-def work(pid: int, files: list[str], generation: int | None, options: dict[str, Any]) -> None:
+def work(
+    pid: int, files: list[str], generation: int | None, options: dict[str, Any], policy: dict[str, Any] | None
+) -> None:
     with patcher.attach(pid, **options) as session:
+        if policy:
+            session.policy = Policy(**policy)
         if files:
             session.apply(*files)
         else:
@@ -66,7 +71,7 @@ def live(order: dict[str, Any]) -> int:
         show({*map(int, order["meddler"][3].split(",")), GETSID})
     os.getsid(0)
     try:
-        work(order["pid"], order["files"], order["generation"], order["options"])
+        work(order["pid"], order["files"], order["generation"], order["options"], order["policy"])
     except PatcherError as error:
         os.getsid(0)
         print(json.dumps({"code": error.code, "message": error.message, "hint": error.hint}))

@@ -56,6 +56,7 @@ class Mortals:
         calls: str = REACHING,
         options: dict[str, Any] | None = None,
         limits: dict[str, int] | None = None,
+        policy: dict[str, Any] | None = None,
         while_stopped: Any = None,
     ) -> Ending:
         """Apply files, or revert without any, with `action` at call number `moment` of those that count; 0: at none."""
@@ -65,6 +66,7 @@ class Mortals:
             "generation": generation,
             "options": options or {},
             "limits": limits or {},
+            "policy": policy,
             "meddler": [str(self.meddler), action, str(moment), calls] if moment else [],
         }
         answer = self._ask(order)
