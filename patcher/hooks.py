@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -114,7 +114,10 @@ class Hooks:
         except TargetGone:
             raise
         except BaseException as error:
-            if told:
+            if told and self._is_live(happening.generation):
+                with suppress(PatcherError):
+                    self._call(AFTER, happening.generation, happening)
+            elif told:
                 self._call_off(happening, error)
             raise
         try:
@@ -123,6 +126,12 @@ class Hooks:
             raise
         except PatcherError as error:
             warn.append(f"`{AFTER}` was not run to its end, after the change: {error.message}")
+
+    def _is_live(self, number: int) -> bool:
+        """Tell whether a change was made after all: an interruption may come when that is done."""
+        with suppress(PatcherError):
+            self._ledger.refresh()
+        return self._ledger.generation == number
 
     def _call_off(self, happening: Happening, error: BaseException) -> None:
         """Tell the program that a change which was announced was not made; add to `error` if it cannot be told."""

@@ -54,6 +54,7 @@ _USED_OFFSET = 24
 _JOURNAL_USED_OFFSET = _USED_OFFSET + 32
 _LOCK = struct.Struct("<QQ")
 _LOCK_OFFSET = 64
+_PAIR = struct.Struct("<QQ")
 _COMING_OFFSET = 128
 
 _MMAP, _MUNMAP, _CLOSE, _FTRUNCATE, _MEMFD_CREATE = 9, 11, 3, 77, 319
@@ -231,9 +232,17 @@ class Arena:
         inside = range(self.switches, self.header)
         return [self.target.memory.read_u64(body + cell) if body in inside else body for body in slots]
 
-    def is_choosing(self, pc: int) -> bool:
-        """Tell whether a thread is in a switch, of which it may have chosen nothing yet."""
-        return self.switches <= pc < self.header
+    def switched(self, count: int) -> dict[tuple[int, int], tuple[int, int]]:
+        """Return the switches of so many slots that were ever in use, as extents, and where each leads.
+
+        Who is in one, or comes back to it from a signal handler, has the address from nowhere else.
+        """
+        data, found = self.target.memory.read(self.switches, SWITCH_SIZE * count), {}
+        for index in range(1, count):
+            old, new = _PAIR.unpack_from(data, SWITCH_SIZE * index + SWITCH_CELLS)
+            if old or new:
+                found[self.switch(index), self.switch(index) + SWITCH_SIZE] = (old, new)
+        return found
 
     # --- the journal ------------------------------------------------------------------------------------------
 

@@ -250,6 +250,7 @@ class Ledger:
                 if self.primary is not None:
                     self.primary.refuse_owner(*self._controller)
                 raise
+            self.target.expect_others()
             yield
 
     def _mend(self) -> None:
@@ -333,6 +334,8 @@ class Ledger:
                 expose()
             self._refuse_departed(change)
             decided = replace(self._flip(change), inside=inside, idle=idle, late=late, publish=publish)
+            if not decided.needs_stop:
+                expose()  # threads may be in it by the time at which the last of several writes fails
             result = flip(self.target, decided)
         except BaseException as error:
             with suppress(PatcherError, OSError):
@@ -372,8 +375,11 @@ class Ledger:
             yield constructor
 
     def _take_back(self, change: Commit, before: Mapping[int, Usage], exposed: bool) -> None:
-        # A detour that is in place must stay on record.
-        if any(self.is_in_place(r) for r in change.record.redirects):
+        primary = self.primary
+        assert primary is not None
+        # What is live must stay on record (an interruption may come after all is done), and a detour that is in place.
+        live = primary.read_slots(1)[0] == change.record.number
+        if live or any(self.is_in_place(r) for r in change.record.redirects):
             self._fresh.clear()
         else:
             for base, usage in before.items():

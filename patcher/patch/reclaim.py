@@ -25,7 +25,14 @@ but one of a library that was unloaded only by who has the address of its island
 Free memory is noted in the journal, by that same write: what is used again of it are the stretches of later
 generations. A generation of which something may run before it is live is placed in fresh memory, since its addresses
 may be known should it fail. All threads stand still while memory is looked at, about 1 ms for each MB: a process with
-too much of it, for what there is to free, is left alone.
+too much of it, for what there is to free, is left alone. It cannot be looked at piece by piece while the program runs:
+a word may move from what was not seen yet to what was. The kernel can tell which pages were written to meanwhile, but
+has one such note for everybody (soft-dirty; collectors of garbage live by it), or wants a userfaultfd on all of the
+program's memory; and a copy made by fork is a child that the program may find.
+
+What the program's variables are in stays, those of an unloaded library too. The address of a variable is the program's
+to keep, also where nobody sees it (in the kernel: epoll_ctl, io_uring; coloured, or as a distance), while code that
+still runs uses it: no look at memory tells that nobody does.
 """
 
 from __future__ import annotations
@@ -348,11 +355,10 @@ def _reached(ledger: Ledger, left: Sequence[Stretch], used: Iterable[int], polic
         worth = _LOOKED_AT * sum(s.end - s.start for s in left)
         if sum(end - start for start, end in memory_of(target, ours)) > max(policy.most, worth):
             return None
-        ranges = sorted([*extents, *orphans.islands])
+        switches = {k: v for b, a in ledger.arenas.items() for k, v in a.switched(ledger.usages[b].slots).items()}
+        ranges = sorted([*extents, *orphans.islands, *switches])
         calls, called = orphans.calls(extents), orphans.called_beside(extents)
         with target.stopped() as stopped:
-            if any(arena.is_choosing(t.pc) for arena in ledger.arenas.values() for t in stopped.threads):
-                return None
             found = [ranges[i] for i in reached(target, stopped, ranges, ours)]
     except TargetGone:
         raise
@@ -360,7 +366,8 @@ def _reached(ledger: Ledger, left: Sequence[Stretch], used: Iterable[int], polic
         return None
     numbers = {extent: i for i, extent in enumerate(extents)}
     islands = called | {start for start, _ in found if start in orphans.bodies}
-    kept = _closed(left, {*used, *(numbers[extent] for extent in found if extent in numbers)})
+    next_ones = _holding(left, (body for extent in found for body in switches.get(extent, ())))
+    kept = _closed(left, {*used, *next_ones, *(numbers[extent] for extent in found if extent in numbers)})
     while True:
         islands |= {island for i in kept for island in calls[i]}
         more = _closed(left, kept | _holding(left, (orphans.bodies[island] for island in islands)))

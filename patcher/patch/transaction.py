@@ -141,9 +141,10 @@ def flip(target: Target, change: Flip) -> FlipResult:
             each.lead_to_switches()
         result = _flip(target, change, [TextWrite(primary.live, _word(live), _word(number))])
     except BaseException:
+        come = primary.read_slots(1)[0] == number  # an interruption may come after all is done
         for each in slots:
             with suppress(PatcherError):
-                each.take_back()
+                each.settle(number) if come else each.take_back()
         raise
     # The change is live. What cannot be written now, the next patcher writes.
     with suppress(PatcherError):

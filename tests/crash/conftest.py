@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import patcher
 from crash.scene import Case, Mortals, Scene, unit
 
+HEADER = Path(patcher.__file__).parent / "header"
 NEW_IFUNC = """\
 #include <string.h>
 static const char *volatile text = "12";
@@ -45,6 +47,11 @@ ADDED = {
     "with a constructor": NEW_CONSTRUCTOR,
     "with a slow constructor": SLOW_CONSTRUCTOR,
     "with a library": NEW_LIBRARY,
+}
+# Programs that read what they are made of, in tables of all four functions, or are told of changes.
+FLAGS = {
+    "with tables": ("-DTABLES=4", f"-I{HEADER}"),
+    "with hooks": ("-DHOOKS", f"-I{HEADER}"),
 }
 # A function that jumps back to its entry, so that it changes only while nobody is in it.
 QUIET = """\
@@ -108,7 +115,7 @@ def _case(name: str, root: Path) -> Case:
     if of == "across pages":
         units = {"a": unit("a", more=ACROSS, asked=[f"across{n}" for n in range(1, 5)]), "b": unit("b", 3)}
     shared = ("b.c",) if of == "in two modules" else ()
-    scene = Scene(root, units, shared=shared)
+    scene = Scene(root, units, shared=shared, compile_flags=FLAGS.get(of, ()))
     options = {"force": True, **({"libraries": ["m"]} if of == "with a library" else {})}
     text = ADDED.get(of)
     first = scene.redefined(text) if text else scene.change(2)

@@ -18,6 +18,7 @@ import patcher
 from patcher.patch.arena import TOTAL_SIZE
 
 HERE = Path(__file__).parent
+INTERRUPTED = 130
 
 # ptrace, pwrite64, wait4, flock, process_vm_writev, kill, tgkill, pidfd_send_signal: all that reaches the target.
 REACHING = "101,18,61,73,311,62,234,424"
@@ -27,10 +28,9 @@ READING = "17,257,0"
 
 @dataclass(frozen=True)
 class Ending:
-    """How a meddled patcher ended: its exit status (negative: a signal), calls that counted, the one that was met."""
+    """How a meddled patcher ended: its exit status (negative: a signal), and the call that was met, -1 for none."""
 
     code: int
-    count: int
     met: int
     said: dict[str, str] | None
 
@@ -52,26 +52,28 @@ class Mortals:
         *,
         generation: int | None = None,
         action: str = "kill",
-        moment: int = 1 << 40,
+        moment: int = 0,
         calls: str = REACHING,
         options: dict[str, Any] | None = None,
         limits: dict[str, int] | None = None,
+        policy: dict[str, Any] | None = None,
         while_stopped: Any = None,
     ) -> Ending:
-        """Apply files, or revert without any, with `action` at call number `moment` of those that count."""
+        """Apply files, or revert without any, with `action` at call number `moment` of those that count; 0: at none."""
         order = {
             "pid": pid,
             "files": [str(f) for f in files],
             "generation": generation,
             "options": options or {},
             "limits": limits or {},
-            "meddler": [str(self.meddler), action, str(moment), calls],
+            "policy": policy,
+            "meddler": [str(self.meddler), action, str(moment), calls] if moment else [],
         }
         answer = self._ask(order)
         if "stopped" in answer:
             while_stopped()
             answer = self._ask({})
-        return Ending(answer["code"], answer["count"], answer["met"], answer["said"])
+        return Ending(answer["code"], answer["met"], answer["said"])
 
     def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
         assert self.process.stdin is not None
@@ -146,10 +148,15 @@ class Case:
     @contextlib.contextmanager
     def running(self, *arguments: str) -> Iterator[Running]:
         with self.scene.project.running(*arguments) as program:
+            self.prepare(program)
+            yield program
+
+    def prepare(self, program: Running) -> None:
+        """Do what was done before."""
+        if self.before:
             with patcher.attach(program.pid, **self.options) as session:
                 for files in self.before:
                     session.apply(*files)
-            yield program
 
     def harm(self, mortals: Mortals, program: Running, **how: Any) -> Ending:
         return mortals.patch(program.pid, self.files, generation=self.generation, options=self.options, **how)
@@ -203,19 +210,14 @@ def kill_at_every(
     seen: set[str] = set()
     moment, tries = first, 0
     while True:
-        with case.running() as program:
+        with case.scene.project.running() as program:
             before = image_bytes(program.pid)
-            if case.before:
-                with patcher.attach(program.pid) as session:
-                    live = session.status().generation
-                    session.revert(0)
-                    before = image_bytes(program.pid)
-                    session.revert(live)
+            case.prepare(program)
             ended = case.harm(mortals, program, action=action, moment=moment, calls=calls)
-            assert ended.code in (0, -signal.SIGKILL), ended
+            assert ended.code in (0, -signal.SIGKILL, INTERRUPTED), ended
             # What goes on after that does not depend on the call: one in three tells it.
             further = stride == 1 or tries % 3 == 0
-            seen.add(case.check(program, before, f"killed at call {moment} ({ended.met})", further=further))
-        if ended.code == 0:
+            seen.add(case.check(program, before, f"{action} at call {moment} ({ended.met})", further=further))
+        if ended.met < 0:
             return seen
         moment, tries = moment + stride, tries + 1

@@ -13,6 +13,7 @@ from project import image_bytes
 from crash.scene import READING, kill_at_every
 
 EVERY = os.environ.get("PATCHER_KILLS") == "every"
+PWRITE = "18"
 # What comes to harm, how many calls are between two tries, and the answers that are found when all are tried.
 CASES = {
     "first": (23, {"1", "2"}),
@@ -31,6 +32,11 @@ CASES = {
     "first with an IFUNC": (31, {"1", "2"}),
     "first with a constructor": (67, {"1", "2"}),
     "first with a library": (71, {"1", "2"}),
+    "first with tables": (71, {"1", "2"}),
+    "later with tables": (7, {"2", "3"}),
+    "undo with tables": (9, {"1", "3"}),
+    "first with hooks": (211, {"1", "2"}),
+    "later with hooks": (149, {"2", "3"}),
 }
 
 
@@ -52,7 +58,7 @@ def test_killed_at_any_call_the_program_runs_one_generation_and_patchers_go_on(n
 )
 def test_killed_while_the_kernel_goes_from_one_page_to_the_next(name, case, mortals):
     across = name.endswith("across pages")  # few writes are left that can be cut
-    seen = kill_at_every(case(name), mortals, stride=1 if EVERY or across else 3, calls="18", action="cut")
+    seen = kill_at_every(case(name), mortals, stride=1 if EVERY or across else 3, calls=PWRITE, action="cut")
     assert across or len(seen) > 1 or not EVERY
 
 
@@ -63,14 +69,24 @@ def test_killed_while_it_only_reads(case, mortals):
 
 
 @pytest.mark.timeout(3600 if EVERY else 120)
+@pytest.mark.parametrize(("name", "stride"), [("first", 5), ("later", 1), ("undo", 1), ("later of many functions", 5)])
+def test_interrupted_at_any_call(name, stride, case, mortals):
+    """By Ctrl-C, which may come when all is done already; in the short form at any write."""
+    how = {"stride": 1} if EVERY else {"stride": stride, "calls": PWRITE}
+    seen = kill_at_every(case(name), mortals, action="interrupt", **how)
+    assert seen <= CASES[name][1]
+
+
+@pytest.mark.timeout(3600 if EVERY else 120)
 @pytest.mark.parametrize("name", ["first", "later", "undo"])
 def test_stopped_at_any_call_and_continued(name, case, mortals):
     """At most a pause: the change comes to its end, or is given up whole."""
     patched, moment = case(name), 1
     while True:
         paused = []
-        with patched.running() as program:
-            before = _original(patched, program)
+        with patched.scene.project.running() as program:
+            before = image_bytes(program.pid)
+            patched.prepare(program)
             ended = patched.harm(
                 mortals, program, action="stop", moment=moment, while_stopped=lambda found=paused: found.append(1)
             )
@@ -83,16 +99,3 @@ def test_stopped_at_any_call_and_continued(name, case, mortals):
         assert paused
         moment += 1 if EVERY else 29 if name == "first" else 4
     assert moment > 2
-
-
-def _original(patched, program):
-    from patcher import attach
-
-    with attach(program.pid) as session:
-        live = session.status().generation
-        if live:
-            session.revert(0)
-        before = image_bytes(program.pid)
-        if live:
-            session.revert(live)
-    return before

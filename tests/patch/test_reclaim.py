@@ -378,3 +378,55 @@ def test_forgotten_code_is_known_as_such(project, objects):
         assert journal.generations[7].merged == ((1, 6),)
         assert 6 in journal.numbers_to(8)
         assert 9 not in journal.numbers_to(8)
+
+
+MANY = 520  # more slots than there are on a page
+TABLE = "int (*const table[])(int) = {" + ", ".join(f"f{i}" for i in range(MANY)) + "};\n"
+KEEPING = """\
+#include <stdio.h>
+extern int (*const table[])(int);
+unsigned long kept;
+int main(void)
+{
+    char line[9];
+    setvbuf(stdout, NULL, _IOLBF, 0);
+    printf("%lx\\n", (unsigned long)&kept);
+    while (fgets(line, sizeof line, stdin))
+        printf("%d\\n", table[0](1));
+    return 0;
+}
+"""
+
+
+def many(first: int, others: int) -> str:
+    functions = [
+        f"int f{i}(int n)\n{{\n    total++;\n    return n + {others if i else first};\n}}\n" for i in range(MANY)
+    ]
+    return "static volatile int total;\n" + "".join(functions) + TABLE
+
+
+@pytest.mark.timeout(240)  # 520 functions eight times
+def test_who_comes_back_to_a_switch_finds_what_it_leads_to(tmp_path):
+    """A thread that a signal met in a switch goes on there long after; what it has is that address alone."""
+    project = Project(tmp_path / "p", {"main.c": KEEPING, "many.c": many(9, 9)})
+    wholes = [project.object("many.c", (many(9, 9), many(i, i))) for i in (1, 2)]
+    firsts = [project.object("many.c", (many(9, 9), many(i, 2))) for i in (3, 4)]
+    with project.running() as program, patcher.attach(program.pid, force=True) as session:
+        session.policy = Policy(keep=1, enough=1, poison=True)
+        kept, memory = int(program.greeting, 16), session.target.memory
+        for whole in wholes:
+            session.apply(whole)
+        ledger = session.ledger
+        assert ledger.primary is not None
+        body = {index: body for _, index, body in ledger.journal.generations[1].bodies}[9]
+        place = ledger.primary.switch(9) + 20
+        memory.write(kept, place.to_bytes(8, "little"))
+        for i in range(3):
+            session.apply(firsts[i % 2])
+        assert 2 not in session.status().recorded
+        assert memory.read(body, 1) != b"\xcc"
+        memory.write(kept, bytes(8))
+        for i in range(3):
+            session.apply(firsts[i % 2])
+            assert program.ask("") == str((4, 5)[i % 2])
+        assert memory.read(body, 1) == b"\xcc"
