@@ -172,6 +172,10 @@ class Part:
         return None
 
     def cold_pieces(self, block: Block) -> list[LiveFunction]:
-        """Return the live pieces that were split off a function."""
+        """Return the live pieces that were split off a function, whether the new code has such or not."""
         pieces = (b for b in self.delta.blocks.functions if is_cold_piece(b.name) and parent_of(b.name) == block.name)
-        return [live for b in pieces if (live := self._verdicts[b].live) is not None]
+        found = {live.body: live for b in pieces if (live := self._verdicts[b].live) is not None}
+        whole = self.live(block)
+        split = self.unit.pieces_of(whole) if whole is not None else []
+        found |= {p.body: p for p in split if whole is not None and parent_of(p.name) == whole.name}
+        return list(found.values())

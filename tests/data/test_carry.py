@@ -399,3 +399,31 @@ def test_a_unit_that_only_uses_a_variable_knows_what_it_became(tmp_path, compile
         session.revert(0)
         session.apply(project.sources / "other.c")
         assert program.ask(1) == "208", "the old layout again"
+
+
+SPLIT = """\
+struct state { int calls; int last; } state = {100, 1};
+__attribute__((cold, noinline)) int rare(int n) { return n; }
+int answer(int n)
+{
+    if (n > 900)
+        state.calls += rare(n);
+    return n;
+}
+"""
+
+
+def test_old_code_that_was_split_off_goes_with_its_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("project.COMPILE", ("gcc", "-g", "-O2"))  # clang 14 splits nothing off
+    project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": SPLIT})
+    grown = SPLIT.replace("int last; }", "int last; int limit; }").replace("return n;\n}\n", "return n + state.calls;\n}\n")
+    grown = grown.replace("    if (n > 900)\n        state.calls += rare(n);\n", "")
+    with project.running() as program, patcher.attach(program.pid, watched=[project.sources]) as session:
+        assert session.image.executable.module.symbols.named("answer.cold")
+        assert program.ask(901) == "901"
+        for _ in range(2):
+            done = session.apply(rewrite(project, "unit.c", grown))
+            assert [(v.name, v.outcome) for v in done.variables] == [("state", "migrated")]
+            assert program.ask(1) == "1002"
+            session.revert(0)
+        assert_untouched(program.pid)

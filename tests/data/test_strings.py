@@ -89,6 +89,56 @@ def test_a_tail_of_another_text_and_a_text_that_stays_are_not_told(tmp_path: Pat
         assert "middle" not in told['"my shared text"']
 
 
+COLD = """\
+const char *kept;
+int count;
+__attribute__((cold, noinline)) void keep(const char *text) { kept = text; }
+__attribute__((noinline)) int work(int n)
+{
+    if (n > 900) {
+        keep("a rare text");
+        count += 5;
+    }
+    return n + count;
+}
+int answer(int n) { return work(n); }
+"""
+
+
+def test_a_text_that_only_a_part_split_off_has_is_told(tmp_path: Path) -> None:
+    made = Project(tmp_path, {"main.c": MAIN, "unit.c": COLD})
+    with made.running() as program, patcher.attach(program.pid) as session:
+        assert program.ask(901) == "906"
+        (live,) = session.image.executable.module.symbols.named("work.cold")
+        assert live.size
+        source = made.edit("unit.c", 'keep("a rare text")', "keep(0)")
+        assert fates(session.apply(source)) == {'"a rare text"': "stale stored in `kept`"}
+        session.revert(0)
+        made.edit("unit.c", "        keep(0);\n        count += 5;\n", "        count += 6;\n")  # nothing is split off
+        assert fates(session.apply(source)) == {'"a rare text"': "stale stored in `kept`"}
+        assert program.ask(901) == "912"
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_a_text_with_a_name_is_a_constant_and_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
+) -> None:
+    monkeypatch.setattr("project.COMPILE", (compiler, "-g", "-O2"))
+    unit = UNIT.replace("__attribute__", 'const char label[] = "a label";\n__attribute__', 1)
+    unit = unit.replace("title(n) + 3", "n < 9 ? label : 0").replace("title(n)[0]", "title(n)[0] + label[0]")
+    made = Project(tmp_path, {"main.c": MAIN, "unit.c": unit, "other.c": OTHER})
+    with made.running() as program, patcher.attach(program.pid) as session:
+        program.ask(1)
+        source = made.edit("unit.c", '"a label"', '"A Label"')
+        assert fates(session.apply(source)) == {"label": "rewritten stored in `middle`"}
+        # The text has a name from now on, and new code still has it.
+        made.edit("unit.c", "const char label", 'static const char named[] = "my shared text";\nconst char label')
+        made.edit("unit.c", 'n < 9 ? "my shared text"', "n < 9 ? named")
+        assert '"my shared text"' not in fates(session.apply(source))
+        told = fates(session.apply(made.edit("unit.c", 'named[] = "my', 'named[] = "no')))
+        assert '"my shared text"' in told
+
+
 def test_nothing_is_searched_while_no_text_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = project(tmp_path)
 
