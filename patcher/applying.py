@@ -156,7 +156,7 @@ class Applying:
         record = linked.commit.record
         functions = tuple(Function(*status) for status in record.statuses)
         variables = told_of(linked.data)
-        if not functions and not linked.commit.data and not linked.commit.threads and not record.placed:
+        if linked.commit.does_nothing:
             return Generation(self._ledger.generation, kept=linked.kept, variables=variables)
         outcome = Generation(record.number, functions, variables=variables, kept=linked.kept, data_only=not functions)
         if self._options.dry_run:

@@ -46,13 +46,14 @@ def explain(
         changes, kept = with_data(changes)
         if not changes.parts:
             return replace(found, variables=told_of([c.datum(Fate.KEPT) for c in kept]))
-        found = replace(found, outlook=Outlook.LIVE)
         linked = link(changes)
     except TargetError:
         raise
     except PatcherError as error:
         found = replace(found, types=_types(units, files))
         return replace(found, outlook=Outlook.REFUSED, refusal=Refusal(error.code, error.message, error.hint))
+    if not linked.commit.does_nothing:
+        found = replace(found, outlook=Outlook.LIVE)
     supplied, _ = units.supplies.outcome(linked)
     frames, objection = standing(linked)
     if objection is not None:

@@ -53,7 +53,7 @@ class Changed:
 
     @property
     def note(self) -> str:
-        return f"{self.old} -> {self.new}" if self.old and self.new else ""
+        return f"{self.old} -> {self.new}" if self.old and self.new and self.old != self.new else ""
 
     def datum(self, fate: Fate) -> Datum:
         return Datum(self.name, self.part.source, fate, self.note)

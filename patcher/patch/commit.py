@@ -75,3 +75,8 @@ class Commit:
     fills: tuple[Fill, ...] = ()  # done when all stand still, right before the generation is live
     threads: tuple[ThreadValue, ...] = ()  # found and written when all stand still
     published: tuple[tuple[int, bytes], ...] = ()  # what leads the program to some of the writes, in this order
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether the process would be the same with it."""
+        return not (self.record.statuses or self.record.placed or self.data or self.threads)

@@ -21,6 +21,7 @@ from patcher.report.events import (
     Reverted,
     Unchanged,
     Variable,
+    nothing_to_do,
     plain,
 )
 
@@ -116,7 +117,7 @@ class ConsoleReport:
 
     def _unchanged(self, event: Unchanged) -> None:
         names = _escape(_listed([Path(f).name for f in event.files]))
-        text = f"{names}: nothing to do, the process has this code"
+        text = f"{names}: {nothing_to_do(event.variables)}"
         if event.line_only:
             text += f"\n  only line numbers differ, left as they are: {_escape(self._some(event.line_only))}"
         for line in _told(event.variables):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TextIO
 
-from patcher.data.outcome import Datum
+from patcher.data.outcome import Datum, Fate
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,13 @@ def plain(text: str) -> str:
 def told_of(data: Iterable[Datum]) -> tuple[Variable, ...]:
     """Return what became of variables, as it is told."""
     return tuple(Variable(d.name, d.file, d.fate.value, d.note) for d in data)
+
+
+def nothing_to_do(variables: Iterable[Variable]) -> str:
+    """Return the verdict on a save that changes nothing in the process."""
+    if any(v.outcome == Fate.STALE.value for v in variables):
+        return "nothing to do, no code changes; what holds the old constants goes on with them"
+    return "nothing to do, the process has this code"
 
 
 @dataclass(frozen=True, slots=True)

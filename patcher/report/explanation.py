@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from patcher.report.events import OldFrame, Variable
+from patcher.report.events import OldFrame, Variable, nothing_to_do
 
 
 class Outlook(Enum):
@@ -90,18 +90,12 @@ class Explanation:
             if self.refusal.hint:
                 yield f"  {self.refusal.hint}"
         else:
-            yield _WORDS[self.outlook]
+            yield "it can go live" if self.outlook is Outlook.LIVE else nothing_to_do(self.variables)
 
 
 def _who(frame: OldFrame) -> str:
     who = f"thread {frame.thread}" if frame.thread else f"a coroutine, stack at {frame.stack:#x}"
     return who + (", in a loop that does not return" if frame.loops else "")
-
-
-_WORDS = {
-    Outlook.LIVE: "it can go live",
-    Outlook.UNCHANGED: "nothing to do, the process has this code",
-}
 
 
 def _kept(name: str, file: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from project import MAIN, Project, Running
 
 import patcher
+from patcher.report import Outlook
+from patcher.report.console import ConsoleReport
 from patcher.target import Target
 
 TABLES = """\
@@ -219,3 +222,43 @@ def test_tables_made_of_switches_are_never_written_over(
         assert program.ask(1) == "508"
         session.revert(0)
         assert program.ask(1) == "304"
+
+
+HELD = """\
+static const int first[2] = {1, 2};
+static const int *volatile chosen = first;
+int answer(int n)
+{
+    return chosen[n & 1] + n;
+}
+"""
+GOES_ON = "nothing to do, no code changes; what holds the old constants goes on with them"
+
+
+@pytest.mark.parametrize("optimise", ["-O0", "-O2"])
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_what_others_go_on_with_is_no_reason_to_say_that_something_goes_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, optimise: str
+) -> None:
+    monkeypatch.setattr("project.COMPILE", (compiler, "-g", optimise))
+    project = Project(tmp_path, {"main.c": MAIN, "unit.c": HELD})
+    said = io.StringIO()
+    with project.running() as program:
+        assert program.ask(1) == "3"
+        source = project.edit("unit.c", "first[2] = {1, 2}", "first[3] = {1, 5, 6}")
+        with patcher.attach(program.pid) as session:
+            found = session.explain(source)
+            assert (found.outlook, found.functions, found.refusal) == (Outlook.UNCHANGED, (), None)
+            told = {(v.name, v.outcome, v.note) for v in found.variables}
+            assert told == {("first", "stale", "8 -> 12 bytes; stored in `chosen`"), ("chosen", "kept", "")}
+            assert list(found.lines())[-1] == GOES_ON
+            done = session.apply(source)
+            assert (done.number, {(v.name, v.outcome, v.note) for v in done.variables}) == (0, told)
+            ConsoleReport(said).emit(done.as_event([source]))
+            assert GOES_ON in said.getvalue()
+            assert program.ask(1) == "3"
+        with patcher.attach(program.pid, reinit=["chosen"]) as session:
+            assert session.explain(source).outlook is Outlook.LIVE
+            assert session.apply(source).number == 1
+            assert program.ask(1) == "6"
+            session.revert()
