@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     # One unit's share of a generation: its verdicts, and the object that new code is taken from.
     "part": MATCHING | {"match", "constructors", "data.comparison", "data.shapes"},
     # What becomes of variables; the types are read from a copy of the object, in which relocations are mended.
-    "data": MATCHING | {"match", "part", "patch.journal"},
+    "data": MATCHING | {"match", "part", "patch.journal", "constructors"},
     # Tables of labels go with their functions.
     "labels": {"blocks", "errors", "live", "match", "part"},
     # What the names and blocks of parts mean in the process.

@@ -8,20 +8,25 @@ compared by meaning: a pointer by what it leads to, never by the address.
 Of a thread-local each thread has its own value: what threads start with is compared, and one that is wanted is written
 in every thread and in what threads to come start with. A number stands for its address (`live.thread_number`).
 
+One that gets new storage because its layout changed starts there with the new value if it is wanted, and nothing is
+carried over; a revert goes back to the old storage, and to the value in it.
+
 Specification: System V ABI, chapter 5 (program header, dynamic linking); AMD64 supplement, table 4.10.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from patcher.blocks import Block, Kind, Place
 from patcher.data.meaning import digest, shown, shown_bytes, shown_pointer
+from patcher.data.migrate import plain_name
+from patcher.data.names import spelling
 from patcher.data.outcome import Datum, Fate
 from patcher.elf.relocations import R
 from patcher.errors import PatcherError, UnsafeChange
@@ -34,6 +39,7 @@ from patcher.patch.journal import Initial, Journal
 
 AddressOf = Callable[[Part, Block], "int | None"]
 Told = dict[int, tuple[str, str]]  # by address: the unit's source, and the initial value that was told of
+_CARRIED = "carried over"  # for a digest
 _WORDS = (R.A64, R.GLOB_DAT, R.JUMP_SLOT)
 
 
@@ -65,6 +71,12 @@ class Changed:
 def first_value(part: Part, block: Block, address: int) -> Initial:
     """Return the record of the value that a new variable gets."""
     return Initial(address, digest(part.blocks, block), shown(part.blocks, block), True)
+
+
+def carried_value(part: Part, block: Block, address: int) -> tuple[Initial, Initial]:
+    """Return the records of a variable with new storage and the value that it had: it never had the initial one."""
+    first = first_value(part, block, address)
+    return replace(first, digest=_CARRIED), replace(first, written=False)
 
 
 def initially_same(part: Part, block: Block, address: int) -> bool | None:
@@ -115,7 +127,11 @@ class Initials:
         return found
 
     def is_wanted(self, changed: Changed) -> bool:
-        return self._every or any(_is_called(changed.part, changed.block, name) for name in self.wanted)
+        return self._every or self.names(changed.part, changed.block)
+
+    def names(self, part: Part, block: Block) -> bool:
+        """Tell whether a variable is among those that are wanted."""
+        return any(_is_called(part, block, name) for name in self.wanted)
 
     def is_news(self, changed: Changed, journal: Journal) -> bool:
         """Tell whether a changed initialiser was not told of before."""
@@ -135,11 +151,21 @@ class Initials:
         """Take note of what the user was told."""
         self._told |= {c.address: (c.part.source, _told(digest(c.part.blocks, c.block))) for c in told}
 
-    def check(self, parts: Sequence[Part], address_of: AddressOf, changed: Sequence[Changed]) -> None:
-        """Raise `UnsafeChange` for a wanted name that is no variable, or several, or has nothing new to be written."""
+    def check(
+        self,
+        parts: Sequence[Part],
+        address_of: AddressOf,
+        changed: Sequence[Changed],
+        renewed: Collection[Block] = (),
+    ) -> None:
+        """Raise `UnsafeChange` for a wanted name that is no variable, or several, or has nothing new to be written.
+
+        `renewed` are the variables that get new storage.
+        """
         for name in self.wanted:
             found = [(p, b) for p in parts for b in p.blocks.data_blocks() if _is_called(p, b, name)]
-            written = [c for c in changed if _is_called(c.part, c.block, name)]
+            written = [(c.part, c.block) for c in changed if _is_called(c.part, c.block, name)]
+            written += [(p, b) for p, b in found if b in renewed]
             for part, block in found:
                 _check_kind(part, block)
             if len(written) > 1:
@@ -170,8 +196,8 @@ def _check_kind(part: Part, block: Block) -> None:
     )
 
 
-def _several(name: str, found: Sequence[Changed]) -> UnsafeChange:
-    places = ", ".join(f"`{Path(c.part.source).name}:{full_name(c.part, c.block)}`" for c in found)
+def _several(name: str, found: Sequence[tuple[Part, Block]]) -> UnsafeChange:
+    places = ", ".join(f"`{Path(part.source).name}:{full_name(part, block)}`" for part, block in found)
     return UnsafeChange(f"--reinit {name} may mean {places}", "give one of these", code="reinit")
 
 
@@ -202,14 +228,22 @@ def _is_called(part: Part, block: Block, wanted: str) -> bool:
         return False
     if any(name in (s.name, base_name(s.name)) for s in block.symbols):
         return True
+    if not spelling(block.name).guard and name == source_name(block.name):
+        return True
     if base_name(block.name).rpartition(".")[2] != name.rpartition(".")[2]:
         return False
     return name in (base_name(block.name).rpartition(".")[2], full_name(part, block))
 
 
+def source_name(symbol: str) -> str:
+    """Return what the source calls a variable, as far as its symbol says; of clang, `function.name` as it is."""
+    said = spelling(symbol)
+    return said.source if symbol.startswith("_ZZ") else plain_name(base_name(symbol))
+
+
 def full_name(part: Part, block: Block) -> str:
     """Return `function.name` for a static of a function, which gcc calls `name.N` and clang `function.name`."""
-    name = base_name(block.name)
+    name = source_name(block.name)
     if "." in name or not numbered(block.name):
         return name
     users = (f for f in part.blocks.functions if _uses(part, f, block))

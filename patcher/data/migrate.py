@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from patcher.blocks import Block, External, Kind, Place
+from patcher.constructors import belonging, touched
 from patcher.data.carry import is_function, symbols_of
 from patcher.data.comparison import Comparison, Layout, Spec, same
-from patcher.data.names import spelling
+from patcher.data.names import guard_of, spelling
+from patcher.data.outcome import Fate
 from patcher.data.shapes import Carried, Form, Move, Shape
 from patcher.errors import UnsafeChange
 from patcher.live import LiveVariable, base_name
@@ -68,6 +70,11 @@ class ByMoves:
         return [(m.target, m.carried(old)) for m in self.moves]
 
 
+@dataclass(frozen=True, slots=True)
+class ByInitialiser(ByMoves):
+    """Nothing fills it: it starts with the initial value of the new source, as the user wants."""
+
+
 How = ByFunction | ByMoves
 
 
@@ -97,6 +104,25 @@ class Migration:
     @property
     def sizes(self) -> str:
         return f"{self.old.size} -> {self.variable.size} bytes"
+
+    @property
+    def fate(self) -> Fate:
+        return Fate.REINITIALISED if isinstance(self.how, ByInitialiser) else Fate.MIGRATED
+
+
+def started_anew(migration: Migration) -> Migration:
+    """Return a migration that carries nothing over. Raises `UnsafeChange` where code gives the variable its value."""
+    part, variable = migration.part, migration.variable
+    guards = {guard_of(s.name) for s in variable.symbols}
+    guarded = any(s.name in guards for b in part.blocks.data_blocks() for s in b.symbols)
+    started = belonging(part.blocks, [s.function for s in part.starters]).values()
+    if guarded or variable in touched(part.blocks, frozenset().union(*started)):
+        raise UnsafeChange(
+            f"`{migration.name}` of {part.source} got its initial value from code, which does not run again",
+            "leave out --reinit for it, or restart the program",
+            code="reinit",
+        )
+    return replace(migration, how=ByInitialiser((), migration.sizes))
 
 
 Functions = dict[str, list[tuple["Part", Block]]]

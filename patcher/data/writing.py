@@ -6,7 +6,7 @@ and what it came to is what is written over the live variable.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from patcher.blocks import Block, Kind
@@ -50,10 +50,19 @@ class DataDelta:
         return bool(self.renewed or self.rewritten or self.copied or any(c.holders for c in self.constants))
 
 
-def data_delta(parts: Sequence[Part], address_of: AddressOf, journal: Journal, initials: Initials) -> DataDelta:
-    """Return what the data of some units' new objects changes. Raises `UnsafeChange` for what cannot be written."""
+def data_delta(
+    parts: Sequence[Part],
+    address_of: AddressOf,
+    journal: Journal,
+    initials: Initials,
+    renewed: Collection[Block] = (),
+) -> DataDelta:
+    """Return what the data of some units' new objects changes; `renewed` are the variables that get new storage.
+
+    Raises `UnsafeChange` for what cannot be written.
+    """
     changed = [c for part in parts for c in initials.changed(part, address_of, journal)]
-    initials.check(parts, address_of, changed)
+    initials.check(parts, address_of, changed, renewed)
     return DataDelta(
         kept=tuple(c for c in changed if not initials.is_wanted(c)),
         renewed=tuple(c for c in changed if initials.is_wanted(c)),

@@ -15,7 +15,7 @@ from patcher.convention import Registers
 from patcher.data.constants import Constant
 from patcher.data.counterparts import is_made
 from patcher.data.holders import Extent, Holders
-from patcher.data.initial import Changed, Initials, first_value
+from patcher.data.initial import Changed, Initials, carried_value, first_value
 from patcher.data.known import Description, Found, is_scoped
 from patcher.data.migrate import ByMoves, How, users
 from patcher.data.names import spelling
@@ -206,7 +206,9 @@ class Draft:
                 if block.kind is not Kind.CODE:
                     self._define(block, Bound(address))
                 if block.kind is Kind.DATA:
-                    self.initials.append(first_value(part, block, address))
+                    carried = block in linkage.renewed and linkage.renewed[block].fate is Fate.MIGRATED
+                    known = carried_value(part, block, address) if carried else (first_value(part, block, address),)
+                    self.initials += known
                 if block.kind is Kind.DATA and not part.supplied and block not in linkage.renewed:
                     self._tell(block, part, Fate.ADDED)
         self._record_thread_locals(found, placement, linkage)
@@ -292,7 +294,7 @@ class Draft:
             self.storages.append(Storage(m.name, m.names(placed.names), *where, types, layout, m.how.name))
             fill = Fill(m.name, m.part.source, start, placed.size, m.old.address, m.old.size)
             self.fills.append(_filled_by(fill, m.how, placement))
-            self.data.append(Datum(m.name, m.part.source, Fate.MIGRATED, m.note))
+            self.data.append(Datum(m.name, m.part.source, m.fate, m.note))
         for part in dict.fromkeys(linkage.part_of(b) for b in placement.addresses) if renewed else ():
             self._record_out_of_use(part)
             for block in users(part, renewed):

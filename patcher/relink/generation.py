@@ -12,7 +12,7 @@ from itertools import chain
 from patcher.blocks import Block, Place
 from patcher.data.constants import unbound_constants
 from patcher.data.initial import Initials
-from patcher.data.migrate import ByFunction, Migration, migrations, require_users
+from patcher.data.migrate import ByFunction, Migration, migrations, require_users, started_anew
 from patcher.data.threads import NewThreadLocals
 from patcher.data.writing import DataDelta, Writing, data_delta
 from patcher.errors import LinkError
@@ -116,7 +116,7 @@ class _Generation:
 
     def _writing(self, linkage: Linkage, parts: Sequence[Part]) -> Writing:
         """Return what becomes of initialisers and constants that changed; unchanged constants stay where they are."""
-        data = data_delta(parts, linkage.address_of, self.ledger.journal, self.asked)
+        data = data_delta(parts, linkage.address_of, self.ledger.journal, self.asked, linkage.renewed)
         constants = unbound_constants(self.image, self.ledger.view(), parts, linkage.constant_of)
         for _, block, address in constants.same:
             linkage.keep_in_place(block, address)
@@ -133,6 +133,7 @@ class _Generation:
         found = migrations(
             concerned, linkage.living, linkage.denoted_variable, lambda block: linkage.described(block).function
         )
+        found = tuple(started_anew(m) if self.asked.names(m.part, m.variable) else m for m in found)
         linkage.renewed = {m.variable: m for m in found}
         if found:
             require_users([*parts, *waiting], found)

@@ -416,7 +416,9 @@ int answer(int n)
 def test_old_code_that_was_split_off_goes_with_its_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("project.COMPILE", ("gcc", "-g", "-O2"))  # clang 14 splits nothing off
     project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": SPLIT})
-    grown = SPLIT.replace("int last; }", "int last; int limit; }").replace("return n;\n}\n", "return n + state.calls;\n}\n")
+    grown = SPLIT.replace("int last; }", "int last; int limit; }").replace(
+        "return n;\n}\n", "return n + state.calls;\n}\n"
+    )
     grown = grown.replace("    if (n > 900)\n        state.calls += rare(n);\n", "")
     with project.running() as program, patcher.attach(program.pid, watched=[project.sources]) as session:
         assert session.image.executable.module.symbols.named("answer.cold")

@@ -133,7 +133,7 @@ def test_a_text_with_a_name_is_a_constant_and_no_text(
         assert fates(session.apply(source)) == {"label": "rewritten stored in `middle`"}
         # The text has a name from now on, and new code still has it.
         made.edit("unit.c", "const char label", 'static const char named[] = "my shared text";\nconst char label')
-        made.edit("unit.c", 'n < 9 ? "my shared text"', "n < 9 ? named")
+        made.edit("unit.c", 'n < 9 ? "my shared text"', "n < 8 ? named")
         assert '"my shared text"' not in fates(session.apply(source))
         told = fates(session.apply(made.edit("unit.c", 'named[] = "my', 'named[] = "no')))
         assert '"my shared text"' in told
