@@ -262,3 +262,143 @@ def test_what_others_go_on_with_is_no_reason_to_say_that_something_goes_live(
             assert session.apply(source).number == 1
             assert program.ask(1) == "6"
             session.revert()
+
+
+ONE_NAME = """\
+const int *kept;  // what only this file can write to, a compiler may know the value of
+HELPER
+__attribute__((noinline)) static const int *first(int n)
+{
+    FIRST
+}
+__attribute__((noinline)) static int second(int n)
+{
+    SECOND
+}
+int answer(int n)
+{
+    if (!kept)
+        kept = first(n);
+    return 1000 * kept[1] + 100 * first(n)[1] + second(n);
+}
+"""
+TABLE = "static const int table[4] = {CONTENTS};"
+
+
+def one_name(first: str, second: str, helper: str = "") -> str:
+    return ONE_NAME.replace("HELPER", helper).replace("FIRST", first).replace("SECOND", second)
+
+
+def table(contents: str) -> str:
+    return TABLE.replace("CONTENTS", contents)
+
+
+HELPER = "static inline const int *helper(void) { static const int table[4] = {1, 2, 3, 4}; return table; }"
+BLOCK = "if (n > 7) { static const int table[4] = {5, 6, 7, 8}; return table; }"
+
+
+@pytest.mark.parametrize(
+    ("debug", "old", "new", "expected"),
+    [
+        pytest.param(
+            "-g0",
+            one_name(table("1, 2, 3, 4") + " return n < 4 ? table : 0;", "return n;"),
+            one_name("return n < 4 ? kept : 0;", table("9, 9, 9, 9") + " return table[n & 3];"),
+            ("2201", "2209", {}),
+            id="of a function that did not use it, without debug information",
+        ),
+        pytest.param(
+            "-g",
+            one_name("return n < 4 ? helper() : 0;", "return n;", HELPER),
+            one_name(table("9, 9, 9, 9") + " return n < 4 ? table : 0;", "return n;"),
+            ("2201", "2901", {}),
+            id="of a function that was inlined into the one that has its own now",
+        ),
+        pytest.param(
+            "-g",
+            one_name(table("1, 2, 3, 4") + " return n < 4 ? table : 0;", "return n;"),
+            one_name(BLOCK + table("1, 2, 3, 4") + " return n < 5 ? table : 0;", "return n;"),
+            ("2201", "2201", {}),
+            id="of two in one function that may be it",
+        ),
+    ],
+)
+@pytest.mark.parametrize("optimise", ["-O0", "-O2"])
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_which_table_of_one_name_it_is(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiler: str,
+    optimise: str,
+    debug: str,
+    old: str,
+    new: str,
+    expected: tuple[str, str, dict[str, str]],
+) -> None:
+    monkeypatch.setattr("project.COMPILE", (compiler, debug, optimise))
+    project = Project(tmp_path, {"main.c": MAIN, "unit.c": old})
+    before, after, said = expected
+    with project.running() as program, patcher.attach(program.pid) as session:
+        assert program.ask(1) == before
+        (project.sources / "unit.c").write_text(new)
+        for _ in range(2):
+            assert fates(session.apply(project.sources / "unit.c")) == said
+            assert program.ask(1) == after
+            session.revert(0)
+            assert program.ask(1) == before
+
+
+INLINED = """\
+const int *kept;
+int same(int n) { static const int table[4] = {4, 3, 2, 1}; return table[n & 3]; }
+__attribute__((noinline)) static const int *first(int n)
+{
+    static const int table[4] = {1, 2, 3, 4};
+    return n < 4 + same(n) ? table : 0;
+}
+int answer(int n)
+{
+    if (!kept)
+        kept = first(n);
+    return 100 * kept[n] + 10 * first(n)[n] + same(n);
+}
+"""
+
+
+@pytest.mark.parametrize("optimise", ["-O0", "-O2"])
+def test_what_is_known_to_be_another_functions_table_is_out_of_the_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimise: str
+) -> None:
+    monkeypatch.setattr("project.COMPILE", ("gcc", optimise))  # without debug information, only code tells
+    project = Project(tmp_path, {"main.c": MAIN, "unit.c": INLINED})
+    with project.running() as program, patcher.attach(program.pid) as session:
+        assert program.ask(1) == "223"
+        source = project.edit("unit.c", "{1, 2, 3, 4}", "{1, 5, 3, 4}")
+        assert fates(session.apply(source)) == {"first.table": "stale stored in `kept`"}
+        assert program.ask(1) == "253"
+
+
+def test_a_constant_that_the_linker_made_one_with_another_leaves_that_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("project.COMPILE", ("clang", "-g", "-O2", "-faddrsig"))
+    unit = (
+        "const int one[4] = {1, 2, 3, 4};\nconst int two[4] = {1, 2, 3, 4};\n"
+        "__attribute__((noinline)) int first(int n) { return one[n & 3]; }\n"
+        "__attribute__((noinline)) int second(int n) { return two[n & 3] + 1; }\n"
+        "int answer(int n) { return 10 * first(n) + second(n); }\n"
+    )
+    project = Project(
+        tmp_path,
+        {"main.c": MAIN, "unit.c": unit},
+        compile_flags=("-ffunction-sections", "-fdata-sections"),
+        link_flags=("-fuse-ld=lld", "-Wl,--icf=all"),
+    )
+    with project.running() as program, patcher.attach(program.pid) as session:
+        (one,), (two,) = (session.image.executable.module.symbols.named(name) for name in ("one", "two"))
+        assert one.value == two.value
+        source = project.edit("unit.c", "two[4] = {1, 2,", "two[4] = {1, 7,")
+        assert fates(session.apply(source)) == {}
+        assert program.ask(1) == "28"
+        session.revert()
+        assert program.ask(1) == "23"
