@@ -410,12 +410,25 @@ class LiveUnit:
         known = [p for p in self._recorded.get(address, ()) if says(p)]
         if not known:
             return None
-        live = {id(p) for record in self.view.journal.lineage(self.view.generation) for p in record.placed}
-        return next((p for p in reversed(known) if id(p) in live), known[-1])
+        return next((p for p in reversed(known) if self._is_live(p)), known[-1])
 
-    def moved_away(self, address: int) -> bool:
-        """Tell whether a variable has become another unit's."""
-        return any(p.moved and p.unit not in self._keys.values() for p in self._recorded.get(address, ()))
+    def _is_live(self, placed: Placed) -> bool:
+        return any(placed in record.placed for record in self.view.journal.lineage(self.view.generation))
+
+    def moved_away(self, address: int, *, exported: bool) -> bool:
+        """Tell whether a variable is another unit's now: the last that it moved to in what is live.
+
+        What both units export is one variable.
+        """
+        found = self._newest(address, lambda p: p.moved)
+        if found is None or found.unit in self._keys.values() or (exported and not found.local):
+            return False
+        return self._is_live(found)
+
+    def became_global(self, address: int) -> bool:
+        """Tell whether a variable is one that other units may use, by what is live."""
+        found = self._newest(address, lambda p: p.moved)
+        return found is not None and not found.local and self._is_live(found)
 
     # --- bodies that refer to variables -----------------------------------------------------------------------
 

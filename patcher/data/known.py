@@ -191,7 +191,7 @@ class Known:
     def found_again(self, block: Block, variable: LiveVariable) -> Found:
         """Return a variable as found, and say so if it was gone in between."""
         users = self.uses.users(block)
-        if not (variable.local or variable.born):
+        if not (variable.local or variable.born) or self.live.became_global(variable.address):
             return Found(variable)  # other units may have used it all the time
         if any(self.uses.uses(self.uses.current(f), variable) for f in users) or self.is_used(variable):
             return Found(variable)

@@ -94,7 +94,8 @@ class _Unit:
             return None
         if block.kind is Kind.THREAD_LOCAL:
             return Found(variable)
-        if self.known.live.moved_away(variable.address) and not self.known.is_used(variable):
+        away = self.known.live.moved_away(variable.address, exported=block.exported)
+        if away and not self.known.is_used(variable):
             raise ambiguous(self.known, block, [variable], ["which another unit has now"])
         if not variable.born and self._was_static(variable) == block.exported:
             return Found(variable, Fate.MOVED, "was static" if block.exported else "was global")
