@@ -68,14 +68,14 @@ class Changed:
         return Initial(self.address, digest(self.part.blocks, self.block), self.new, written)
 
 
-def first_value(part: Part, block: Block, address: int) -> Initial:
+def first_value(part: Part, block: Block, address: int) -> tuple[Initial, ...]:
     """Return the record of the value that a new variable gets."""
-    return Initial(address, digest(part.blocks, block), shown(part.blocks, block), True)
+    return (Initial(address, digest(part.blocks, block), shown(part.blocks, block), True),)
 
 
-def carried_value(part: Part, block: Block, address: int) -> tuple[Initial, Initial]:
+def carried_value(part: Part, block: Block, address: int) -> tuple[Initial, ...]:
     """Return the records of a variable with new storage and the value that it had: it never had the initial one."""
-    first = first_value(part, block, address)
+    (first,) = first_value(part, block, address)
     return replace(first, digest=_CARRIED), replace(first, written=False)
 
 

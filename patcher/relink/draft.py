@@ -207,8 +207,7 @@ class Draft:
                     self._define(block, Bound(address))
                 if block.kind is Kind.DATA:
                     carried = block in linkage.renewed and linkage.renewed[block].fate is Fate.MIGRATED
-                    known = carried_value(part, block, address) if carried else (first_value(part, block, address),)
-                    self.initials += known
+                    self.initials += (carried_value if carried else first_value)(part, block, address)
                 if block.kind is Kind.DATA and not part.supplied and block not in linkage.renewed:
                     self._tell(block, part, Fate.ADDED)
         self._record_thread_locals(found, placement, linkage)
@@ -246,7 +245,7 @@ class Draft:
             self.threads.fill(block, block.data if image is None else _contents(placement, image))
             place = thread_number(bound.address, bound.module_id)
             self.placed.append(_placed(block, part, THREAD_LOCAL, place))
-            self.initials.append(first_value(part, block, place))
+            self.initials += first_value(part, block, place)
             self._define(block, bound)
             if not part.supplied:
                 self._tell(block, part, Fate.ADDED, "each thread has its own")
