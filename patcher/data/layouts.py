@@ -331,18 +331,20 @@ class Judgement:
     # --- who has one ------------------------------------------------------------------------------------------
 
     def _judged(self, name: str, old: Declared, before: int, after: int, details: tuple[str, ...]) -> LayoutVerdict:
-        had, has = Holders(old, before), Holders(self.new, after)
+        had = Holders(old, before)
         pairs = [(v, found) for v in had.variables for found in self.new.variables.get(v.name, ())[:1]]
         variables = tuple(self._restructured(old, v, found) for v, found in pairs)
-        concerned = variables, had.leading, has.functions or had.functions
         elsewhere = self._elsewhere(name, had.variables)
         standing = self._standing(name, had, elsewhere)
         if standing is Standing.STATIC and not self._is_single():
             elsewhere = None
         lost = tuple(v.name for v in had.variables if v.name not in self.new.variables)
-        fresh = not (has.escaping or has.leading or has.local)
-        verdict = LayoutVerdict(name, details, standing, *concerned, file=self.new.file, elsewhere=elsewhere)
-        return replace(verdict, lost=lost, fresh=fresh, past=old in self._reverted)
+        fresh, functions = True, had.functions
+        if standing is Standing.STATIC or not functions:  # all of a large unit is looked through for it
+            has = Holders(self.new, after)
+            fresh, functions = not (has.escaping or has.leading or has.local), functions or has.functions
+        verdict = LayoutVerdict(name, details, standing, variables, had.leading, functions, file=self.new.file)
+        return replace(verdict, elsewhere=elsewhere, lost=lost, fresh=fresh, past=old in self._reverted)
 
     def _standing(self, name: str, had: Holders, elsewhere: tuple[str, ...] | None) -> Standing:
         enum = had.unit.node(had.type).kind is Kind.ENUM
