@@ -78,14 +78,22 @@ class _Known:
     cost: float  # milliseconds of the preprocessor
     size: int
 
-    @property
-    def share(self) -> float:
-        return self.cost / max(self.task.done.milliseconds, 1e-3)
-
 
 def now() -> int:
     """Return what a file that is written from now on is stamped with at least, in nanoseconds since the epoch."""
     return time.clock_gettime_ns(_COARSE)
+
+
+def worth_asking(times: Sequence[tuple[float, float]], processors: int) -> tuple[list[int], list[int]]:
+    """Return which units to ask about first, and which if one of those is unchanged, by their places.
+
+    `times` are those of the preprocessor and of the compiler, for each.
+    """
+    asked = sorted((n for n, (cost, whole) in enumerate(times) if cost < _HALF * whole), key=lambda n: times[n][0])
+    first = asked[:processors]
+    saved = sum(times[n][1] for n in asked) / max(len(first), 1)
+    lost = max((times[n][0] for n in first), default=0.0)
+    return (first, asked[processors:]) if lost < _QUARTER * saved else ([], [])
 
 
 class Expansions:
@@ -109,15 +117,10 @@ class Expansions:
         """Return, by their places among `commands`, what need not be compiled. Raises BuildCancelled."""
         with self._changed:
             known = {n: self._known.get(_key(command)) for n, command in enumerate(commands)}
-        asked = [(n, k) for n, k in known.items() if k is not None and k.share < _HALF and _only_headers(k)]
-        asked.sort(key=lambda one: one[1].cost)
-        processors = os.cpu_count() or 1
-        first, rest = asked[:processors], asked[processors:]
-        whole = sum(k.task.done.milliseconds for _, k in asked) / min(processors, max(len(asked), 1))
-        if not first or max(k.cost for _, k in first) > _QUARTER * whole:
-            return {}
-        found = self._unchanged(first, cancelled)
-        return found | self._unchanged(rest, cancelled) if found else found
+        asked = [(n, k) for n, k in known.items() if k is not None and _only_headers(k)]
+        first, rest = worth_asking([(k.cost, k.task.done.milliseconds) for _, k in asked], os.cpu_count() or 1)
+        found = self._unchanged([asked[n] for n in first], cancelled)
+        return found | self._unchanged([asked[n] for n in rest], cancelled) if found else found
 
     def learn(self, done: Compiled, *, plain: bool) -> None:
         """Keep an object that was just made, and find out in the background what its text is.
