@@ -54,6 +54,14 @@ def saves_wanted(options: Options, paths: Sequence[Path]) -> Ignored:
     return Ignored(paths, source_filter(), globs=options.ignore, globs_from=globs_from, git=options.gitignore)
 
 
+def builder_of(options: Options, paths: Sequence[Path]) -> BuildCommand | None:
+    """Return the user's own build, of what is watched at some paths; None without --build."""
+    if not options.build:
+        return None
+    roots = [p.resolve() for p in paths]
+    return BuildCommand(options.build, directory=options.build_in or Path.cwd(), objects_in=roots)
+
+
 class Loop:
     """Watches for one session."""
 
@@ -63,10 +71,12 @@ class Loop:
         paths: Sequence[Path],
         *,
         wanted: Ignored | None = None,
+        builder: BuildCommand | None = None,
         restarted_if_refused: bool = False,
         control: Control | None = None,
     ) -> None:
-        """`wanted` is the filter of whatever watches the paths, by default one as the session's options say.
+        """`wanted` is the filter of whatever watches the paths, `builder` the user's own build; by default as the
+        session's options say.
 
         `restarted_if_refused`: a refused change ends a watch, for the program to be started again with it. What
         `control` is asked is done between rounds.
@@ -87,11 +97,7 @@ class Loop:
         self._commands: dict[str, int] = {}  # the databases that commands came from, as they were
         self._fresh: frozenset[Path] = frozenset()  # the objects that the user's build made last
         self._told: set[str] = set()  # whose rules were told of
-        build = session.options.build
-        roots = [p.resolve() for p in paths]
-        self._builder = (
-            BuildCommand(build, directory=session.options.build_in or Path.cwd(), objects_in=roots) if build else None
-        )
+        self._builder = builder if builder is not None else builder_of(session.options, paths)
 
     def run(self, stop: threading.Event) -> None:
         """Apply every save until `stop` is set. Raises `TargetGone` when the process ends."""
