@@ -38,6 +38,7 @@ from patcher.build import (
     is_unit,
     likely_units,
 )
+from patcher.data.compiled import compiled_from
 from patcher.elf import ObjectFile, read_object, read_objects
 from patcher.errors import NoCompileCommand, ObjectError, PatcherError, UnsafeChange
 from patcher.image import Image
@@ -445,6 +446,8 @@ class Units:
         if texts and proof is not None and source.command is not None and self._fits(texts[0], source.command):
             self._proven.add(proof)
             return
+        if source.command is None and self._is_recorded(source.object):
+            return
         examples = "; ".join(f"{f.name}: {f.reason}" for f in changed[:3])
         raise UnsafeChange(
             f"{len(changed)} of {known} functions of {source.file} are not what process {self.image.target.pid} runs "
@@ -453,6 +456,14 @@ class Units:
             "(--compile-commands), or apply it all the same with --force",
             code="mismatch",
         )
+
+    def _is_recorded(self, source: ObjectFile) -> bool:
+        """Tell whether the process has units of the same files, compiled in the same way, as an object says it has.
+
+        An object that was given has no earlier text to be compiled: its headers may be others since.
+        """
+        made = compiled_from(bytes(source.contents), source.name)
+        return bool(made) and all(self.commands.recorded(Path(file), producer) for file, producer in made)
 
     def _headers_at_first(self, unit: Path) -> dict[Path, bytes]:
         """Return the texts that a unit's headers had at the start, where any of them is another now."""
