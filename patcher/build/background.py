@@ -14,6 +14,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from patcher.build.running import unstopped
+
 
 class Background:
     """Runs programs until it is stopped; of several threads that ask, one after the other."""
@@ -47,7 +49,7 @@ class Background:
     def _start(
         self, arguments: Sequence[str], directory: Path, output: Path, environment: dict[str, str]
     ) -> subprocess.Popen[bytes] | None:
-        with output.open("wb") as said, self._lock:
+        with output.open("wb") as said, self._lock, unstopped():
             if self._stopped:
                 return None
             try:
