@@ -15,10 +15,9 @@ from pathlib import Path
 from patcher.build import CompileCommand, Dependencies, Gathering
 from patcher.image import Image
 from patcher.options import Options
+from patcher.origin import MADE_OF_ALL
 from patcher.texts import Texts
 from patcher.units import commands_for
-
-_MADE_OF_ALL = frozenset({"<artificial>", "ld-temp.o"})  # what gcc and lld call all units that were linked with -flto
 
 
 class Touched:
@@ -84,7 +83,7 @@ class Touched:
         """Return the names of the files that the process was built from; none where nothing tells."""
         tables = [m.module.symbols for m in self._image.modules if len(m.module.symbols)]
         names = frozenset(name for table in tables for name in table.file_names)
-        told = self._image.executable.module.symbols.has_files and not names & _MADE_OF_ALL
+        told = self._image.executable.module.symbols.has_files and not names & MADE_OF_ALL
         return names if told else frozenset()
 
 

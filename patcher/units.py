@@ -46,7 +46,7 @@ from patcher.lines import LineNumbers, line_fields, moves_of_lines
 from patcher.live import LiveUnit
 from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, match, past_lines
 from patcher.options import Options
-from patcher.origin import born_unit, find_unit
+from patcher.origin import MADE_OF_ALL, born_unit, find_unit
 from patcher.part import Part
 from patcher.patch.ledger import Ledger
 from patcher.stamps import NONE as NO_STAMPS
@@ -352,6 +352,13 @@ class Units:
 
     def _refuse_absent(self, sources: Sequence[Source], absent: Sequence[str]) -> None:
         module = self.image.executable
+        if any(self.texts.of(s.file) and self._is_linked_as_one(s, module) for s in sources):
+            raise UnsafeChange(
+                f"nothing of {', '.join(str(s.file) for s in sources)} is in process {self.image.target.pid} under its "
+                f"name ({', '.join(list(absent)[:3])}): {module.name} was linked with -flto, which makes all units one",
+                "build it without -flto while you work on it",
+                code="linked-as-one",
+            )
         if not module.module.symbols_from:
             raise UnsafeChange(
                 f"{module.path} has no symbol table (it was stripped), so nothing in it can be found by name",
@@ -397,6 +404,11 @@ class Units:
         if known or not module.module.symbols.has_files:
             return False
         return not delta.with_status(Status.SAME, Status.LINE_ONLY) and bool(delta.with_status(Status.CHANGED))
+
+    def _is_linked_as_one(self, source: Source, module: LoadedModule) -> bool:
+        """Tell whether a unit was linked with -flto: the module does not know its file's name."""
+        lost = bool(MADE_OF_ALL & module.module.symbols.file_names)
+        return lost or self.commands.compiled_with(source.file, "-flto")
 
     def _is_the_one(self, source: Source, together: Counter[str]) -> bool:
         """Tell whether a unit is what runs, and not another file of its name, where there are several.

@@ -73,6 +73,11 @@ class Commands:
         """Tell whether a program's debug information has a unit of a source file by this compiler and its switches."""
         return any(unit.producer == producer for program in self._debug for unit in program.units(source))
 
+    def compiled_with(self, source: Path, switch: str) -> bool:
+        """Tell whether a program's debug information has a switch like this one of a source file; clang tells none."""
+        units = (unit for program in self._debug for unit in program.units(source))
+        return any(word.startswith(switch) for unit in units for word in unit.producer.split())
+
     def stamp(self) -> tuple[tuple[str, int], ...]:
         """Return what changes when a database that was asked does."""
         asked = [self._given] if self._given is not None else list(self._databases.values())
