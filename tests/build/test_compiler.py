@@ -21,7 +21,10 @@ from patcher.build import (
     Commands,
     CompileCommand,
     Compiler,
+    Family,
+    identify,
 )
+from patcher.build.command import object_arguments
 from patcher.errors import BuildError
 
 from .conftest import file_symbol, run, section_bytes, section_names
@@ -339,3 +342,17 @@ def test_texts_that_are_not_on_disk_any_more(project: Path, compiler: Compiler, 
     assert b"as it was" in unit.object.read_bytes()
     assert b"old" in unit.object.read_bytes()
     assert str(compiler.directory).encode() not in section_bytes(unit.object, ".rodata")
+
+
+@pytest.mark.parametrize("before", [("distcc",), ("icecc",), ("ccache", "distcc"), ("/usr/bin/icecc",)])
+@pytest.mark.parametrize("cc", COMPILERS)
+def test_compilers_that_are_started_by_others(before: tuple[str, ...], cc: str, project: Path) -> None:
+    """The wrapper stays before its compiler, which is known for what it is; what is made is ours all the same."""
+    command = command_of(project, *before, cc, "-Iinclude", "-MD", "-c", "src/unit.c", "-o", "unit.o")
+    toolchain = identify(command.arguments, command.directory)
+    assert (toolchain.program, toolchain.family) == (cc, Family.GCC if cc == "gcc" else Family.CLANG)
+    words = object_arguments(command, project / "ours.o", toolchain=toolchain)
+    assert words[: len(before) + 1] == (*before, cc)
+    assert words[-2:] == ("-o", str(project / "ours.o"))
+    assert "unit.o" not in words
+    assert "-MD" not in words
