@@ -33,7 +33,7 @@ from patcher.errors import (
 from patcher.ignored import IGNORE, Ignored
 from patcher.options import Options
 from patcher.outcome import Generation
-from patcher.report import BuildFailed, Note, Ready, Refused, Reverted, Saved
+from patcher.report import BuildFailed, Note, Ready, Refused, Reverted, Saved, Work
 from patcher.session import Session
 from patcher.units import Source, Standing
 from patcher.watch import Watcher, gathered, git_lock, is_build_file, source_filter
@@ -97,6 +97,7 @@ class Loop:
         self._commands: dict[str, int] = {}  # the databases that commands came from, as they were
         self._fresh: frozenset[Path] = frozenset()  # the objects that the user's build made last
         self._told: set[str] = set()  # whose rules were told of
+        self._background: dict[str, tuple[Work, int]] = {}  # what is done there, and of how many steps
         self._builder = builder if builder is not None else builder_of(session.options, paths)
 
     def run(self, stop: threading.Event) -> None:
@@ -113,9 +114,17 @@ class Loop:
         if self._restarted and self.edits.core():
             self._go(_Round(time.perf_counter(), 0.0, watcher.pending))
         self._restarted = False
+        try:
+            self._attend(watcher, stop, lock)
+        finally:
+            self._tell_of_background(())
+
+    def _attend(self, watcher: Watcher, stop: threading.Event, lock: Pending) -> None:
+        session = self.session
         while not stop.is_set() and not self.wants_restart:
             saved = watcher.next(_TICK_SECONDS)
             self._say_left_out()
+            self._tell_of_background(session.in_background())
             if saved is None:
                 return
             if saved and self.paused:
@@ -128,6 +137,17 @@ class Loop:
                     self._look_at_commands(watcher.pending)
             if self._control is not None:
                 self._obey(self._control, watcher)
+
+    def _tell_of_background(self, works: Iterable[tuple[str, int]]) -> None:
+        """Have it told how far the work in the background has come; what is not among `works` is over."""
+        left = {what: count for what, count in works if count}
+        for what in [w for w in self._background if w not in left]:
+            self._background.pop(what)[0].end()
+        for what, count in left.items():
+            work, total = self._background.get(what) or (self.session.working(what).begin(), 0)
+            total = max(total, count)
+            work.update(total - count, total)
+            self._background[what] = work, total
 
     def _begin(self, watcher: Watcher) -> None:
         session = self._begun = self.session
@@ -392,7 +412,8 @@ class Loop:
     def _build(self, files: Collection[Path], made: Mapping[Path, frozenset[Path]], round_: _Round) -> list[Source]:
         session = self.session
         if self._builder is not None:
-            self._fresh = frozenset(self._builder.run(sorted(files), cancelled=round_.pending))
+            with session.working(f"--build {self._builder.command}"):
+                self._fresh = frozenset(self._builder.run(sorted(files), cancelled=round_.pending))
             return session.build(self._builder.outstanding(), cancelled=round_.pending)
         units = frozenset[Path]().union(*(made[f] for f in files))
         among = Standing.AMONG_OTHERS

@@ -23,7 +23,7 @@ from patcher.errors import BuildError, PatcherError, TargetGone
 from patcher.ignored import Ignored
 from patcher.loop import Loop, builder_of, saves_wanted
 from patcher.options import Options
-from patcher.report import BuildFailed, Exited, Note, Reporter
+from patcher.report import BuildFailed, Exited, Note, Reporter, Work
 from patcher.session import Session
 from patcher.target import JobControl, wait_exit
 from patcher.watch import Watcher
@@ -169,7 +169,8 @@ class Restarts:
         if self._build is None:
             return True
         try:
-            self._build.run(())
+            with Work(f"--build {self._build.command}", self._reporter.emit):
+                self._build.run(())
         except BuildCancelled:
             return False
         except PatcherError as error:

@@ -16,6 +16,7 @@ from patcher.build import CompileCommand, Dependencies, Gathering
 from patcher.image import Image
 from patcher.options import Options
 from patcher.origin import MADE_OF_ALL
+from patcher.report import Work, silently
 from patcher.texts import Texts
 from patcher.units import commands_for
 
@@ -30,7 +31,9 @@ class Touched:
         texts: Texts,
         dependencies: Dependencies,
         say: Callable[[str], None],
+        working: Callable[[str], Work] = silently,
     ) -> None:
+        self._working = working
         self._image = image
         self._texts = texts
         self._options = options
@@ -53,6 +56,10 @@ class Touched:
         if self._gathering is not None:
             self._gathering.close()
 
+    def left(self) -> int:
+        """Return how many units there are of which it is not known what they include."""
+        return 0 if self._gathering is None else self._gathering.left()
+
     def held(self) -> AbstractContextManager[None]:
         """Gather nothing during the block."""
         return nullcontext() if self._gathering is None else self._gathering.held()
@@ -70,7 +77,8 @@ class Touched:
         if self._gathering is None:
             self.start()
         assert self._gathering is not None
-        self._gathering.complete(cancelled=cancelled, say=self._tell)
+        with self._working("asking compilers what units include") as work:
+            self._gathering.complete(cancelled=cancelled, say=self._tell, progress=work.update)
         includers = self._dependencies.includers
         found = {header: includers(header, new=not self._texts.of(header)) for header in headers}
         return {header: frozenset(unit for unit in units if unit.is_file()) for header, units in found.items()}

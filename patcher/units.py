@@ -41,7 +41,7 @@ from patcher.build import (
 from patcher.data.compiled import compiled_from
 from patcher.elf import ObjectFile, read_object, read_objects
 from patcher.errors import NoCompileCommand, ObjectError, PatcherError, UnsafeChange
-from patcher.image import Image
+from patcher.image import Image, LoadedModule
 from patcher.lines import LineNumbers, line_fields, moves_of_lines
 from patcher.live import LiveUnit
 from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, match, past_lines
@@ -49,6 +49,7 @@ from patcher.options import Options
 from patcher.origin import MADE_OF_ALL, born_unit, find_unit
 from patcher.part import Part
 from patcher.patch.ledger import Ledger
+from patcher.report import Work, silently
 from patcher.stamps import NONE as NO_STAMPS
 from patcher.stamps import Stamps, stamps_between
 from patcher.supply import Supplies
@@ -57,12 +58,12 @@ from patcher.texts import Texts
 _DRIFT_MINIMUM = 4  # functions that must differ before a unit is thought not to be what runs
 
 _MANY_UNITS = 8  # that are worth a word on how far their compile has come
-_PROGRESS_SECONDS = 1.0
 _WARMED = 4  # units that are made ready before they are saved
 
 _FARTHER = {PLAIN: INDIRECT, INDIRECT: LARGE}
 
 Cancelled = Callable[[], bool]
+Progress = Callable[[int, int], None]
 
 
 class Standing(enum.Enum):
@@ -111,7 +112,7 @@ class Changes:
 
 
 class Units:
-    """The units of one process. `say` gets sentences for the user."""
+    """The units of one process. `say` gets sentences for the user; `working` returns work that is told of."""
 
     def __init__(
         self,
@@ -121,7 +122,9 @@ class Units:
         texts: Texts,
         dependencies: Dependencies,
         say: Callable[[str], None],
+        working: Callable[[str], Work] = silently,
     ) -> None:
+        self._working = working
         self.image = image
         self.ledger = ledger
         self.options = options
@@ -129,7 +132,7 @@ class Units:
         self.dependencies = dependencies
         self._say = say
         self.compiler = Compiler(colour=options.colour, progress=self._tell_progress)
-        self._told_progress = 0.0
+        self._progress: Progress | None = None  # of the compile at hand
         self.commands = commands_for(image, options)
         self.supplies = Supplies(image, ledger, options, self.commands, self.compiler)
         self.build_seconds = 0.0  # spent in compilers since it was last set to 0
@@ -168,11 +171,22 @@ class Units:
         finally:
             self.build_seconds += time.perf_counter() - began
 
+    @contextmanager
+    def _told_of(self, units: int) -> Iterator[None]:
+        """Tell how far the compile of a block has come, where that is of many units."""
+        if units < _MANY_UNITS:
+            yield
+            return
+        with self._working(f"compiling {units} units") as work:
+            self._progress = work.update
+            try:
+                yield
+            finally:
+                self._progress = None
+
     def _tell_progress(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if total >= _MANY_UNITS and now - self._told_progress >= _PROGRESS_SECONDS:
-            self._told_progress = now
-            self._say(f"compiled {done} of {total} units")
+        if self._progress is not None:
+            self._progress(done, total)
 
     def sources(
         self, files: Sequence[Path], cancelled: Cancelled, standings: Mapping[Path, Standing] = _NONE
@@ -188,7 +202,7 @@ class Units:
         commands = [self.commands.find(f.resolve()) for f in texts]
         if commands:
             began = time.time()
-            with self.building():
+            with self.building(), self._told_of(len(commands)):
                 compiled = self.compiler.compile_all(commands, cancelled=cancelled)
             for unit, command in zip(compiled, commands, strict=True):
                 stamps = stamps_between(began, time.time(), command.file.stat().st_mtime)

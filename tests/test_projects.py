@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from project import MAIN, Running
 
+from patcher.build.dependencies import beside_object
 from patcher.loop import Loop
 from patcher.options import Options
 from patcher.report import Applied, BuildFailed, Event, Note, Refused, Saved
@@ -210,6 +211,9 @@ def test_a_project_of_autotools(tmp_path: Path, stack: ExitStack) -> None:
     watched = Watched(root, "build/prog", stack)
     assert watched.applied("part.c", "NUMBER * n", "NUMBER * n + MORE + 100") == {"part"}
     assert watched.ask() == "108"
+    noted = beside_object(watched.loop.session.units.commands.find(root / "src/part.c"))
+    assert noted is not None
+    assert root / "src/part.h" in noted.files
     assert watched.applied("part.h", "MORE 0", "MORE 1000") == {"part"}
     assert watched.ask() == "1108"
 

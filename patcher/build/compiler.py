@@ -110,6 +110,10 @@ class Compiler:
         found = preambles.ready(commands)
         preambles.learn([command for command, ready in zip(commands, found, strict=True) if ready is None])
 
+    def left(self) -> int:
+        """Return how many preambles are still to be precompiled."""
+        return self._learning.preambles.left() if self._learning is not None else 0
+
     def await_learnt(self) -> None:
         """Wait until nothing is left to be done in the background."""
         if self._learning is not None:

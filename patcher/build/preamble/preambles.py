@@ -169,6 +169,10 @@ class Preambles:
         unit = self._units.get(_key(command))
         return unit.made.reason if unit is not None and isinstance(unit.made, NotMade) else ""
 
+    def left(self) -> int:
+        """Return how many are still to be made."""
+        return len(self._waiting)
+
     def wait(self) -> None:
         """Wait until nothing is left to be made."""
         with self._changed:
