@@ -33,7 +33,7 @@ from patcher.errors import (
 from patcher.ignored import IGNORE, Ignored
 from patcher.options import Options
 from patcher.outcome import Generation
-from patcher.report import BuildFailed, Note, Ready, Refused, Reverted, Saved
+from patcher.report import BuildFailed, Note, Ready, Refused, Reverted, Saved, Work
 from patcher.session import Session
 from patcher.units import Source, Standing
 from patcher.watch import Watcher, gathered, git_lock, is_build_file, source_filter
@@ -54,6 +54,14 @@ def saves_wanted(options: Options, paths: Sequence[Path]) -> Ignored:
     return Ignored(paths, source_filter(), globs=options.ignore, globs_from=globs_from, git=options.gitignore)
 
 
+def builder_of(options: Options, paths: Sequence[Path]) -> BuildCommand | None:
+    """Return the user's own build, of what is watched at some paths; None without --build."""
+    if not options.build:
+        return None
+    roots = [p.resolve() for p in paths]
+    return BuildCommand(options.build, directory=options.build_in or Path.cwd(), objects_in=roots)
+
+
 class Loop:
     """Watches for one session."""
 
@@ -63,10 +71,12 @@ class Loop:
         paths: Sequence[Path],
         *,
         wanted: Ignored | None = None,
+        builder: BuildCommand | None = None,
         restarted_if_refused: bool = False,
         control: Control | None = None,
     ) -> None:
-        """`wanted` is the filter of whatever watches the paths, by default one as the session's options say.
+        """`wanted` is the filter of whatever watches the paths, `builder` the user's own build; by default as the
+        session's options say.
 
         `restarted_if_refused`: a refused change ends a watch, for the program to be started again with it. What
         `control` is asked is done between rounds.
@@ -87,11 +97,8 @@ class Loop:
         self._commands: dict[str, int] = {}  # the databases that commands came from, as they were
         self._fresh: frozenset[Path] = frozenset()  # the objects that the user's build made last
         self._told: set[str] = set()  # whose rules were told of
-        build = session.options.build
-        roots = [p.resolve() for p in paths]
-        self._builder = (
-            BuildCommand(build, directory=session.options.build_in or Path.cwd(), objects_in=roots) if build else None
-        )
+        self._background: dict[str, tuple[Work, int]] = {}  # what is done there, and of how many steps
+        self._builder = builder if builder is not None else builder_of(session.options, paths)
 
     def run(self, stop: threading.Event) -> None:
         """Apply every save until `stop` is set. Raises `TargetGone` when the process ends."""
@@ -107,9 +114,17 @@ class Loop:
         if self._restarted and self.edits.core():
             self._go(_Round(time.perf_counter(), 0.0, watcher.pending))
         self._restarted = False
+        try:
+            self._attend(watcher, stop, lock)
+        finally:
+            self._tell_of_background(())
+
+    def _attend(self, watcher: Watcher, stop: threading.Event, lock: Pending) -> None:
+        session = self.session
         while not stop.is_set() and not self.wants_restart:
             saved = watcher.next(_TICK_SECONDS)
             self._say_left_out()
+            self._tell_of_background(session.in_background())
             if saved is None:
                 return
             if saved and self.paused:
@@ -122,6 +137,17 @@ class Loop:
                     self._look_at_commands(watcher.pending)
             if self._control is not None:
                 self._obey(self._control, watcher)
+
+    def _tell_of_background(self, works: Iterable[tuple[str, int]]) -> None:
+        """Have it told how far the work in the background has come; what is not among `works` is over."""
+        left = {what: count for what, count in works if count}
+        for what in [w for w in self._background if w not in left]:
+            self._background.pop(what)[0].end()
+        for what, count in left.items():
+            work, total = self._background.get(what) or (self.session.working(what).begin(), 0)
+            total = max(total, count)
+            work.update(total - count, total)
+            self._background[what] = work, total
 
     def _begin(self, watcher: Watcher) -> None:
         session = self._begun = self.session
@@ -386,7 +412,8 @@ class Loop:
     def _build(self, files: Collection[Path], made: Mapping[Path, frozenset[Path]], round_: _Round) -> list[Source]:
         session = self.session
         if self._builder is not None:
-            self._fresh = frozenset(self._builder.run(sorted(files), cancelled=round_.pending))
+            with session.working(f"--build {self._builder.command}"):
+                self._fresh = frozenset(self._builder.run(sorted(files), cancelled=round_.pending))
             return session.build(self._builder.outstanding(), cancelled=round_.pending)
         units = frozenset[Path]().union(*(made[f] for f in files))
         among = Standing.AMONG_OTHERS

@@ -22,6 +22,8 @@ from patcher.live import UNDEFINED, LiveUnit, base_name
 from patcher.match import Status, match
 from patcher.patch.journal import ArenaView
 
+MADE_OF_ALL = frozenset({"<artificial>", "ld-temp.o"})  # what gcc and lld call all units that were linked with -flto
+
 
 def born_unit(image: Image, view: ArenaView, blocks: Blocks, module: LoadedModule) -> LiveUnit:
     """Return the unit of an object that no module was linked with: known, if at all, from earlier generations."""

@@ -21,9 +21,9 @@ from patcher.build import BuildCancelled, BuildCommand
 from patcher.control import Control
 from patcher.errors import BuildError, PatcherError, TargetGone
 from patcher.ignored import Ignored
-from patcher.loop import Loop, saves_wanted
+from patcher.loop import Loop, builder_of, saves_wanted
 from patcher.options import Options
-from patcher.report import BuildFailed, Exited, Note, Reporter
+from patcher.report import BuildFailed, Exited, Note, Reporter, Work
 from patcher.session import Session
 from patcher.target import JobControl, wait_exit
 from patcher.watch import Watcher
@@ -68,11 +68,11 @@ class Restarts:
         self._when = when
         self._options = options
         self._control = control
-        directory = options.build_in or Path.cwd()
-        self._build = BuildCommand(options.build, directory=directory) if options.build else None
+        self._build: BuildCommand | None = None
 
     def run(self, paths: tuple[Path, ...]) -> int | None:
         """Start the program, and again as long as it is time to; return the last one's wait status."""
+        self._build = builder_of(self._options, paths)
         pid = self._start()
         restarts = 0
         loop: Loop | None = None
@@ -105,8 +105,14 @@ class Restarts:
 
     def _loop(self, loop: Loop | None, session: Session, paths: tuple[Path, ...], wanted: Ignored) -> Loop:
         if loop is None:
-            refused = self._when.refused
-            return Loop(session, paths, wanted=wanted, restarted_if_refused=refused, control=self._control)
+            return Loop(
+                session,
+                paths,
+                wanted=wanted,
+                builder=self._build,
+                restarted_if_refused=self._when.refused,
+                control=self._control,
+            )
         loop.go_on(session, as_built=self._build is not None)
         return loop
 
@@ -163,7 +169,8 @@ class Restarts:
         if self._build is None:
             return True
         try:
-            self._build.run(())
+            with Work(f"--build {self._build.command}", self._reporter.emit):
+                self._build.run(())
         except BuildCancelled:
             return False
         except PatcherError as error:

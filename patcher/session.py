@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib import import_module
@@ -24,7 +24,7 @@ from patcher.data.outcome import Fate
 from patcher.errors import UnsafeChange, named_shortages
 from patcher.options import Options
 from patcher.outcome import Generation
-from patcher.report import Event, Explanation, Note, OldFrame, Reporter, Timings, Variable
+from patcher.report import Event, Explanation, Note, OldFrame, Reporter, Timings, Variable, Work
 from patcher.target import Target
 from patcher.texts import Texts
 
@@ -154,7 +154,8 @@ class Session:
         if self._units is None:
             from patcher.units import Units
 
-            self._units = Units(self.image, self.ledger, self.options, self.texts, self.dependencies, self._say)
+            known = (self.options, self.texts, self.dependencies)
+            self._units = Units(self.image, self.ledger, *known, self._say, self.working)
         return self._units
 
     @property
@@ -163,8 +164,20 @@ class Session:
         if self._touched is None:
             from patcher.touched import Touched
 
-            self._touched = Touched(self.image, self.options, self.texts, self.dependencies, self._say)
+            known = (self.options, self.texts, self.dependencies)
+            self._touched = Touched(self.image, *known, self._say, self.working)
         return self._touched
+
+    def working(self, what: str) -> Work:
+        """Return a piece of work that is told of while it lasts, should it take its time."""
+        return Work(what, self.emit)
+
+    def in_background(self) -> Iterator[tuple[str, int]]:
+        """Yield what is done in the background, and how many steps of it are left."""
+        if self._touched is not None:
+            yield "finding out what each unit includes", self._touched.left()
+        if self._units is not None:
+            yield "precompiling what units begin with", self._units.compiler.left()
 
     def _say(self, text: str) -> None:
         self.emit(Note(text))
@@ -354,7 +367,8 @@ class Session:
             import_module(name)
         self._await_loaded()
         self.image.executable.module.symbols.named("main")
-        self.units.agreement.know(self.image.executable)
+        with self.working(f"reading the debug information of {self.image.executable.name}"):
+            self.units.agreement.know(self.image.executable)
         self.ledger.refresh()
 
     def warm(self, paths: Sequence[Path]) -> None:

@@ -15,10 +15,10 @@ from pathlib import Path
 from patcher.build import CompileCommand, Dependencies, Gathering
 from patcher.image import Image
 from patcher.options import Options
+from patcher.origin import MADE_OF_ALL
+from patcher.report import Work, silently
 from patcher.texts import Texts
 from patcher.units import commands_for
-
-_MADE_OF_ALL = frozenset({"<artificial>", "ld-temp.o"})  # what gcc and lld call all units that were linked with -flto
 
 
 class Touched:
@@ -31,7 +31,9 @@ class Touched:
         texts: Texts,
         dependencies: Dependencies,
         say: Callable[[str], None],
+        working: Callable[[str], Work] = silently,
     ) -> None:
+        self._working = working
         self._image = image
         self._texts = texts
         self._options = options
@@ -54,6 +56,10 @@ class Touched:
         if self._gathering is not None:
             self._gathering.close()
 
+    def left(self) -> int:
+        """Return how many units there are of which it is not known what they include."""
+        return 0 if self._gathering is None else self._gathering.left()
+
     def held(self) -> AbstractContextManager[None]:
         """Gather nothing during the block."""
         return nullcontext() if self._gathering is None else self._gathering.held()
@@ -71,7 +77,8 @@ class Touched:
         if self._gathering is None:
             self.start()
         assert self._gathering is not None
-        self._gathering.complete(cancelled=cancelled, say=self._tell)
+        with self._working("asking compilers what units include") as work:
+            self._gathering.complete(cancelled=cancelled, say=self._tell, progress=work.update)
         includers = self._dependencies.includers
         found = {header: includers(header, new=not self._texts.of(header)) for header in headers}
         return {header: frozenset(unit for unit in units if unit.is_file()) for header, units in found.items()}
@@ -84,7 +91,7 @@ class Touched:
         """Return the names of the files that the process was built from; none where nothing tells."""
         tables = [m.module.symbols for m in self._image.modules if len(m.module.symbols)]
         names = frozenset(name for table in tables for name in table.file_names)
-        told = self._image.executable.module.symbols.has_files and not names & _MADE_OF_ALL
+        told = self._image.executable.module.symbols.has_files and not names & MADE_OF_ALL
         return names if told else frozenset()
 
 

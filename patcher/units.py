@@ -38,16 +38,18 @@ from patcher.build import (
     is_unit,
     likely_units,
 )
+from patcher.data.compiled import compiled_from
 from patcher.elf import ObjectFile, read_object, read_objects
 from patcher.errors import NoCompileCommand, ObjectError, PatcherError, UnsafeChange
-from patcher.image import Image
+from patcher.image import Image, LoadedModule
 from patcher.lines import LineNumbers, line_fields, moves_of_lines
 from patcher.live import LiveUnit
 from patcher.match import Cause, Delta, FunctionMatch, Status, fingerprint, match, past_lines
 from patcher.options import Options
-from patcher.origin import born_unit, find_unit
+from patcher.origin import MADE_OF_ALL, born_unit, find_unit
 from patcher.part import Part
 from patcher.patch.ledger import Ledger
+from patcher.report import Work, silently
 from patcher.stamps import NONE as NO_STAMPS
 from patcher.stamps import Stamps, stamps_between
 from patcher.supply import Supplies
@@ -56,12 +58,12 @@ from patcher.texts import Texts
 _DRIFT_MINIMUM = 4  # functions that must differ before a unit is thought not to be what runs
 
 _MANY_UNITS = 8  # that are worth a word on how far their compile has come
-_PROGRESS_SECONDS = 1.0
 _WARMED = 4  # units that are made ready before they are saved
 
 _FARTHER = {PLAIN: INDIRECT, INDIRECT: LARGE}
 
 Cancelled = Callable[[], bool]
+Progress = Callable[[int, int], None]
 
 
 class Standing(enum.Enum):
@@ -110,7 +112,7 @@ class Changes:
 
 
 class Units:
-    """The units of one process. `say` gets sentences for the user."""
+    """The units of one process. `say` gets sentences for the user; `working` returns work that is told of."""
 
     def __init__(
         self,
@@ -120,7 +122,9 @@ class Units:
         texts: Texts,
         dependencies: Dependencies,
         say: Callable[[str], None],
+        working: Callable[[str], Work] = silently,
     ) -> None:
+        self._working = working
         self.image = image
         self.ledger = ledger
         self.options = options
@@ -128,7 +132,7 @@ class Units:
         self.dependencies = dependencies
         self._say = say
         self.compiler = Compiler(colour=options.colour, progress=self._tell_progress)
-        self._told_progress = 0.0
+        self._progress: Progress | None = None  # of the compile at hand
         self.commands = commands_for(image, options)
         self.supplies = Supplies(image, ledger, options, self.commands, self.compiler)
         self.build_seconds = 0.0  # spent in compilers since it was last set to 0
@@ -167,11 +171,22 @@ class Units:
         finally:
             self.build_seconds += time.perf_counter() - began
 
+    @contextmanager
+    def _told_of(self, units: int) -> Iterator[None]:
+        """Tell how far the compile of a block has come, where that is of many units."""
+        if units < _MANY_UNITS:
+            yield
+            return
+        with self._working(f"compiling {units} units") as work:
+            self._progress = work.update
+            try:
+                yield
+            finally:
+                self._progress = None
+
     def _tell_progress(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if total >= _MANY_UNITS and now - self._told_progress >= _PROGRESS_SECONDS:
-            self._told_progress = now
-            self._say(f"compiled {done} of {total} units")
+        if self._progress is not None:
+            self._progress(done, total)
 
     def sources(
         self, files: Sequence[Path], cancelled: Cancelled, standings: Mapping[Path, Standing] = _NONE
@@ -187,7 +202,7 @@ class Units:
         commands = [self.commands.find(f.resolve()) for f in texts]
         if commands:
             began = time.time()
-            with self.building():
+            with self.building(), self._told_of(len(commands)):
                 compiled = self.compiler.compile_all(commands, cancelled=cancelled)
             for unit, command in zip(compiled, commands, strict=True):
                 stamps = stamps_between(began, time.time(), command.file.stat().st_mtime)
@@ -351,6 +366,13 @@ class Units:
 
     def _refuse_absent(self, sources: Sequence[Source], absent: Sequence[str]) -> None:
         module = self.image.executable
+        if any(self.texts.of(s.file) and self._is_linked_as_one(s, module) for s in sources):
+            raise UnsafeChange(
+                f"nothing of {', '.join(str(s.file) for s in sources)} is in process {self.image.target.pid} under its "
+                f"name ({', '.join(list(absent)[:3])}): {module.name} was linked with -flto, which makes all units one",
+                "build it without -flto while you work on it",
+                code="linked-as-one",
+            )
         if not module.module.symbols_from:
             raise UnsafeChange(
                 f"{module.path} has no symbol table (it was stripped), so nothing in it can be found by name",
@@ -396,6 +418,11 @@ class Units:
         if known or not module.module.symbols.has_files:
             return False
         return not delta.with_status(Status.SAME, Status.LINE_ONLY) and bool(delta.with_status(Status.CHANGED))
+
+    def _is_linked_as_one(self, source: Source, module: LoadedModule) -> bool:
+        """Tell whether a unit was linked with -flto: the module does not know its file's name."""
+        lost = bool(MADE_OF_ALL & module.module.symbols.file_names)
+        return lost or self.commands.compiled_with(source.file, "-flto")
 
     def _is_the_one(self, source: Source, together: Counter[str]) -> bool:
         """Tell whether a unit is what runs, and not another file of its name, where there are several.
@@ -445,6 +472,8 @@ class Units:
         if texts and proof is not None and source.command is not None and self._fits(texts[0], source.command):
             self._proven.add(proof)
             return
+        if source.command is None and self._is_recorded(source.object):
+            return
         examples = "; ".join(f"{f.name}: {f.reason}" for f in changed[:3])
         raise UnsafeChange(
             f"{len(changed)} of {known} functions of {source.file} are not what process {self.image.target.pid} runs "
@@ -453,6 +482,14 @@ class Units:
             "(--compile-commands), or apply it all the same with --force",
             code="mismatch",
         )
+
+    def _is_recorded(self, source: ObjectFile) -> bool:
+        """Tell whether the process has units of the same files, compiled in the same way, as an object says it has.
+
+        An object that was given has no earlier text to be compiled: its headers may be others since.
+        """
+        made = compiled_from(bytes(source.contents), source.name)
+        return bool(made) and all(self.commands.recorded(Path(file), producer) for file, producer in made)
 
     def _headers_at_first(self, unit: Path) -> dict[Path, bytes]:
         """Return the texts that a unit's headers had at the start, where any of them is another now."""

@@ -86,10 +86,11 @@ ALLOWED: dict[str, set[str]] = {
     "agreement": {"build", "data", "image", "live", "match", "part", "patch"},
     # A unit's share in a save: compiled, read, matched, and its types compared.
     "units": MATCHING
-    | {"agreement", "match", "origin", "part", "patch", "supply", "options", "texts", "stamps", "build"},
+    | {"agreement", "match", "origin", "part", "patch", "report", "supply", "options", "texts", "stamps", "build"}
+    | {"data.compiled"},
     # What becomes of each saved file; knows no process.
     "edits": set(),
-    "touched": {"build", "image", "options", "texts", "units"},
+    "touched": {"build", "image", "options", "origin", "report", "texts", "units"},
     "explain": {"data", "errors", "match", "part", "relink", "units", "report"},
     # Who is in the code that a change takes out of use.
     "occupants": {"activity", "errors", "image", "options", "patch", "policy", "relink", "report"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -353,6 +354,51 @@ def test_the_program_is_built_again_in_another_window(watched: Watched) -> None:
     watched.one(Unchanged, watched.path("other.c"))
     watched.one(Applied, watched.edit("other.c", "2000", "4000"))
     assert watched.ask() == "12003"
+
+
+# --- the user's own build ---
+
+MANY = '#include "scale.h"\n' + "".join(
+    f"int many{n}(int n) {{ return SCALE * n + {n}; }}\n" for n in range(6)
+)  # fmt: skip
+
+
+def with_build(root: Path, stack: ExitStack, *flags: str) -> Watched:
+    """A project with a unit that a header makes nearly all of, built by a command of the user's."""
+    sources = {
+        **SOURCES,
+        "many.c": MANY,
+        "unit.c": '#include "scale.h"\nint many1(int);\nint answer(int n) { return many1(n); }\n',
+    }
+    build = "for u in unit many other spare; do gcc -g -O2 {} -c src/$u.c -o $u.o || exit 1; done"
+    watched = Watched(root, stack, sources, *flags, build=build.format(" ".join(flags)), build_in=root / "p")
+    assert watched.ask() == "4"
+    return watched
+
+
+def test_a_header_that_changes_most_of_a_unit_goes_live_from_the_users_build(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        watched = with_build(tmp_path, stack)
+        applied = watched.one(Applied, watched.edit("scale.h", "SCALE 3", "SCALE 4"))
+        assert {f"many{n}" for n in range(6)} <= names(applied)
+        assert watched.ask() == "5"
+
+
+@pytest.mark.parametrize(("old", "new"), [("-O2", "-O1"), ("-c src/$u.c", "-c $PWD/else/$u.c")])
+def test_an_object_of_other_switches_or_of_another_file_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    with ExitStack() as stack:
+        watched = with_build(tmp_path, stack)
+        builder = watched.loop.session.options.build
+        assert builder.count(old) == 1
+        (watched.root / "else").mkdir()
+        for name in ("unit.c", "many.c", "other.c", "spare.c"):
+            (watched.root / "else" / name).write_text('#include "../src/scale.h"\n' + watched.path(name).read_text())
+        shutil.copy(watched.path("scale.h"), watched.root / "else")
+        watched.loop = watched.controller(build=builder.replace(old, new), build_in=watched.root)
+        (watched.root / "else/scale.h").write_text(SCALE.replace("SCALE 3", "SCALE 4"))
+        refused = watched.one(Refused, watched.edit("scale.h", "SCALE 3", "SCALE 4"))
+        assert refused.reason == "mismatch"
+        assert watched.ask() == "4"
 
 
 # --- new files, other commands ---

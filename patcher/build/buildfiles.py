@@ -15,6 +15,8 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from patcher.build.command import CompileCommand
@@ -33,6 +35,8 @@ _USE = re.compile(r"\$\((\w+)\)")
 _SAYING = ("echo", "printf", ":", "true")  # makefiles say which command they run
 _ASSIGNED = re.compile(r"\w+=")
 _COMPUTED = re.compile(r"`|\$")
+# automake's: a source that may lie beside the sources rather than here
+_HERE_OR_THERE = re.compile(r"""`test -f (['"]?)([^'"`$ ]+)\1 \|\| echo (['"]?)([^'"`$ ]*)\3`""")
 
 _Stamp = tuple[int, ...]
 
@@ -126,19 +130,33 @@ _ASKING = {"build.ninja": _ask_ninja, "CMakeCache.txt": _read_cmake, **dict.from
 
 
 def commands_in(line: str, directory: Path, source: Path, origin: str) -> Iterator[CompileCommand]:
-    """Yield the commands in a line for the shell that compile a source file; none whose words the shell computes."""
-    for words in _simple_commands(line):
+    """Yield the commands in a line for the shell that compile a source file; none whose words the shell computes.
+
+    Save for what automake has it compute: where a source is, and where dependencies are written, which is left out.
+    """
+    for words in _simple_commands(_HERE_OR_THERE.sub(partial(_place, directory), line)):
         if words[:1] == ("cd",) and len(words) == 2:
             directory = directory / words[1]
             continue
         start = next((at for at, word in enumerate(words) if not _ASSIGNED.match(word)), len(words))
-        words = words[start:]
+        words = _without_computed_rule(words[start:])
         if not words or words[0] in _SAYING or any(map(_COMPUTED.search, words)):
             continue
         if not is_driver(words[program_index(words)]):
             continue
         if "-c" in words and any(_is_file(directory, word, source) for word in words[1:]):
             yield CompileCommand(directory, words, source, origin)
+
+
+def _place(directory: Path, found: re.Match[str]) -> str:
+    return "" if (directory / found[2]).is_file() else found[4]
+
+
+def _without_computed_rule(words: tuple[str, ...]) -> tuple[str, ...]:
+    for at, (word, following) in enumerate(pairwise(words)):
+        if word == "-MF" and _COMPUTED.search(following):
+            return words[:at] + words[at + 2 :]
+    return words
 
 
 def _simple_commands(line: str) -> Iterator[tuple[str, ...]]:

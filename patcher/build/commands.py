@@ -69,6 +69,15 @@ class Commands:
         """Return the source files that the given database lists; none without one. Raises NoCompileCommand."""
         return self._given.files() if self._given is not None else ()
 
+    def recorded(self, source: Path, producer: str) -> bool:
+        """Tell whether a program's debug information has a unit of a source file by this compiler and its switches."""
+        return any(unit.producer == producer for program in self._debug for unit in program.units(source))
+
+    def compiled_with(self, source: Path, switch: str) -> bool:
+        """Tell whether a program's debug information has a switch like this one of a source file; clang tells none."""
+        units = (unit for program in self._debug for unit in program.units(source))
+        return any(word.startswith(switch) for unit in units for word in unit.producer.split())
+
     def stamp(self) -> tuple[tuple[str, int], ...]:
         """Return what changes when a database that was asked does."""
         asked = [self._given] if self._given is not None else list(self._databases.values())

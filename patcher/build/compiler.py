@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from patcher.build.background import Background
 from patcher.build.command import (
     CompileCommand,
     Variant,
@@ -28,6 +29,7 @@ from patcher.build.command import (
 )
 from patcher.build.database import GET_A_DATABASE
 from patcher.build.dependencies import named_files, read_listing
+from patcher.build.expansions import Compiled, Expansions, Found, now
 from patcher.build.mirror import mirrored, write_texts
 from patcher.build.preamble import Preambles, Ready
 from patcher.build.running import Job, Outcome, never, run_all
@@ -63,6 +65,20 @@ class _Task:
         return self.object.with_suffix(".d")
 
 
+class _Learning:
+    """What is done in the background so that later compiles are shorter, or none."""
+
+    def __init__(self, directory: Path, environment: dict[str, str]) -> None:
+        self._background = Background()
+        self.preambles = Preambles(directory / "preambles", environment, self._background)
+        self.expansions = Expansions(directory / "expansions", environment, self._background)
+
+    def close(self) -> None:
+        self._background.stop()
+        self.preambles.close()
+        self.expansions.close()
+
+
 class Compiler:
     """Compiles units into a directory of its own, which `close` removes with all objects."""
 
@@ -81,18 +97,28 @@ class Compiler:
         self.directory = _private_directory(directory)
         self._colour = colour
         self._numbers = count(1)
-        self._preambles: Preambles | None = None
+        self._learning: _Learning | None = None
 
     def learn(self, commands: Sequence[CompileCommand]) -> None:
-        """From now on have the preambles of units precompiled in the background: of these, and of what is compiled."""
-        if self._preambles is None:
-            self._preambles = Preambles(self.directory / "preambles", self._environment())
-        self._preambles.learn(commands)
+        """From now on have the preambles of units precompiled in the background: of these, and of what is compiled.
+
+        What is compiled is kept as well, for when a header is saved that makes no difference to it.
+        """
+        if self._learning is None:
+            self._learning = _Learning(self.directory, self._environment())
+        preambles = self._learning.preambles
+        found = preambles.ready(commands)
+        preambles.learn([command for command, ready in zip(commands, found, strict=True) if ready is None])
+
+    def left(self) -> int:
+        """Return how many preambles are still to be precompiled."""
+        return self._learning.preambles.left() if self._learning is not None else 0
 
     def await_learnt(self) -> None:
-        """Wait until no preamble is left to be precompiled."""
-        if self._preambles is not None:
-            self._preambles.wait()
+        """Wait until nothing is left to be done in the background."""
+        if self._learning is not None:
+            self._learning.preambles.wait()
+            self._learning.expansions.wait()
 
     def compile(
         self,
@@ -126,8 +152,8 @@ class Compiler:
         `cancelled` is asked every 5 ms, in this thread; once it says so, every compiler is ended with its whole process
         group and BuildCancelled is raised.
         """
-        if self._preambles is not None and variant is Variant.PLAIN and not options:
-            return self._compile_behind(self._preambles, commands, cancelled)
+        if self._learning is not None and variant is Variant.PLAIN and not options:
+            return self._compile_behind(self._learning, commands, cancelled)
         tasks = tuple(self._task(command, variant, None, tuple(options)) for command in commands)
         return self._finish(tasks, cancelled)
 
@@ -137,8 +163,8 @@ class Compiler:
 
     def close(self) -> None:
         """Remove the directory and all objects in it."""
-        if self._preambles is not None:
-            self._preambles.close()
+        if self._learning is not None:
+            self._learning.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -188,16 +214,36 @@ class Compiler:
         return _Task(command, Job(arguments, command.directory, place / "output"), output)
 
     def _compile_behind(
-        self, preambles: Preambles, commands: Sequence[CompileCommand], cancelled: Callable[[], bool]
+        self, learning: _Learning, commands: Sequence[CompileCommand], cancelled: Callable[[], bool]
     ) -> tuple[CompiledUnit, ...]:
         """Compile units behind their preambles, where they have some; what does not go that way, plainly."""
+        began = now()
+        preambles = learning.preambles
         found = preambles.ready(commands)
         kept = [self._kept(ready) if ready is not None else None for ready in found]
+        fresh = self._unchanged(learning.expansions, commands, found, cancelled)
+        kept = [unit or fresh.get(number) for number, unit in enumerate(kept)]
         tasks = [
             self._task_behind(command, ready) if ready is not None and ready.worth else self._plain_task(command)
             for command, ready, unit in zip(commands, found, kept, strict=True)
             if unit is None
         ]
+        outcomes = self._run_behind(tasks, preambles, cancelled)
+        made = self._units_of(tasks, outcomes)
+        for task, unit in zip(tasks, made, strict=True):
+            done = Compiled(task.command, unit.object, unit.listing, began, unit.milliseconds)
+            if not cancelled():  # else it may have read what was written since
+                learning.expansions.learn(done, plain=task.ready is None)
+        rest = iter(made)
+        units = tuple(unit or next(rest) for unit in kept)
+        for ready, unit in zip(found, units, strict=True):
+            if ready is not None:
+                preambles.remember(ready, unit.object)
+        preambles.learn([command for command, ready in zip(commands, found, strict=True) if ready is None])
+        return units
+
+    def _run_behind(self, tasks: list[_Task], preambles: Preambles, cancelled: Callable[[], bool]) -> list[Outcome]:
+        """Run tasks; those that fail behind a preamble are replaced by plain ones."""
         outcomes = self._run(tasks, cancelled)
         again = [n for n, task in enumerate(tasks) if task.ready is not None and not _is_good(task, outcomes[n])]
         plain = [self._plain_task(tasks[number].command) for number in again]
@@ -206,13 +252,20 @@ class Compiler:
             if ready is not None and outcome.status == 0:
                 preambles.useless(ready)
             tasks[number], outcomes[number] = task, outcome
-        made = iter(self._units_of(tasks, outcomes))
-        units = tuple(unit or next(made) for unit in kept)
-        for ready, unit in zip(found, units, strict=True):
-            if ready is not None:
-                preambles.remember(ready, unit.object)
-        preambles.learn(commands)
-        return units
+        return outcomes
+
+    def _unchanged(
+        self,
+        expansions: Expansions,
+        commands: Sequence[CompileCommand],
+        found: Sequence[Ready | None],
+        cancelled: Callable[[], bool],
+    ) -> dict[int, CompiledUnit]:
+        """Return the units without a preamble that holds, and without a change, by their places among `commands`."""
+        places = [number for number, ready in enumerate(found) if ready is None]
+        objects = expansions.find([commands[number] for number in places], cancelled)
+        units = {places[n]: self._linked(commands[places[n]], one) for n, one in objects.items()}
+        return {number: unit for number, unit in units.items() if unit is not None}
 
     def _plain_task(self, command: CompileCommand) -> _Task:
         return self._task(command, Variant.PLAIN, None, ())
@@ -227,13 +280,16 @@ class Compiler:
         """Return the object of an earlier text that differs in comments only."""
         if ready.kept is None:
             return None
-        command = ready.made.rewriting.command
+        rewriting = ready.made.rewriting
+        return self._linked(rewriting.command, Found(ready.kept, ready.rule(), rewriting.words))
+
+    def _linked(self, command: CompileCommand, found: Found) -> CompiledUnit | None:
         output = self._place() / f"{command.file.name}.o"
         try:
-            os.link(ready.kept, output)
+            os.link(found.object, output)
         except OSError:
             return None
-        return CompiledUnit(command.file, output, ready.made.rewriting.words, 0.0, "", ready.rule())
+        return CompiledUnit(command.file, output, found.words, 0.0, "", found.listing)
 
     def _place(self) -> Path:
         place = self.directory / str(next(self._numbers))

@@ -24,7 +24,8 @@ from patcher.errors import PatcherError
 _LEAST = 19
 _LOOK_SECONDS = 0.01
 
-Progress = Callable[[int], None]
+Say = Callable[[int], None]
+Progress = Callable[[int, int], None]
 
 
 class Gathering:
@@ -68,10 +69,22 @@ class Gathering:
             if not self._holds:
                 self._free.set()
 
-    def complete(self, *, cancelled: Callable[[], bool] = never, say: Progress | None = None) -> None:
+    def left(self) -> int:
+        """Return how many units are left to ask about; 0 until it is known which there are."""
+        running = self._thread is not None and self._thread.is_alive()
+        return sum(not self._dependencies.knows(c.file) for c in self._commands) if running else 0
+
+    def complete(
+        self,
+        *,
+        cancelled: Callable[[], bool] = never,
+        say: Say | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         """Return when it is known of every unit what it includes, save for those that the compiler cannot tell of.
 
-        `say` is told how many units are left to ask, if any. Raises BuildCancelled.
+        `say` is told how many units are left to ask, if any, and `progress` how many of them were. Raises
+        BuildCancelled.
         """
         if self._thread is None:
             self.start()
@@ -82,7 +95,7 @@ class Gathering:
             missing = [c for c in self._commands if not self._dependencies.knows(c.file)]
             if missing and say is not None:
                 say(len(missing))
-            self._ask(missing, cancelled, os.cpu_count() or 1)
+            self._ask(missing, cancelled, os.cpu_count() or 1, progress)
 
     def _end(self) -> None:
         self._closed.set()
@@ -124,7 +137,13 @@ class Gathering:
 
     # --- asking the compiler -----------------------------------------------------------------------------------
 
-    def _ask(self, commands: Sequence[CompileCommand], cancelled: Callable[[], bool], at_once: int) -> None:
+    def _ask(
+        self,
+        commands: Sequence[CompileCommand],
+        cancelled: Callable[[], bool],
+        at_once: int,
+        progress: Progress | None = None,
+    ) -> None:
         if not commands or self._directory is None:
             return
         place = Path(tempfile.mkdtemp(dir=self._directory))
@@ -136,7 +155,8 @@ class Gathering:
                 asked.append((command, listing, job))
         environment = {**os.environ, "TMPDIR": str(place)}
         try:
-            run_all([job for _, _, job in asked], environment=environment, cancelled=cancelled, at_once=at_once)
+            jobs = [job for _, _, job in asked]
+            run_all(jobs, environment=environment, cancelled=cancelled, at_once=at_once, progress=progress)
         except OSError:
             return  # no compiler: whoever compiles says so
         for command, listing, _ in asked:

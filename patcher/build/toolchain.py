@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from patcher.build.running import unstopped
+
 _DRIVER = re.compile(r"(?:.*-)?(?:gcc|g\+\+|cc|c\+\+|clang|clang\+\+|clang-cl)(?:-\d+(?:\.\d+)*)?")
 _VERSION = re.compile(r"(?:clang version |\) )(\d+)\.|\b(\d+)\.\d+")
 _WRAPPER_WORDS = 6  # a wrapper with its own words comes first: `env LANG=C ccache gcc`
@@ -106,15 +108,16 @@ def _own_includes(path: str, language: str) -> tuple[Path, ...]:
 def _output(arguments: Sequence[str]) -> str:
     environment = {**os.environ, "LC_ALL": "C"}  # the words looked for are translated otherwise
     try:
-        done = subprocess.run(
-            arguments,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            timeout=20,
-            check=False,
-        )
+        with unstopped():
+            done = subprocess.run(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                timeout=20,
+                check=False,
+            )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.decode("utf-8", "replace")

@@ -32,7 +32,7 @@ def attach(pid: int, **rest: Any) -> int:
     asked = gather("attach", rest)
     with (
         closing(Control()) as control,
-        open_reporter(asked, control) as reporter,
+        open_reporter(asked, control, beside=pid) as reporter,
         open_session(asked, pid, reporter) as session,
     ):
         if not asked.watched:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -140,19 +141,36 @@ def open_session(settings: Settings, pid: int, reporter: Reporter, offer: Offer 
 
 
 @contextlib.contextmanager
-def open_reporter(settings: Settings, *others: Reporter) -> Iterator[Reporter]:
-    """Yield what events go to: the console, the stream or file of --events, and others."""
+def open_reporter(settings: Settings, *others: Reporter, beside: int = 0) -> Iterator[Reporter]:
+    """Yield what events go to: the console, the stream or file of --events, and others.
+
+    `beside`: a process; where it is on another terminal, ours is ours alone.
+    """
     reporters: list[Reporter] = [*others]
     with contextlib.ExitStack() as stack:
         if settings.log or settings.events != "-":
             stream = stack.enter_context(_appended("log", settings.log)) if settings.log else sys.stderr
-            console = ConsoleReport(stream, quiet=settings.quiet, verbose=settings.verbose)
+            alone = stream is sys.stderr and bool(beside) and _is_alone(stream, beside)
+            console = ConsoleReport(stream, quiet=settings.quiet, verbose=settings.verbose, in_place=alone)
             reporters.append(ProblemReport(stream, console) if settings.problems else console)
         if settings.events == "-":
             reporters.append(EventStream(sys.stderr))
         elif settings.events:
             reporters.append(EventStream(stack.enter_context(_appended("events", settings.events))))
         yield Reporters(reporters)
+
+
+def _is_alone(stream: TextIO, pid: int) -> bool:
+    """Tell whether a stream is a terminal, and not that of a process."""
+    if not stream.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        return False
+    try:
+        terminal = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[4])  # proc(5): tty_nr
+    except (OSError, ValueError):
+        return False
+    device = os.fstat(stream.fileno()).st_rdev
+    # bits 31 to 20 and 7 to 0 are the minor, bits 15 to 8 the major number
+    return (os.major(device), os.minor(device)) != (terminal >> 8 & 0xFFF, terminal >> 12 & 0xFFF00 | terminal & 0xFF)
 
 
 def _appended(switch: str, file: str) -> TextIO:

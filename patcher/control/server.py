@@ -22,7 +22,7 @@ from typing import Any
 
 from patcher.control import place, protocol
 from patcher.control.protocol import Call, Fault, Message, Method
-from patcher.report import BuildFailed, Event, Note
+from patcher.report import BuildFailed, Event, Note, Working
 
 _CLIENTS = 64
 _UNTAKEN = 8  # messages of one client that wait for the watch: no more is read before
@@ -130,7 +130,10 @@ class Control:
 
     def emit(self, event: Event) -> None:
         """Tell an event to who subscribed, and notes as well."""
-        if isinstance(event, Note):
+        if isinstance(event, Working):
+            steps = {"done": event.done, "total": event.total, "seconds": event.seconds, "ended": event.ended}
+            self.tell("working", text=event.text, time=event.time, **steps)
+        elif isinstance(event, Note):
             self.tell("note", text=event.text, time=event.time)
         else:
             found = event.as_json()

@@ -60,6 +60,7 @@ class At:
     BIT_SIZE = 0x0D
     COMP_DIR = 0x1B
     CONST_VALUE = 0x1C
+    PRODUCER = 0x25
     UPPER_BOUND = 0x2F
     ABSTRACT_ORIGIN = 0x31
     COUNT = 0x37

@@ -17,9 +17,11 @@ from patcher.report.events import (
     Timings,
     Unchanged,
     Variable,
+    Working,
     told_of,
 )
 from patcher.report.explanation import Explanation, FunctionOutlook, Outlook, Refusal, TypeOutlook
+from patcher.report.work import Work, silently
 
 __all__ = [
     "Applied",
@@ -43,5 +45,8 @@ __all__ = [
     "TypeOutlook",
     "Unchanged",
     "Variable",
+    "Work",
+    "Working",
+    "silently",
     "told_of",
 ]

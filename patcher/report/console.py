@@ -1,6 +1,8 @@
 """Console lines: one short block for each event, on stderr or in a file.
 
-The target owns the terminal: an event's lines are one write, which ends a line, and nothing is drawn in place.
+Where the target owns the terminal, an event's lines are one write, which ends a line, and nothing is drawn in place.
+Work that takes its time is one line when it took two seconds, and one when it is done; on a terminal that is ours
+alone it is one line that moves, below the others, and is gone when it is done.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from patcher.report.events import (
     Reverted,
     Unchanged,
     Variable,
+    Working,
     nothing_to_do,
     plain,
 )
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
 
 _PREFIX = "patcher: "
 _LISTED = 8
+_LONG_SECONDS = 2.0
+_ERASE = "\r\x1b[K"  # ECMA-48: to the start of the line, and erase it
+_BAR = 20
 
 
 def write(stream: TextIO, lines: str) -> None:
@@ -42,7 +48,11 @@ def write(stream: TextIO, lines: str) -> None:
 class ConsoleReport:
     """Writes events for people. `quiet` leaves errors only; `verbose` names line-only functions too."""
 
-    def __init__(self, stream: TextIO, *, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(self, stream: TextIO, *, quiet: bool = False, verbose: bool = False, in_place: bool = False) -> None:
+        """`in_place`: the stream is a terminal on which nobody else writes."""
+        self._in_place = in_place
+        self._drawn = False  # a line that moves stands there
+        self._works: set[str] = set()  # what was told to take its time
         self._stream = stream
         self._quiet = quiet
         self._verbose = verbose
@@ -50,10 +60,34 @@ class ConsoleReport:
         self._lines: list[str] = []  # of the event at hand
 
     def emit(self, event: Event) -> None:
+        if isinstance(event, Working):
+            self._show(event)
+            return
         self._compose(event)
+        self._flush()
+
+    def _flush(self) -> None:
         if self._lines:
-            write(self._stream, "".join(f"{line}\n" for line in self._lines))
+            text = "".join(f"{line}\n" for line in self._lines)
+            write(self._stream, _ERASE + text if self._drawn else text)
+            self._drawn = False
             self._lines.clear()
+
+    def _show(self, event: Working) -> None:
+        if self._quiet:
+            return
+        if self._in_place:
+            self._stream.write(_ERASE if event.ended else _ERASE + self._render(_moving(event)))
+            self._stream.flush()
+            self._drawn = not event.ended
+        elif event.ended and event.text in self._works:
+            self._works.discard(event.text)
+            self._say(f"{_escape(event.text)}: done, {event.seconds:.0f} s")
+            self._flush()
+        elif not event.ended and event.seconds >= _LONG_SECONDS and event.text not in self._works:
+            self._works.add(event.text)
+            self._say(f"{_escape(event.text)} ...")
+            self._flush()
 
     def _compose(self, event: Event) -> None:
         if isinstance(event, BuildFailed):
@@ -146,6 +180,15 @@ class ConsoleReport:
         with self._console.capture() as captured:
             self._console.print(markup, end="", soft_wrap=True)
         return captured.get()
+
+
+def _moving(event: Working) -> str:
+    """Return a line that tells how far work has come, short enough for any terminal."""
+    text = _escape(event.text if len(event.text) <= _BAR * 2 else event.text[: _BAR * 2 - 1] + "…")
+    if not event.total:
+        return f"{_PREFIX}{text} [dim]{event.seconds:.1f} s[/]"
+    full = _BAR * event.done // event.total
+    return f"{_PREFIX}{text} [green]{'━' * full}[/][dim]{'━' * (_BAR - full)}[/] {event.done}/{event.total}"
 
 
 _FATES = {

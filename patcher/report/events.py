@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -218,6 +219,16 @@ class Note(Event):
     grave: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Working(Note):
+    """How far a piece of work has come that takes its time: `done` of `total` steps (0: nobody knows how many)."""
+
+    done: int = 0
+    total: int = 0
+    seconds: float = 0.0
+    ended: bool = False
+
+
 class Reporter(Protocol):
     """Whoever wants to know what happens in a session."""
 
@@ -241,7 +252,9 @@ class Reporters:
 
     def __init__(self, reporters: Iterable[Reporter]) -> None:
         self._reporters = tuple(reporters)
+        self._lock = threading.Lock()  # work is told of from threads of its own
 
     def emit(self, event: Event) -> None:
-        for reporter in self._reporters:
-            reporter.emit(event)
+        with self._lock:
+            for reporter in self._reporters:
+                reporter.emit(event)

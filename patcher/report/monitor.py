@@ -50,6 +50,7 @@ class View:
         self._title = f"process {pid}"
         self._paused = False
         self._building: tuple[float, str] | None = None  # since when (monotonic), and what
+        self._working = ""  # what takes its time, and how far it has come
         self._steps: dict[int, _Step] = {0: _Step(0, "the program as it was started")}
         self._live = 0
         self._error = ""  # a compiler's words, with its colours, or why a change was refused
@@ -72,6 +73,9 @@ class View:
                 self._building = (time.monotonic(), _names(event["files"]))
             case "idle":
                 self._building = None
+            case "working":
+                steps = f" {event['done']}/{event['total']}" if event["total"] else ""
+                self._working = "" if event["ended"] else f"{event['text']}{steps}"
             case "ready":
                 self._title = f"{_name(event['program'])}, process {event['pid']}"
             case "paused" | "resumed":
@@ -161,7 +165,7 @@ class View:
 
     def _activity(self) -> str:
         if self._building is None:
-            return ""
+            return self._working
         since, files = self._building
         passed = time.monotonic() - since
         return f"{_FRAMES[int(passed * _FRAMES_A_SECOND) % len(_FRAMES)]} building {files} {passed:.1f} s"

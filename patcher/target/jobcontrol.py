@@ -18,6 +18,7 @@ from patcher.target.tracing import noted_exit
 
 _SI_KERNEL = 0x80
 _WAKE = signal.SIGUSR2
+_NOTE_SECONDS = 5.0  # a thread may be kept from running for long, where others want the processors
 FORWARDED = frozenset(
     {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 )  # fmt: skip
@@ -135,7 +136,8 @@ def _await_end(descriptor: int, timeout: float | None) -> bool:
 
 def _collect(pid: int) -> int:
     # Where a thread of ours was tracing the child, it may be just between its waitpid and its note.
-    for _ in range(100):
+    deadline = time.monotonic() + _NOTE_SECONDS
+    while time.monotonic() < deadline:
         noted = noted_exit(pid)
         if noted is not None:
             return noted

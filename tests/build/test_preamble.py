@@ -13,6 +13,7 @@ from elftools.common.exceptions import ELFError
 from patcher.build import CompileCommand, CompiledUnit, Compiler, likely_units
 from patcher.build.dependencies import named_files
 from patcher.build.preamble import Preambles, preambles
+from patcher.build.preamble.inputs import Stamp, stamp_of
 from patcher.build.preamble.objects import same_but_debug
 from patcher.build.preamble.text import bare, cut, includes_more, leaves_state
 from patcher.errors import BuildError
@@ -507,3 +508,21 @@ def test_what_two_objects_have_in_common(place: Path, compiler: Compiler) -> Non
     for broken in (b"", b"text that is long enough to be an object, but is none at all, as it does not begin like one"):
         with pytest.raises(ValueError, match="not a 64-bit"):
             same_but_debug(broken, broken)
+
+
+def test_headers_are_looked_at_once_for_each_compile(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = command_of(place, "g++", "-g")
+    looked: list[str] = []
+    with Compiler(tmp_path / "own") as compiler:
+        learnt(compiler, command)
+
+        def looking(path: str | Path) -> Stamp | None:
+            looked.append(str(path))
+            return stamp_of(path)
+
+        monkeypatch.setattr("patcher.build.preamble.inputs.stamp_of", looking)
+        save(place, "int more;\n")
+        assert is_behind(built(compiler, command))
+    assert looked.count(str(place / "heavy.h")) == 1

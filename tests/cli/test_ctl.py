@@ -219,3 +219,28 @@ def test_floods_do_not_hold_up_saves(project, session):
         stop.set()
         for thread in floods:
             thread.join()
+
+
+def test_how_far_long_work_has_come_is_told(project, watching):
+    """The build waits for us: it is told of on the socket, and, when it takes more than two seconds, in a line."""
+    os.mkfifo(project.root / "gate")
+    build = "read x < gate; gcc -g -O2 -c src/unit.c -o unit.o"
+    session = watching(project, "spawn", "./program", "--watch", "src", "--build", build)
+    command = [*COMMAND, "ctl", str(target(session)), "subscribe", "--json", "ready", "working"]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE) as client:
+        lines = Lines(client.stdout)
+        assert json.loads(lines.next())["event"] == "ready"
+        project.edit("unit.c", VALUE, "3")
+        text = f"--build {build}"
+        while text not in session.errors():
+            told = json.loads(lines.next())
+            assert (told["event"], told["ended"]) == ("working", False)
+        assert f"patcher: {text} ...\n" in session.errors()
+        (project.root / "gate").write_text("go\n")
+        while not told["ended"] or told["text"] != text:
+            told = json.loads(lines.next())
+        assert told["seconds"] > 2
+        session.event("applied")
+        assert f"patcher: {text}: done, {told['seconds']:.0f} s\n" in session.errors()
+        session.finish()
+        client.wait(SECONDS)

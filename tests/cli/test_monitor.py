@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import termios
@@ -57,10 +58,41 @@ def test_a_build_is_seen_while_it_lasts(project, watching, on_screen, tmp_path):
     screen = on_screen([*COMMAND, "monitor", str(session.ready["pid"])], tmp_path)
     screen.expect("watching")
     project.edit("unit.c", VALUE, "3")
-    screen.expect("building unit.c 0.1 s")
-    screen.expect("building unit.c 0.3 s")
+    screen.expect("building unit.c ")
+    screen.expect("building unit.c 2.")  # one of ten pictures of that second
     (project.root / "gate").write_text("go\n")
     screen.expect("1  unit.c: answer  (")
+
+
+def test_work_in_the_background_is_seen(project, watching, on_screen):
+    """The compiler that precompiles waits for us."""
+    os.mkfifo(project.root / "gate")
+    slow = project.root / "gcc"
+    slow.write_text(f'#!/bin/sh\ncase "$*" in *-header*) read x < {project.root}/gate ;; esac\nexec gcc "$@"\n')
+    slow.chmod(0o755)
+    text = (project.root / "compile_commands.json").read_text()
+    (project.root / "compile_commands.json").write_text(text.replace('"gcc"', json.dumps(str(slow))))
+    session = watching(project, "spawn", "./program", "--watch", "src")
+    screen = on_screen([*COMMAND, "monitor", str(session.ready["pid"])], project.root)
+    screen.expect("precompiling what units begin with 0/")
+    (project.root / "gate").write_text("go\n")
+    screen.expect("q quit")
+
+
+def test_on_a_terminal_of_ours_work_is_a_line_that_moves(project, on_screen):
+    """The program is on another one."""
+    os.mkfifo(project.root / "gate")
+    build = "read x < gate; gcc -g -O2 -c src/unit.c -o unit.o"
+    with project.running() as program:
+        command = [*COMMAND, "attach", str(program.pid), "--watch", "src", "--build", build]
+        screen = on_screen(command, project.root)
+        screen.expect("watching src")
+        project.edit("unit.c", VALUE, "3")
+        shown = screen.expect("--build read x < gate; gcc -g -O2 -c sr")
+        assert shown.rpartition(b"\n")[2].startswith(b"\r\x1b[K")
+        (project.root / "gate").write_text("go\n")
+        assert b"\r\x1b[K" in screen.expect("generation 1 is")
+        assert program.ask(1) == "3"
 
 
 def test_errors_have_the_compilers_colours(project, screen):

@@ -21,6 +21,8 @@ from project import Project, statuses
 
 from .conftest import ROOT, SECONDS
 
+LONGEST = 3 * SECONDS  # a whole session, and two shells' worth of programs, on a machine that others use as well
+
 PROGRAM = """\
 #include <signal.h>
 #include <stdio.h>
@@ -75,7 +77,7 @@ class Shell:
 
     def expect(self, pattern: str) -> re.Match[str]:
         """Return the first match in what was printed since the last one."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + LONGEST
         while not (found := re.search(pattern, self.seen)):
             ready, _, _ = select.select([self.terminal], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"no {pattern!r} in {self.seen!r}"
@@ -101,11 +103,12 @@ UNIT = "int count;\nint answer(int n)\n{\n    count++;\n    return n + 1;\n}\n"
 
 
 def wait_for_state(pid: int, states: set[str]) -> None:
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + LONGEST
     while statuses(pid, "State") - states:
         assert time.monotonic() < deadline, statuses(pid, "State")
 
 
+@pytest.mark.timeout(180)
 def test_a_session_on_a_terminal(tmp_path, shell):
     project = Project(tmp_path / "p", {"main.c": PROGRAM, "unit.c": UNIT})
     quiet = "PS1='$ '; set +m; set -m"
@@ -134,7 +137,7 @@ def test_a_session_on_a_terminal(tmp_path, shell):
         terminations = shell.expect(r"\[t int=1 term=(\d+)")[1]
     assert terminations == "1"
     shell.type("\x1a")
-    shell.expect("Stopped")
+    shell.expect("Stopped .*patcher spawn")
     wait_for_state(pid, {"T"})
     shell.type("fg\n")
     shell.expect("patcher spawn")

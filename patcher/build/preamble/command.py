@@ -37,7 +37,8 @@ _RULED_OUT = (
     *("-gdwarf-1", "-gsplit-dwarf", "-fdebug-prefix-map", "-ffile-prefix-map", "-fmacro-prefix-map", "-frandom-seed"),
     *("-fdebug-compilation-dir", "-ffile-compilation-dir", "-Xclang", "-Xpreprocessor", "-I-", "-wrapper", "-specs"),
     *("-Wunused-macros", "-fdump", "-fstack-usage", "-fcallgraph-info", "-grecord-command-line", "--include"),
-    *("-frecord-command-line", "-frecord-gcc-switches", "-index-store-path", "@"),
+    *("-frecord-command-line", "-frecord-gcc-switches", "-index-store-path", "--config", "@"),
+    *("-fsanitize-ignorelist", "-fsanitize-blacklist", "-fsanitize-coverage-", "-fxray-"),
 )
 
 
@@ -62,6 +63,10 @@ class Rewriting:
     def preprocessing(self, header: Path, output: Path) -> tuple[str, ...]:
         """Return the command that preprocesses a header, and says where it searches."""
         return (*self._for_header(header), "-v", "-E", "-o", str(output))
+
+    def expanding(self, output: Path, rule: Path) -> tuple[str, ...]:
+        """Return the command that preprocesses the file itself; `rule` gets its dependencies."""
+        return (*_without_output(self.words), "-MD", "-MF", str(rule), "-MT", "unit", "-E", "-o", str(output))
 
     def behind(self, header: Path, text: Path, cut: Cut, output: Path) -> tuple[str, ...]:
         """Return the command that compiles what follows the preamble; with gcc, `text` is written for it."""

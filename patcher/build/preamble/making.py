@@ -1,21 +1,17 @@
 """Making a precompiled preamble, in the background, and proving that objects made with it are the same.
 
 Decides whether a unit gets one: the text as it is now is compiled both ways, and the objects must be equal in all but
-what debug information says. One program at a time, of the lowest priority, so that a save is not delayed.
+what debug information says.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import subprocess
-import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from patcher.build.background import Background
 from patcher.build.preamble.command import Rewriting
 from patcher.build.preamble.inputs import Inputs, files_of, inputs_of, searched_directories, stamp_of
 from patcher.build.preamble.objects import same_but_debug
@@ -46,48 +42,6 @@ class NotMade:
     reason: str
     lasting: bool
     again: bool = False
-
-
-class Background:
-    """Runs programs at the lowest priority, one at a time, until it is stopped."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: subprocess.Popen[bytes] | None = None
-        self._stopped = False
-
-    def run(self, arguments: Sequence[str], directory: Path, output: Path, environment: dict[str, str]) -> float | None:
-        """Run a program to its end; return the processor seconds it took, None when it failed or was stopped."""
-        with output.open("wb") as said, self._lock:
-            if self._stopped:
-                return None
-            try:
-                program = self._running = subprocess.Popen(
-                    arguments,
-                    cwd=directory,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=said,
-                    stderr=subprocess.STDOUT,
-                    process_group=0,
-                )
-            except OSError:
-                return None
-            with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PGRP, program.pid, 19)
-        _, status, usage = os.wait4(program.pid, 0)
-        with self._lock:
-            program.returncode = os.waitstatus_to_exitcode(status)
-            self._running = None
-        return usage.ru_utime + usage.ru_stime if program.returncode == 0 else None
-
-    def stop(self) -> None:
-        """End what runs, and start nothing more."""
-        with self._lock:
-            self._stopped = True
-            if self._running is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._running.pid, signal.SIGKILL)
 
 
 def make(rewriting: Rewriting, place: Path, background: Background, environment: dict[str, str]) -> Made | NotMade:

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
+from patcher.build.background import Background
 from patcher.build.command import CompileCommand
 from patcher.build.preamble.command import rewriting_of
 from patcher.build.preamble.inputs import Stamp, stamp_of
-from patcher.build.preamble.making import Background, Made, NotMade, make
+from patcher.build.preamble.making import Made, NotMade, make
 from patcher.build.preamble.text import Cut, bare, cut, includes_more
 from patcher.build.toolchain import identify, program_stamp
 from patcher.errors import PatcherError
@@ -85,15 +86,17 @@ class Ready:
 class Preambles:
     """Of one session; to be used from one thread, beside which it makes preambles in another."""
 
-    def __init__(self, directory: Path, environment: dict[str, str]) -> None:
-        """`directory` is made, and removed by `close`; `environment` is that of the compilers."""
+    def __init__(self, directory: Path, environment: dict[str, str], background: Background | None = None) -> None:
+        """`directory` is made, and removed by `close`, as is what runs in the background; `environment` is that of
+        the compilers.
+        """
         self._directory = directory
         self._environment = environment
         self._units: dict[_Key, _Unit] = {}  # the one used last comes last
         self._waiting: deque[CompileCommand] = deque()
         self._finished: deque[tuple[_Key, _Unit]] = deque()  # taken over while no compiler reads what they replace
         self._changed = threading.Condition()
-        self._background = Background()
+        self._background = background or Background()
         self._thread: threading.Thread | None = None
         self._closed = False
         self._numbers = count(1)
@@ -141,9 +144,9 @@ class Preambles:
             unit.made = NotMade("it did not compile behind its preamble", lasting=True)
 
     def learn(self, commands: Iterable[CompileCommand]) -> None:
-        """Have preambles made, in the background, of the units that have none which holds."""
-        commands = tuple(commands)
-        wanted = [command for command, ready in zip(commands, self.ready(commands), strict=True) if ready is None]
+        """Have preambles made, in the background, of units that have none which holds, as `ready` says."""
+        finished = {key for key, _ in self._finished}
+        wanted = [c for c in commands if _key(c) not in finished or self.ready((c,)) == (None,)]
         with self._changed:
             self._waiting.extend(command for command in wanted if command not in self._waiting)
             self._changed.notify()
@@ -165,6 +168,10 @@ class Preambles:
         """Return why a unit has no preamble, or nothing."""
         unit = self._units.get(_key(command))
         return unit.made.reason if unit is not None and isinstance(unit.made, NotMade) else ""
+
+    def left(self) -> int:
+        """Return how many are still to be made."""
+        return len(self._waiting)
 
     def wait(self) -> None:
         """Wait until nothing is left to be made."""
