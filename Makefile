@@ -71,7 +71,7 @@ soak: $(VENV)/dev.stamp ## change a busy program of 64 threads at random, kill w
 parity: $(VENV)/dev.stamp ## play 200 series of random edits, and hold the patched processes against cold builds (20 minutes)
 	@PATCHER_PARITY=200 $(BIN)/python -m pytest -q -s tests/parity $(PYTEST_ARGS)
 
-real: $(VENV)/dev.stamp ## patch redis, lua and memcached (fetches and builds them with apt, gcc and make)
+real: $(VENV)/dev.stamp ## patch redis, lua and memcached, and watch these, tinyproxy and mosquitto being edited (fetches and builds them with apt, gcc, clang, make and cmake)
 	@$(BIN)/python -m pytest -q tests/real -m real $(PYTEST_ARGS)
 
 real-full: $(VENV)/dev.stamp ## the same with all of redis' own tests, on sources compiled again (half an hour)

@@ -192,7 +192,7 @@ class Loop:
         """
         round_ = _Round(time.perf_counter(), _since_save(saved), pending)
         self.session.emit(Saved(tuple(sorted(str(p) for p in saved))))
-        self.edits.vanished([f for f in self.edits.pending() if not f.exists()])
+        self._drop_vanished()
         commands = [f for f in saved if is_build_file(f)] if self._builder is None else []
         self.edits.saved(f for f in saved if f.exists() and f not in commands)
         if commands:
@@ -253,7 +253,12 @@ class Loop:
                 outcome = self._make_live(wanted, round_)
             except (BuildCancelled, TargetGone):
                 raise
-            except PatcherError as error:
+            except (PatcherError, FileNotFoundError) as error:
+                if self._drop_vanished():
+                    self._try_all(round_)
+                    return
+                if not isinstance(error, PatcherError):
+                    raise
                 blamed = _blamed(error, made, files) & core
                 if files == core or blamed:
                     self._failed(error, core, blamed)
@@ -262,6 +267,12 @@ class Loop:
                 self._went(outcome, files)
                 return
         self.edits.refused(self.edits.pending())  # as before: nothing else was to be tried
+
+    def _drop_vanished(self) -> bool:
+        """Let go of what was deleted since it was saved, as by a makefile that tries a compiler; tell if any was."""
+        gone = [f for f in self.edits.pending() if not f.exists()]
+        self.edits.vanished(gone)
+        return bool(gone)
 
     def _went(self, outcome: Generation, files: Collection[Path]) -> None:
         if self._left != self.session.found:
@@ -396,6 +407,7 @@ class Loop:
 
     def _set_strangers_aside(self, unknown: Mapping[Path, NoCompileCommand]) -> None:
         """Refuse, each by itself, files that cannot be compiled and that the process has nothing of."""
+        self._drop_vanished()
         for file, error in sorted(unknown.items()):
             core = self.edits.core()
             if file in core and len(core) > 1 and not self.session.touched.may_have(file):

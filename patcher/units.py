@@ -199,7 +199,7 @@ class Units:
         found = [Source(o, f, None) for f in files if not is_unit(f) for o in read_objects(f)]
         for text in texts:
             _check_readable(text)
-        commands = [self.commands.find(f.resolve()) for f in texts]
+        commands = self.commands.find_each([f.resolve() for f in texts])
         if commands:
             began = time.time()
             with self.building(), self._told_of(len(commands)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Iterator
@@ -51,12 +52,17 @@ def loop(tmp_path: Path) -> Iterator[tuple[Loop, Seen, Path]]:
     subprocess.run(["gcc", "-o", "program", "unit.o"], cwd=tmp_path, check=True)
     database = tmp_path / "compile_commands.json"
     database.write_text(json.dumps([{"directory": str(tmp_path), "file": "unit.c", "arguments": command}]))
-    process = subprocess.Popen([tmp_path / "program"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with looped(tmp_path, Options(compile_commands=database, watched=(tmp_path,))) as (loop, seen):
+        yield loop, seen, source
+
+
+@contextlib.contextmanager
+def looped(root: Path, options: Options) -> Iterator[tuple[Loop, Seen]]:
+    process = subprocess.Popen([root / "program"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     seen = Seen()
     try:
-        options = Options(compile_commands=database, watched=(tmp_path,))
         with Session(Target.attach(process.pid), options, seen) as session:
-            yield Loop(session, [tmp_path]), seen, source
+            yield Loop(session, [root]), seen
     finally:
         process.kill()
         process.communicate()
@@ -124,3 +130,48 @@ def test_only_an_end_of_the_process_ends_a_watch(
     fail(TargetGone("ended"))
     with pytest.raises(TargetGone):
         save(watching, source, TEXT.replace("return 1", "return 3"))
+
+
+MAKE = """
+X := $(shell rm -f trial.c)
+program: unit.o
+	gcc -o $@ $^
+unit.o: unit.c
+	gcc -O1 -c unit.c
+"""
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_file_that_is_gone_before_it_is_compiled_is_let_go(tmp_path: Path, alone: bool) -> None:
+    """As makefiles write and remove one to try the compiler, whenever they are asked for a command."""
+    source, trial = tmp_path / "unit.c", tmp_path / "trial.c"
+    source.write_text(TEXT)
+    (tmp_path / "Makefile").write_text(MAKE)
+    subprocess.run(["make", "-s"], cwd=tmp_path, check=True)
+    with looped(tmp_path, Options(watched=(tmp_path,))) as (watching, seen):
+        trial.write_text("int trial;\n")
+        source.write_text(TEXT.replace("return 1", "return 2"))
+        watching.round({trial} if alone else {source, trial}, lambda: False)
+        told = [type(e) for e in seen.take() if not isinstance(e, Note)]
+        assert told == ([Saved] if alone else [Saved, Applied])
+        assert not trial.exists()
+        assert not watching.edits.pending()
+
+
+def test_a_file_that_is_gone_while_it_is_compiled_is_let_go(tmp_path: Path) -> None:
+    source, trial = tmp_path / "unit.c", tmp_path / "trial.c"
+    source.write_text(TEXT)
+    subprocess.run(["gcc", "-O1", "unit.c", "-o", "program"], cwd=tmp_path, check=True)
+    (tmp_path / "gcc").write_text('#!/bin/sh\ncase "$*" in *" -c "*) rm -f trial.c ;; esac\nexec gcc "$@"\n')
+    (tmp_path / "gcc").chmod(0o755)
+    entries = [
+        {"directory": str(tmp_path), "file": file.name, "arguments": [compiler, "-O1", "-c", file.name]}
+        for file, compiler in ((source, "gcc"), (trial, str(tmp_path / "gcc")))
+    ]
+    (tmp_path / "compile_commands.json").write_text(json.dumps(entries))
+    with looped(tmp_path, Options(watched=(tmp_path,))) as (watching, seen):
+        trial.write_text("int trial;\n")
+        source.write_text(TEXT.replace("return 1", "return 2"))
+        watching.round({source, trial}, lambda: False)
+        assert [type(e) for e in seen.take() if not isinstance(e, Note)] == [Saved, Applied]
+        assert not trial.exists()

@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +27,7 @@ from patcher.build.trust import check_trusted
 from patcher.errors import NoCompileCommand
 
 _SECONDS = 10.0
+_AT_ONCE = 200  # source files: their names are words of one command
 _ABOVE = 5  # directories above a source in which a makefile may stand
 _MAKEFILES = ("GNUmakefile", "makefile", "Makefile")
 _DIRECTORY = re.compile(r"make(?:\[\d+\])?: (Entering|Leaving) directory '(.*)'")
@@ -51,16 +52,35 @@ class BuildFiles:
     def commands(self, source: Path, tried: list[str]) -> tuple[CompileCommand, ...]:
         """Return the commands of a source file, of the nearest build file that has some; `tried` gets who has none."""
         source = source.resolve()
-        for file in self._files(source):
-            try:
-                found = self._ask(file, source)
-            except NoCompileCommand as error:
-                tried.append(error.message)
-                continue
-            if found:
-                return found
-            tried.append(f"{file}, which does not compile it")
-        return ()
+        return self.commands_of([source], tried).get(source, ())
+
+    def commands_of(self, sources: Iterable[Path], tried: list[str]) -> dict[Path, tuple[CompileCommand, ...]]:
+        """Return as `commands` does for those of many source files, given resolved, that have some.
+
+        A build file is asked for all at once.
+        """
+        places = {source: self._files(source) for source in dict.fromkeys(sources)}
+        found: dict[Path, tuple[CompileCommand, ...]] = {}
+        while places:
+            nearest: dict[Path, list[Path]] = {}
+            for source, files in tuple(places.items()):
+                file = next(files, None)
+                if file is not None:
+                    nearest.setdefault(file, []).append(source)
+                else:
+                    del places[source]
+            for file, those in nearest.items():
+                try:
+                    said = self._ask(file, those)
+                except NoCompileCommand as error:
+                    tried.append(error.message)
+                    continue
+                found |= said
+                if len(said) < len(those):
+                    tried.append(f"{file}, which does not compile it")
+            for source in found.keys() & places.keys():
+                del places[source]
+        return found
 
     def _files(self, source: Path) -> Iterator[Path]:
         seen: dict[Path, None] = {}
@@ -71,55 +91,65 @@ class BuildFiles:
             seen.update(dict.fromkeys(_makefiles(start)))
         yield from (path for path in seen if not _is_cmakes(path))
 
-    def _ask(self, file: Path, source: Path) -> tuple[CompileCommand, ...]:
+    def _ask(self, file: Path, sources: Sequence[Path]) -> dict[Path, tuple[CompileCommand, ...]]:
+        """Return the commands that a build file has of some source files; those that it has none of are left out."""
         status = file.stat()
         stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
-        # a make that calls others does not tell them what to take for newer, but what was saved is newer by itself
-        at_save = (*stamp, source.stat().st_mtime_ns)
-        known = self._known.get((file, source))
-        if known is None or known[0] != (stamp if known[1] else at_save):
+        # a make that calls others may not tell them what to take for newer, but what was saved is newer by itself
+        at_save = {source: (*stamp, _written(source)) for source in sources}
+        known = {source: self._known.get((file, source), ((), ())) for source in sources}
+        asked = [s for s, (at, said) in known.items() if at != (stamp if said else at_save[s])]
+        for some in (asked[n : n + _AT_ONCE] for n in range(0, len(asked), _AT_ONCE)):
             check_trusted(status, file)
             check_trusted(file.parent.stat(), file.parent)
-            found = tuple(_ASKING[file.name](file, source))
-            known = self._known[file, source] = (stamp if found else at_save, found)
-        return known[1]
+            said: dict[Path, list[CompileCommand]] = {source: [] for source in some}
+            for command in _ASKING[file.name](file, some):
+                said[command.file].append(command)
+            for source, commands in said.items():
+                known[source] = (stamp if commands else at_save[source], tuple(commands))
+                self._known[file, source] = known[source]
+        return {source: commands for source, (_, commands) in known.items() if commands}
 
 
-def _ask_ninja(file: Path, source: Path) -> Iterator[CompileCommand]:
+def _ask_ninja(file: Path, sources: Sequence[Path]) -> Iterator[CompileCommand]:
+    names = {source.name for source in sources}
     try:
         listed = json.loads(_said(("ninja", "-C", str(file.parent), "-t", "compdb", "-x"), file.parent) or "[]")
-        pairs = [
-            (str(e["command"]), Path(e["directory"])) for e in listed if _is_file(e["directory"], e["file"], source)
-        ]
+        pairs = [(str(e["command"]), Path(e["directory"])) for e in listed if os.path.basename(e["file"]) in names]
     except (ValueError, KeyError, TypeError) as error:
         raise NoCompileCommand(f"{file}: ninja -t compdb answers with what is no list of commands: {error}") from None
     for line, directory in pairs:
-        yield from commands_in(line, directory, source, f"{file} (ninja -t compdb)")
+        yield from commands_in(line, directory, sources, f"{file} (ninja -t compdb)")
 
 
-def _read_cmake(file: Path, source: Path) -> Iterator[CompileCommand]:
+def _read_cmake(file: Path, sources: Sequence[Path]) -> Iterator[CompileCommand]:
     """Read the makefiles of each target: its commands name the switches by variables, which stand beside."""
     for makefile in sorted(file.parent.glob("**/CMakeFiles/*.dir/build.make")):
-        if str(source) not in (text := makefile.read_text(errors="replace")):
+        text = makefile.read_text(errors="replace")
+        if not any(str(source) in text for source in sources):
             continue
         variables = dict(_VARIABLE.findall(makefile.with_name("flags.make").read_text(errors="replace")))
         for line in text.splitlines():
             if line.startswith("\t") and " -c " in line:
-                yield from commands_in(_substituted(line, variables), file.parent, source, str(makefile))
+                yield from commands_in(_substituted(line, variables), file.parent, sources, str(makefile))
 
 
 def _substituted(line: str, variables: dict[str, str]) -> str:
     return _USE.sub(lambda use: variables.get(use[1], use[0]), line).replace("$$", "$").replace("\\#", "#")
 
 
-def _ask_make(file: Path, source: Path) -> Iterator[CompileCommand]:
-    newer = [word for name in (os.path.relpath(source, file.parent), str(source)) for word in ("-W", name)]
-    said = _said(("make", "-n", "-w", "-f", file.name, "-o", file.name, *newer), file.parent)
+def _ask_make(file: Path, sources: Sequence[Path]) -> Iterator[CompileCommand]:
+    names = [name for source in sources for name in (os.path.relpath(source, file.parent), str(source))]
+    newer = [word for name in names for word in ("-W", name)]
+    # -W is not handed on to a make that this one calls, unless that is what it calls; it may work in their directory
+    bare = [word for source in sources for word in ("-W", source.name)]
+    calls = [f"MAKE={shlex.join(('make', *newer, *bare))}"] if not any("$" in name for name in names) else []
+    said = _said(("make", "-n", "-w", "-f", file.name, "-o", file.name, *newer, *calls), file.parent)
     directories = [file.parent]
     for line in re.sub(r"\\\n\s*", " ", said).splitlines():
         moved = _DIRECTORY.fullmatch(line)
         if moved is None:
-            yield from commands_in(line, directories[-1], source, f"{file} (make -n)")
+            yield from commands_in(line, directories[-1], sources, f"{file} (make -n)")
         elif moved[1] == "Entering":
             directories.append(Path(moved[2]))
         elif len(directories) > 1:
@@ -129,11 +159,16 @@ def _ask_make(file: Path, source: Path) -> Iterator[CompileCommand]:
 _ASKING = {"build.ninja": _ask_ninja, "CMakeCache.txt": _read_cmake, **dict.fromkeys(_MAKEFILES, _ask_make)}
 
 
-def commands_in(line: str, directory: Path, source: Path, origin: str) -> Iterator[CompileCommand]:
-    """Yield the commands in a line for the shell that compile a source file; none whose words the shell computes.
+def commands_in(line: str, directory: Path, sources: Collection[Path], origin: str) -> Iterator[CompileCommand]:
+    """Yield the commands in a line for the shell that compile source files; none whose words the shell computes.
 
     Save for what automake has it compute: where a source is, and where dependencies are written, which is left out.
     """
+    by_name: dict[str, list[Path]] = {}
+    for source in sources:
+        by_name.setdefault(source.name, []).append(source)
+    if not any(name in line for name in by_name):
+        return
     for words in _simple_commands(_HERE_OR_THERE.sub(partial(_place, directory), line)):
         if words[:1] == ("cd",) and len(words) == 2:
             directory = directory / words[1]
@@ -142,10 +177,12 @@ def commands_in(line: str, directory: Path, source: Path, origin: str) -> Iterat
         words = _without_computed_rule(words[start:])
         if not words or words[0] in _SAYING or any(map(_COMPUTED.search, words)):
             continue
-        if not is_driver(words[program_index(words)]):
+        if "-c" not in words or not is_driver(words[program_index(words)]):
             continue
-        if "-c" in words and any(_is_file(directory, word, source) for word in words[1:]):
-            yield CompileCommand(directory, words, source, origin)
+        named = {source for word in words[1:] for source in by_name.get(os.path.basename(word), ())}
+        for source in named:
+            if any(_is_file(directory, word, source) for word in words[1:]):
+                yield CompileCommand(directory, words, source, origin)
 
 
 def _place(directory: Path, found: re.Match[str]) -> str:
@@ -193,6 +230,14 @@ def _is_cmakes(file: Path) -> bool:
 
 def _is_file(directory: str | Path, name: str, source: Path) -> bool:
     return os.path.basename(name) == source.name and os.path.realpath(os.path.join(directory, name)) == str(source)
+
+
+def _written(source: Path) -> int:
+    """Return when a source file was written; 0 where it is not there any more: makefiles try a compiler on such."""
+    try:
+        return source.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _said(arguments: Sequence[str], directory: Path) -> str:

@@ -7,7 +7,7 @@ program, the files that a build works by, the program's debug information. It ru
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +34,7 @@ class Commands:
         what the user calls them, and where they lie; by default what the paths lead to.
         """
         self._given = Database(compile_commands.absolute()) if compile_commands else None
+        self._watched = tuple(path.absolute() for path in watched)
         names = list(program_names) + [_place_of(program) for program in programs[len(program_names) :]]
         self._debug = tuple(DebugInformation(program, name) for program, name in zip(programs, names, strict=False))
         self._starts = tuple(
@@ -63,7 +64,7 @@ class Commands:
                 f"{source}: nothing says how it is compiled (tried: {'; '.join(tried) or 'nothing was there to try'})",
                 GET_A_DATABASE,
             )
-        return found
+        return self._best_first(source, found)
 
     def listed(self) -> tuple[Path, ...]:
         """Return the source files that the given database lists; none without one. Raises NoCompileCommand."""
@@ -98,13 +99,31 @@ class Commands:
             for path in find_databases(start):
                 yield self._databases.setdefault(path, Database(path))
 
+    def find_each(self, sources: Sequence[Path]) -> list[CompileCommand]:
+        """Return a command of each of several source files, as `find` does, with each build file asked once."""
+        self.foresee(sources)
+        return [self.find(source) for source in sources]
+
+    def foresee(self, sources: Iterable[Path]) -> None:
+        """Ask build files for all of some source files at once, where those will be asked for them one by one."""
+        if self._given is None:
+            missing = [s.resolve() for s in sources if not self._in_databases(s.absolute(), [])]
+            self._build_files.commands_of(missing, [])
+
     def every_unit(self) -> tuple[CompileCommand, ...]:
         """Return a command of each source file that anything says how to compile, and that is there; best first."""
-        found: dict[Path, CompileCommand] = {}
+        listed: dict[Path, list[CompileCommand]] = {}
         for command in self.known():
             file = Path(os.path.realpath(command.file))
-            if is_unit(file) and file not in found and file.is_file():
-                found[file] = replace(command, file=file)
+            if is_unit(file) and file.is_file():
+                listed.setdefault(file, []).append(replace(command, file=file))
+        found = {file: self._best_first(file, tuple(commands))[0] for file, commands in listed.items()}
+        recorded = {Path(os.path.realpath(unit.path)): unit for program in self._debug for unit in program.recorded()}
+        named = recorded if recorded or found else self._watched_units()
+        units = [file for file in named if file not in found and file.is_file()]
+        if self._given is None:
+            said = self._build_files.commands_of(units, [])
+            found |= {file: self._best_first(file, commands)[0] for file, commands in said.items()}
         for program in self._debug:
             for unit in program.recorded():
                 file = Path(os.path.realpath(unit.path))
@@ -112,6 +131,23 @@ class Commands:
                     with suppress(NoCompileCommand):
                         found[file] = program.command(unit, file)
         return tuple(found.values())
+
+    def _watched_units(self) -> tuple[Path, ...]:
+        """Return the source files below the watched places: who has no debug information does not tell its own."""
+        found = (
+            Path(os.path.join(place, name))
+            for start in self._watched
+            for place, _, names in os.walk(start)
+            for name in sorted(names)
+        )
+        return tuple(dict.fromkeys(path.resolve() for path in found if is_unit(path)))
+
+    def _best_first(self, source: Path, found: tuple[CompileCommand, ...]) -> tuple[CompileCommand, ...]:
+        """Put those first that were run where one of the programs was compiled: another program may have it as well."""
+        if len(found) < 2:
+            return found
+        places = {os.path.realpath(unit.directory) for program in self._debug for unit in program.units(source)}
+        return tuple(sorted(found, key=lambda command: os.path.realpath(command.directory) not in places))
 
     def _in_databases(self, source: Path, tried: list[str]) -> tuple[CompileCommand, ...]:
         if self._given is not None:

@@ -223,13 +223,13 @@ def _listed(commands: Commands, build: str) -> Iterator[Finding]:
     """Look for commands where the program does not tell what it was compiled of."""
     if build:
         yield good("commands", f"--build: {build}")
-    elif found := [c for c in commands.known() if c.file.exists()]:
+    elif found := commands.every_unit():
         yield good("commands", f"{_some([c.file.name for c in found])}: from {found[0].origin}")
     else:
         yield bad(
             "commands",
             "nothing says how its sources are compiled: there is no debug information and no compile_commands.json",
-            "compile with -g, give --compile-commands, or --build with the command that builds it",
+            "compile with -g, give --watch or --compile-commands, or --build with the command that builds it",
         )
 
 
@@ -271,6 +271,7 @@ def _unit_reports(
     entries: dict[int | None, list[Entry]] = {}
     for entry in entries_of(module, path, lambda address: unit_at(address) is not None):
         entries.setdefault(unit_at(entry.address), []).append(entry)
+    commands.foresee(path for unit in recorded if (path := Path(unit.path)).exists())
     for unit in recorded:
         own = entries.get(unit.offset, [])
         command, reason, hint = _command(commands, Path(unit.path))

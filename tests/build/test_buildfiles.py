@@ -109,6 +109,15 @@ def test_a_make_that_calls_another(tree: Path) -> None:
     (tree / "Makefile").write_text("all:\n\t$(MAKE) -C src -f ../inside.mk prog\n")
     (tree / "inside.mk").write_text(INSIDE.replace("ccache ", ""))
     run("make", cwd=tree)
+    command = found(tree)
+    assert (command.directory, command.arguments[-1]) == (tree / "src", "unit.c")
+    assert command.origin == f"{tree}/Makefile (make -n)"
+
+
+def test_a_make_that_calls_another_by_another_name(tree: Path) -> None:
+    (tree / "Makefile").write_text("all:\n\t+make -C src -f ../inside.mk prog\n")
+    (tree / "inside.mk").write_text(INSIDE.replace("ccache ", ""))
+    run("make", cwd=tree)
     commands = Commands(watched=[tree / "src"])
     with pytest.raises(NoCompileCommand):
         commands.find(tree / "src/unit.c")
@@ -181,4 +190,40 @@ def test_commands_in_a_line(line: str, words: list[str], tmp_path: Path) -> None
     (tmp_path / "unit.c").write_text("")
     (tmp_path / "sub").mkdir()
     source = (tmp_path / "unit.c").resolve()
-    assert [" ".join(c.arguments) for c in commands_in(line, tmp_path, source, "a test")] == words
+    assert [" ".join(c.arguments) for c in commands_in(line, tmp_path, [source], "a test")] == words
+
+
+def test_what_automake_looks_for_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "build").mkdir()
+    source = tmp_path / "unit.c"
+    source.write_text("")
+    line = "gcc -c -o p-unit.o `test -f 'unit.c' || echo '../'`unit.c"
+    (command,) = commands_in(line, tmp_path / "build", [source.resolve()], "a test")
+    assert command.arguments[-1] == "../unit.c"
+
+
+def test_many_are_asked_for_at_once(tree: Path) -> None:
+    count = "$(shell echo asked >> asked)"
+    build(tree, "make")
+    (tree / "Makefile").write_text(f"X := {count}\n{MAKE}")
+    commands = Commands(watched=[tree / "src"])
+    both = [tree / "src/main.c", tree / "src/unit.c"]
+    assert [c.arguments[-1] for c in commands.find_each(both)] == ["src/main.c", "src/unit.c"]
+    assert [c.arguments[-1] for c in commands.find_each(both)] == ["src/main.c", "src/unit.c"]
+    assert (tree / "asked").read_text() == "asked\n"
+
+
+def test_every_unit_of_a_program_without_debug_information(tree: Path) -> None:
+    build(tree, "make")
+    (tree / "src/other.c").write_text("")  # nobody compiles it
+    found = Commands(watched=[tree / "src"], programs=[tree / "prog"]).every_unit()
+    assert {c.file.name: c.origin for c in found} == dict.fromkeys(
+        ("main.c", "unit.c"), f"{tree.resolve()}/Makefile (make -n)"
+    )
+
+
+def test_every_unit_has_the_macros_that_debug_information_lacks(tree: Path) -> None:
+    (tree / "Makefile").write_text(MAKE.replace("CFLAGS =", "CFLAGS = -g"))
+    run("make", cwd=tree)
+    found = Commands(programs=[tree / "prog"]).every_unit()
+    assert {c.file.name: "-DNUMBER=7" in c.arguments for c in found} == {"main.c": True, "unit.c": True}

@@ -157,3 +157,20 @@ def test_every_unit_once_with_its_first_command(project: Path, database: Callabl
     (command,) = Commands(compile_commands=path).every_unit()
     assert command.file == project / "src/unit.c"
     assert "-O1" in command.arguments
+
+
+def test_a_unit_of_two_programs_is_compiled_as_that_of_ours_was(project: Path, tmp_path: Path) -> None:
+    """As CMake lists the units of several targets: each is compiled in the target's directory."""
+    unit = project / "src/unit.c"
+    (tmp_path / "main.c").write_text("int outside;\nint main(void) { return 0; }\n")
+    entries = []
+    for name in ("library", "program"):
+        (tmp_path / name).mkdir()
+        arguments = ["gcc", "-g", "-I", str(project / "include"), f"-DPART={len(name)}", "-c", str(unit)]
+        run(*arguments, cwd=tmp_path / name)
+        entries.append({"directory": str(tmp_path / name), "file": str(unit), "arguments": arguments})
+    run("gcc", "-g", "-o", "prog", "../main.c", "unit.o", cwd=tmp_path / "program")
+    (tmp_path / "compile_commands.json").write_text(json.dumps(entries))
+    commands = Commands(watched=[tmp_path], programs=[tmp_path / "program/prog"])
+    assert [Path(c.directory).name for c in commands.find_all(unit)] == ["program", "library"]
+    assert [Path(c.directory).name for c in commands.every_unit() if c.file.name == "unit.c"] == ["program"]

@@ -131,6 +131,16 @@ def test_without_debug_information(built, tmp_path):
     assert (status, states(told)["commands"]) == (0, "ok")
 
 
+def test_without_debug_information_a_makefile_tells_how_it_is_compiled(tmp_path):
+    (tmp_path / "main.c").write_text(TEXT)
+    (tmp_path / "Makefile").write_text("prog: main.o\n\tcc -o $@ $^\nmain.o: main.c\n\tcc -O2 -c main.c\n")
+    subprocess.run(["make", "-s"], cwd=tmp_path, check=True)
+    status, told = examined(tmp_path / "prog", "--watch", tmp_path)
+    assert status == 0
+    (commands,) = of_topic(told, "commands")
+    assert (commands["state"], commands["message"]) == ("ok", f"main.c: from {tmp_path}/Makefile (make -n)")
+
+
 def test_link_time_optimisation(built):
     status, told = examined(built("gcc", "-g", "-O2", "-flto"))
     assert (status, states(told)["link-time optimisation"]) == (1, "bad")

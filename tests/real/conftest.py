@@ -17,7 +17,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if asked_for or collection_path.suffix != ".py" else True
 
 
-def _built(recipe: Recipe) -> Tree:
+def built_tree(recipe: Recipe) -> Tree:
+    """Return a built tree; fails where its sources cannot be had, or skips if that was asked for."""
     for tool in ("cc", "make", "patch"):
         if shutil.which(tool) is None:
             pytest.fail(f"{tool} is not installed")
@@ -33,24 +34,24 @@ def _built(recipe: Recipe) -> Tree:
 
 @pytest.fixture(scope="module")
 def redis_tree() -> Tree:
-    return restored(_built(REDIS))
+    return restored(built_tree(REDIS))
 
 
 @pytest.fixture(scope="module")
 def lua_tree() -> Tree:
-    return restored(_built(LUA))
+    return restored(built_tree(LUA))
 
 
 @pytest.fixture(scope="module")
 def lua_with_tests_tree() -> Tree:
-    return restored(_built(LUA_WITH_TESTS))
+    return restored(built_tree(LUA_WITH_TESTS))
 
 
 @pytest.fixture(scope="module")
 def nginx_tree() -> Tree:
-    return restored(_built(NGINX))
+    return restored(built_tree(NGINX))
 
 
 @pytest.fixture(scope="module")
 def memcached_tree() -> Tree:
-    return restored(_built(MEMCACHED))
+    return restored(built_tree(MEMCACHED))

@@ -1,4 +1,4 @@
-"""Run `patcher attach` beside a program, and wait for what it says about each save.
+"""Run `patcher attach` beside a program, or `patcher spawn` with it, and wait for what it says about each save.
 
 Uses nothing but the documented command line and the NDJSON events, as any other tool would.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 Event = dict[str, Any]
 REPOSITORY = Path(__file__).parents[2]
+PATCHER = (sys.executable, "-m", "patcher")
 FAILURES = ("refused", "build_failed")
 POLL_SECONDS = 0.005
 # A save of several files may come in several rounds, of which a first may lack what a second brings.
@@ -29,10 +31,11 @@ class PatcherFailed(AssertionError):
 
 
 class Controller:
-    """A running `patcher attach`, and the events it has written so far."""
+    """A running `patcher`, and the events it has written so far."""
 
     def __init__(self, process: subprocess.Popen[bytes], events: Path, stderr: Path) -> None:
         self.process = process
+        self.pid = 0  # of the program, as soon as it is ready
         self.events: list[Event] = []
         self._file = events
         self._stderr = stderr
@@ -71,6 +74,7 @@ class Controller:
         deadline = time.monotonic() + seconds
         while (event := self.next(deadline, "ready"))["event"] != "ready":
             pass
+        self.pid = int(event["pid"])
         return event
 
     def applied(self, functions: Iterable[str], seconds: float = 120) -> list[Event]:
@@ -103,6 +107,19 @@ class Controller:
             raise self.failure(f"{event['event']} where a refusal was due")
         return event
 
+    def build_failed(self, seconds: float = 120) -> Event:
+        """Wait for a save that does not compile; raises PatcherFailed when something else comes of it."""
+        deadline = time.monotonic() + seconds
+        while (event := self.next(deadline, "failing build"))["event"] not in ("applied", "unchanged", *FAILURES):
+            pass
+        if event["event"] != "build_failed":
+            raise self.failure(f"{event['event']} where a failing build was due")
+        return event
+
+    def said(self) -> str:
+        """Return what it wrote for people so far."""
+        return self._stderr.read_text(errors="replace")
+
     def failure(self, what: str) -> PatcherFailed:
         """Make the error that shows what the tool did."""
         events = "\n".join(json.dumps(event)[:2000] for event in self.events[-12:])
@@ -130,10 +147,15 @@ def attached(
     pid: int, watched: Sequence[Path], compile_commands: Path, directory: Path, *options: str
 ) -> Iterator[Controller]:
     """Attach patcher to a process for the length of the block; Ctrl-C ends it and leaves the process running."""
+    with attached_only(pid, watched, directory, "--compile-commands", str(compile_commands), *options) as controller:
+        yield controller
+
+
+@contextlib.contextmanager
+def attached_only(pid: int, watched: Sequence[Path], directory: Path, *options: str) -> Iterator[Controller]:
+    """Do as `attached` does, with nothing to say how sources are compiled."""
     events, stderr = directory / "events.ndjson", directory / "patcher.stderr"
-    watch = [part for path in watched for part in ("--watch", str(path))]
-    command = [sys.executable, "-m", "patcher", "attach", str(pid), *watch]
-    command += ["--compile-commands", str(compile_commands), "--events", str(events), *options]
+    command = [*PATCHER, "attach", str(pid), *watching(watched), "--events", str(events), *options]
     with stderr.open("wb") as sink:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, cwd=REPOSITORY)
     controller = Controller(process, events, stderr)
@@ -142,6 +164,34 @@ def attached(
         yield controller
     finally:
         _end(process)
+
+
+@contextlib.contextmanager
+def spawned(program: Sequence[str], watched: Sequence[Path], directory: Path, *options: str) -> Iterator[Controller]:
+    """Have patcher start a program, on pipes of ours, for the length of the block; both have ended after it."""
+    events, stderr = directory / "events.ndjson", directory / "patcher.stderr"
+    command = [*PATCHER, "spawn", *watching(watched), "--events", str(events), *options, "--", *program]
+    pipe = subprocess.PIPE
+    with stderr.open("wb") as sink:
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=sink, cwd=REPOSITORY)
+    controller = Controller(process, events, stderr)
+    with process:
+        try:
+            controller.ready()
+            yield controller
+        finally:
+            # who starts a program ends with it; one that ended before may have left it behind
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if controller.pid and os.path.samefile(f"/proc/{controller.pid}/exe", program[0]):
+                    os.kill(controller.pid, signal.SIGKILL)
+            if not controller.pid:
+                process.kill()
+            process.wait(timeout=120)  # it may be compiling what was saved last
+
+
+def watching(paths: Sequence[Path]) -> list[str]:
+    """Return the options that say what is watched."""
+    return [part for path in paths for part in ("--watch", str(path))]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -1,7 +1,7 @@
 """Built trees of the real programs: each by its own build system, at its own optimisation level.
 
-Decides how each is built and writes its compile_commands.json, recorded by a compiler wrapper, since none of the three
-makes one. A built tree stays in the cache; `restored` puts its sources back to what the program was built from.
+Decides how each is built, and has a compiler wrapper record how its sources are compiled, for who asks for that: none
+but CMake would. A built tree stays in the cache; `restored` puts its sources back to what the program was built from.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ SOURCE_SUFFIXES = (".c", ".cc", ".cpp", ".cxx")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one program is built: commands run in its tree, `{cc}` being the recording compiler."""
+    """How one program is built: commands run in its tree, `{cc}` being the recording compiler, `{root}` the tree.
+
+    To be built anew in a copy, a tree is freed of the directories `made`, or cleaned by its own means, `clean`: what
+    that leaves is not configured again.
+    """
 
     package: str
     program: str
@@ -30,6 +34,8 @@ class Recipe:
     build: tuple[tuple[str, ...], ...]
     configure: tuple[str, ...] | None = None
     folder: str = ""  # of a Python source package that has it among others'
+    made: tuple[str, ...] = ()
+    clean: tuple[str, ...] = ()
 
 
 REDIS = Recipe(
@@ -37,12 +43,14 @@ REDIS = Recipe(
     program="src/redis-server",
     watched=("src", "deps/lua/src"),
     build=(("make", "-j2", "-C", "src", "redis-server", "CC={cc}"),),
+    clean=("make", "-C", "src", "clean"),
 )
 LUA = Recipe(
     package="lua5.4",
     program="src/lua",
     watched=("src",),
     build=(("make", "-j2", "linux", "CC={cc} -std=gnu99"),),
+    clean=("make", "clean"),
 )
 # The same interpreter, as its authors have it: with their own tests, which Debian leaves out.
 LUA_WITH_TESTS = Recipe(
@@ -65,6 +73,32 @@ MEMCACHED = Recipe(
     watched=(".",),
     configure=("./configure", "-q", "--disable-docs"),
     build=(("make", "-j2", "memcached", "CC={cc}"),),
+    clean=("make", "clean"),
+)
+# Apart from its sources, by a compiler that records all of its command line, and used where it was installed: nothing
+# but the debug information says how it was made.
+TINYPROXY = Recipe(
+    package="tinyproxy",
+    program="installed/bin/tinyproxy",
+    watched=("src",),
+    configure=(
+        *("sh", "-c", 'mkdir build && cd build && exec ../configure -q --disable-manpage_support "$@"', "configure"),
+        *("--prefix={root}/installed", "CC=clang", "CFLAGS=-g -O2 -grecord-command-line"),
+    ),
+    build=(("make", "-j2", "-C", "build/src"), ("make", "-C", "build", "install")),
+    made=("build", "installed"),
+)
+MOSQUITTO = Recipe(
+    package="mosquitto",
+    program="build/src/mosquitto",
+    watched=("src", "lib", "include"),
+    configure=(
+        *("cmake", "-S", ".", "-B", "build", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"),
+        *(f"-D{part}=OFF" for part in ("WITH_TLS", "WITH_CJSON", "WITH_CLIENTS", "WITH_APPS", "WITH_PLUGINS")),
+        "-DDOCUMENTATION=OFF",
+    ),
+    build=(("make", "-j2", "-C", "build", "mosquitto"),),
+    made=("build",),
 )
 
 
@@ -86,7 +120,8 @@ class Tree:
 
     @property
     def compile_commands(self) -> Path:
-        return self.root / "compile_commands.json"
+        """What was recorded; not where it would be found without being given."""
+        return self.root.with_name(f"{self.root.name}.recorded") / "compile_commands.json"
 
     @property
     def patches(self) -> Path:
@@ -110,7 +145,7 @@ def built(recipe: Recipe, cache_dir: Path) -> Tree:
         pristine = fetch(recipe.package, cache_dir)
     tree = Tree(cache_dir / "built" / recipe.package, pristine, recipe)
     stamp = tree.root.with_name(f"{recipe.package}.complete")
-    made_of = json.dumps([recipe.build, recipe.configure, _compiler_version(), str(tree.root)])
+    made_of = json.dumps([recipe.build, recipe.configure, _compiler_version(), str(tree.compile_commands)])
     if not stamp.is_file() or stamp.read_text() != made_of or not tree.program.is_file():
         stamp.unlink(missing_ok=True)
         _build(tree)
@@ -134,17 +169,38 @@ def _same_file_state(one: Path, other: Path) -> bool:
     return (first.st_size, first.st_mtime_ns) == (second.st_size, second.st_mtime_ns)
 
 
+def cold(tree: Tree, root: Path) -> Tree:
+    """Build a tree's sources anew, as they are now, by its own build in a copy at `root`."""
+    shutil.copytree(tree.root, root, symlinks=True, ignore=shutil.ignore_patterns(*tree.recipe.made))
+    copy = Tree(root, tree.pristine, tree.recipe)
+    if tree.recipe.clean:
+        _run(tree.recipe.clean, root, {})
+    assert not copy.program.exists(), f"{copy.program} is none of a cold build"
+    _make(copy, configured=bool(tree.recipe.clean))
+    return copy
+
+
 def _build(tree: Tree) -> None:
     shutil.rmtree(tree.root, ignore_errors=True)
     shutil.copytree(tree.pristine, tree.root, symlinks=True)
-    calls = tree.root / "compiler-calls.ndjson"
-    if tree.recipe.configure:  # with the plain compiler: its trial programs are none of ours
-        _run(tree.recipe.configure, tree.root, {})
+    _make(tree, configured=False)
+
+
+def _make(tree: Tree, *, configured: bool) -> None:
+    calls = tree.compile_commands.with_name("compiler-calls.ndjson")
+    calls.parent.mkdir(exist_ok=True)
+    calls.write_text("")
+    if tree.recipe.configure and not configured:  # with the plain compiler: its trial programs are none of ours
+        _run(_filled(tree.recipe.configure, tree.root), tree.root, {})
     for command in tree.recipe.build:
-        arguments = tuple(part.format(cc=RECORDING_CC) for part in command)
-        _run(arguments, tree.root, {"RECORDING_CC": "cc", "RECORDING_CC_LOG": str(calls)})
+        recording = {"RECORDING_CC": "cc", "RECORDING_CC_LOG": str(calls)}
+        _run(_filled(command, tree.root), tree.root, recording)
     entries = [entry for line in calls.read_text().splitlines() if (entry := _compile_command(json.loads(line)))]
     tree.compile_commands.write_text(json.dumps(entries, indent=1))
+
+
+def _filled(command: tuple[str, ...], root: Path) -> tuple[str, ...]:
+    return tuple(part.replace("{cc}", str(RECORDING_CC)).replace("{root}", str(root)) for part in command)
 
 
 def _compile_command(call: dict[str, object]) -> dict[str, object] | None:
