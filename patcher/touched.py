@@ -1,18 +1,20 @@
 """TOUCHED: which units of a process a saved header touches.
 
-Decides which units are in the process at all: those of a file's name that one of its modules was built from. That may
-be a unit too many (another program's, of the same name), which shows when it is matched, and never one too few. What
-they include is `build`'s business.
+Decides which units are in the process at all: those of a file's name that one of its modules was built from. Another
+program's unit of the same name is left out where debug information tells where all of that name in the process are.
+Else it may be a unit too many, which shows when it is matched; it is never one too few. What they include is `build`'s
+business.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from patcher.build import CompileCommand, Dependencies, Gathering
+from patcher.build import Commands, CompileCommand, Dependencies, Gathering
 from patcher.image import Image
 from patcher.options import Options
 from patcher.origin import MADE_OF_ALL
@@ -48,7 +50,8 @@ class Touched:
         # Commands of its own: what is read in the background is not shared.
         commands = commands_for(self._image, self._options)
         names = self._file_names()
-        self._gathering = Gathering(self._dependencies, partial(_units_named, commands.every_unit, names))
+        counts = self._file_counts() if names else Counter()
+        self._gathering = Gathering(self._dependencies, partial(_units_in, commands, counts))
         self._gathering.start()
 
     def close(self) -> None:
@@ -94,7 +97,24 @@ class Touched:
         told = self._image.executable.module.symbols.has_files and not names & MADE_OF_ALL
         return names if told else frozenset()
 
+    def _file_counts(self) -> Counter[str]:
+        """Return how many units the process may have of files of each name, without their directories."""
+        found: Counter[str] = Counter()
+        for table in (m.module.symbols for m in self._image.modules):
+            for name in table.file_names if len(table) else ():
+                found[Path(name).name] += len(table.groups(name))
+        return found
 
-def _units_named(units: Callable[[], tuple[CompileCommand, ...]], names: frozenset[str]) -> tuple[CompileCommand, ...]:
-    bases = {Path(name).name for name in names}
-    return tuple(c for c in units() if not bases or c.file.name in bases)
+
+def _units_in(commands: Commands, counts: Counter[str]) -> tuple[CompileCommand, ...]:
+    """Return the units that may be in a process; `counts` are how many it has of each name, empty if nothing tells."""
+    units = commands.every_unit()
+    if not counts:
+        return units
+    places: dict[str, list[Path]] = {}
+    for file in commands.recorded_files():
+        places.setdefault(file.name, []).append(file)
+    listed = {command.file for command in units}
+    # Where a program was compiled in another place, or a part of it without debug information, its name has to do.
+    told = {n: set(p) for n, p in places.items() if len(p) >= counts[n] and listed.issuperset(p)}
+    return tuple(c for c in units if c.file.name in counts and c.file in told.get(c.file.name, (c.file,)))

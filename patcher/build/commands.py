@@ -132,6 +132,10 @@ class Commands:
                         found[file] = program.command(unit, file)
         return tuple(found.values())
 
+    def recorded_files(self) -> tuple[Path, ...]:
+        """Return the source file of each unit that the programs have debug information of."""
+        return tuple(Path(os.path.realpath(unit.path)) for program in self._debug for unit in program.recorded())
+
     def _watched_units(self) -> tuple[Path, ...]:
         """Return the source files below the watched places: who has no debug information does not tell its own."""
         found = (

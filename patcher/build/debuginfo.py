@@ -65,15 +65,11 @@ class DebugInformation:
         return tuple(exact or [unit for unit in known if os.path.realpath(unit.path) == os.path.realpath(source)])
 
     def recorded(self) -> tuple[Recorded, ...]:
-        """Return all units."""
+        """Return all units, in no order that means anything."""
         return tuple(unit for units in self._named().values() for unit in units)
 
     def __len__(self) -> int:
         return sum(map(len, self._named().values()))
-
-    def all_units(self) -> tuple[Recorded, ...]:
-        """Return every unit, in no order that means anything."""
-        return tuple(unit for units in self._named().values() for unit in units)
 
     def extents(self) -> dict[int, tuple[tuple[int, int], ...]]:
         """Return where the code of each unit lies (by the unit's offset), as link-time addresses.
@@ -84,7 +80,7 @@ class DebugInformation:
 
         with self.program.open("rb") as file:
             dwarf = ELFFile(file).get_dwarf_info()
-            return {unit.offset: _extents(dwarf, unit.offset) for unit in self.all_units()}
+            return {unit.offset: _extents(dwarf, unit.offset) for unit in self.recorded()}
 
     def command(self, unit: Recorded, source: Path) -> CompileCommand:
         """Put a unit's compile command together. Raises NoCompileCommand when too little is recorded, saying what."""

@@ -78,7 +78,7 @@ def examine_program(
     except ObjectError as error:
         return Examination(program, (bad("file", error.message, error.hint or "name what the linker made"),))
     debug = DebugInformation(_debug_file(module, path))
-    recorded = sorted(debug.all_units(), key=lambda unit: unit.path)
+    recorded = sorted(debug.recorded(), key=lambda unit: unit.path)
     commands = Commands(compile_commands=compile_commands, watched=watched, programs=[path])
     units = tuple(_unit_reports(module, path, debug, recorded, commands))
     findings = [

@@ -20,7 +20,7 @@ from .conftest import built_tree
 from .patcherctl import PATCHER, Controller, attached_only, spawned, timings, watching
 from .programs import until
 from .trees import Tree, cold, restored
-from .watched import IN_MOSQUITTO, PROGRAMS, Edit, Place, Program, free_port, pages
+from .watched import PROGRAMS, Edit, Place, Program, free_port, pages
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
@@ -29,16 +29,7 @@ Answers = dict[str, str]
 Ask = Callable[[], Answers]
 
 
-def rows() -> Iterator[object]:
-    for program in PROGRAMS:
-        refused = pytest.mark.xfail(
-            reason="lib/handle_connack.c is not in the broker, which has one of that name: refused for its layout",
-            strict=True,
-        )
-        yield pytest.param(program, id=program.name, marks=[refused] if program is IN_MOSQUITTO else [])
-
-
-@pytest.mark.parametrize("program", tuple(rows()))
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
 def test_the_day(program: Program, tmp_path: Path) -> None:
     tree = restored(built_tree(program.recipe))
     assert commands_from(program, tree), f"nothing is like {program.commands_from}"
