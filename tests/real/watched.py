@@ -338,8 +338,8 @@ IN_MOSQUITTO = Program(
     header=Edit(
         "include/mqtt_protocol.h",
         '#define PROTOCOL_NAME "MQTT"',
-        '#define PROTOCOL_NAME "PATCHED"',
-        {"connect PATCHED 4": ACCEPTED, "connect PATCHED 9": REFUSED},
+        '#define PROTOCOL_NAME "NEXT"',
+        {"connect NEXT 4": ACCEPTED, "connect NEXT 9": REFUSED},
     ),
     units=frozenset({"handle_connect.c", "send_connect.c"}),
     broken=Edit(
