@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ from .conftest import built_tree
 from .patcherctl import PATCHER, Controller, attached_only, spawned, timings, watching
 from .programs import until
 from .trees import Tree, cold, restored
-from .watched import PROGRAMS, Edit, Place, Program, free_port, pages
+from .watched import IN_REDIS, PROGRAMS, Edit, Place, Program, free_port, pages
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
@@ -29,7 +30,15 @@ Answers = dict[str, str]
 Ask = Callable[[], Answers]
 
 
-@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def rows() -> Iterator[object]:
+    """All programs; redis, whose cold build takes minutes, in the full form only (PATCHER_REAL_FULL=1)."""
+    for program in PROGRAMS:
+        long = program is IN_REDIS and os.environ.get("PATCHER_REAL_FULL") != "1"
+        marks = [pytest.mark.skip(reason="`make real-full`: the cold build takes minutes")] if long else []
+        yield pytest.param(program, id=program.name, marks=marks)
+
+
+@pytest.mark.parametrize("program", tuple(rows()))
 def test_the_day(program: Program, tmp_path: Path) -> None:
     tree = restored(built_tree(program.recipe))
     assert commands_from(program, tree), f"nothing is like {program.commands_from}"
