@@ -486,10 +486,12 @@ class Units:
     def _is_recorded(self, source: ObjectFile) -> bool:
         """Tell whether the process has units of the same files, compiled in the same way, as an object says it has.
 
-        An object that was given has no earlier text to be compiled: its headers may be others since.
+        Not where the compiler does not record its switches (clang). An object that was given has no earlier text to be
+        compiled: its headers may be others since.
         """
         made = compiled_from(bytes(source.contents), source.name)
-        return bool(made) and all(self.commands.recorded(Path(file), producer) for file, producer in made)
+        told = bool(made) and all(" -" in producer for _, producer in made)
+        return told and all(self.commands.recorded(Path(file), producer) for file, producer in made)
 
     def _headers_at_first(self, unit: Path) -> dict[Path, bytes]:
         """Return the texts that a unit's headers had at the start, where any of them is another now."""

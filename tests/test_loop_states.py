@@ -358,7 +358,7 @@ def test_the_program_is_built_again_in_another_window(watched: Watched) -> None:
 
 # --- the user's own build ---
 
-MANY = '#include "scale.h"\n' + "".join(
+MADE = '#include "scale.h"\n' + "".join(
     f"int many{n}(int n) {{ return SCALE * n + {n}; }}\n" for n in range(6)
 )  # fmt: skip
 
@@ -367,7 +367,7 @@ def with_build(root: Path, stack: ExitStack, *flags: str) -> Watched:
     """A project with a unit that a header makes nearly all of, built by a command of the user's."""
     sources = {
         **SOURCES,
-        "many.c": MANY,
+        "many.c": MADE,
         "unit.c": '#include "scale.h"\nint many1(int);\nint answer(int n) { return many1(n); }\n',
     }
     build = "for u in unit many other spare; do gcc -g -O2 {} -c src/$u.c -o $u.o || exit 1; done"

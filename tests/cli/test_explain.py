@@ -125,10 +125,10 @@ def test_the_one_patched_process_is_meant(project: Project) -> None:
         patched = processes_mapping("/memfd:patcher")
         assert program.pid in patched
         done = run("explain", source)
-        if patched == [program.pid]:
-            assert (done.returncode, "nothing to do" in done.stdout) == (0, True), done.stderr
-        else:  # somebody else on this machine patches as well
-            assert (done.returncode, "which process?" in done.stderr) == (2, True)
+        outcome = done.returncode, "nothing to do" in done.stdout, "which process?" in done.stderr
+        others = {*patched, *processes_mapping("/memfd:patcher")} - {program.pid}
+        # Somebody else on this machine may patch as well, and may have begun or ended meanwhile.
+        assert outcome == (0, True, False) or (others and outcome == (2, False, True)), done.stderr
 
 
 @pytest.mark.parametrize("arguments", [("4711",), ("/nowhere.c",), ("1", "/nowhere.c")])

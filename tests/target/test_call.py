@@ -403,7 +403,7 @@ def test_a_function_that_is_abandoned_computes_with_its_own_registers_until_it_e
     def abandon():
         with Target.attach(ground.program.pid) as target, pytest.raises(TargetBusy, match="did not come back"):
             target.call(
-                [FunctionCall(c.hold, (400_000_000,))],
+                [FunctionCall(c.hold, (1_200_000_000,))],
                 code=ground.code,
                 objection=lambda thread: "",
                 stack=ground.stack,
