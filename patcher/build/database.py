@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,9 @@ GET_A_DATABASE = (
     "run `bear -- make` in a clean tree, or cmake with -DCMAKE_EXPORT_COMPILE_COMMANDS=ON (meson and "
     "ninja -t compdb make it too), and give the compile_commands.json with --compile-commands"
 )
-_BESIDE = ("build*", "cmake-build*", "_build", "builddir", "out", "out/*")
+_BESIDE = ("build", "cmake-build", "_build", "out")  # the first two with anything behind them
+_ANYTHING_BEHIND = _BESIDE[:2]
+_SETTLED_NS = 100_000_000  # a directory that changed later than this may have changed again within one tick
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +103,37 @@ def places_near(start: Path, name: str) -> Iterator[Path]:
     for directory in (start, *start.parents):
         if (directory / name).is_file():
             yield directory / name
-        for pattern in _BESIDE:
-            yield from sorted(path for path in directory.glob(f"{pattern}/{name}") if path.is_file())
+        for beside in _build_directories(str(directory)):
+            if os.path.isfile(path := os.path.join(beside, name)):
+                yield Path(path)
+
+
+def _build_directories(directory: str) -> Iterator[str]:
+    for name in _told(directory, beside=True):
+        yield os.path.join(directory, name)
+    if "out" in _told(directory, beside=True):
+        out = os.path.join(directory, "out")
+        yield from (os.path.join(out, name) for name in _told(out, beside=False))
+
+
+def _told(directory: str, *, beside: bool) -> tuple[str, ...]:
+    """Return the names in a directory, or those that build directories have; large ones are listed when they change."""
+    try:
+        status = os.stat(directory)
+        settled = time.time_ns() - status.st_mtime_ns > _SETTLED_NS
+        listing = _listed if settled else _listed.__wrapped__
+        return listing(directory, beside, status.st_mtime_ns, status.st_ino)
+    except OSError:
+        return ()
+
+
+@lru_cache(maxsize=256)
+def _listed(directory: str, beside: bool, *_: int) -> tuple[str, ...]:
+    names = os.listdir(directory)
+    if not beside:
+        return tuple(sorted(names))
+    found = (n for n in names if n.startswith(_ANYTHING_BEHIND) or n in _BESIDE)
+    return tuple(sorted(found, key=lambda n: (next(i for i, begin in enumerate(_BESIDE) if n.startswith(begin)), n)))
 
 
 def _opener(path: str, flags: int) -> int:

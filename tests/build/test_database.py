@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from patcher.build import Commands, Compiler
+from patcher.build.database import find_databases
 from patcher.errors import NoCompileCommand
 
 from .conftest import run
@@ -174,3 +176,22 @@ def test_a_unit_of_two_programs_is_compiled_as_that_of_ours_was(project: Path, t
     commands = Commands(watched=[tmp_path], programs=[tmp_path / "program/prog"])
     assert [Path(c.directory).name for c in commands.find_all(unit)] == ["program", "library"]
     assert [Path(c.directory).name for c in commands.every_unit() if c.file.name == "unit.c"] == ["program"]
+
+
+def test_a_directory_above_is_listed_when_it_changed_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """People build in places with thousands of names; a save cannot read all of them, several times."""
+    (tmp_path / "src").mkdir()
+    listed: list[str] = []
+    listdir = os.listdir
+    monkeypatch.setattr("os.listdir", lambda place: listed.append(os.fspath(place)) or listdir(place))
+    long_ago = time.time() - 10
+    os.utime(tmp_path, (long_ago, long_ago))
+    for _ in range(3):
+        assert [p for p in find_databases(tmp_path / "src") if p.is_relative_to(tmp_path)] == []
+    assert listed.count(str(tmp_path)) == 1
+    places = [tmp_path / name / "compile_commands.json" for name in ("build", "build-2", "out", "out/debug")]
+    for place in places:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("[]")
+        assert place in find_databases(tmp_path / "src"), "made this moment"
+    assert [p for p in find_databases(tmp_path / "src") if p.is_relative_to(tmp_path)] == places
