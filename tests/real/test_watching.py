@@ -21,7 +21,7 @@ from .conftest import built_tree
 from .patcherctl import PATCHER, Controller, attached_only, spawned, timings, watching
 from .programs import until
 from .trees import Tree, cold, restored
-from .watched import IN_REDIS, PROGRAMS, Edit, Place, Program, free_port, pages
+from .watched import IN_MEMCACHED, IN_REDIS, PROGRAMS, Edit, Place, Program, free_port, pages
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
@@ -31,10 +31,10 @@ Ask = Callable[[], Answers]
 
 
 def rows() -> Iterator[object]:
-    """All programs; redis, whose cold build takes minutes, in the full form only (PATCHER_REAL_FULL=1)."""
+    """All programs; those whose builds take long in the full form only (PATCHER_REAL_FULL=1)."""
     for program in PROGRAMS:
-        long = program is IN_REDIS and os.environ.get("PATCHER_REAL_FULL") != "1"
-        marks = [pytest.mark.skip(reason="`make real-full`: the cold build takes minutes")] if long else []
+        long = program in (IN_REDIS, IN_MEMCACHED) and os.environ.get("PATCHER_REAL_FULL") != "1"
+        marks = [pytest.mark.skip(reason="in `make real-full`: its builds take minutes")] if long else []
         yield pytest.param(program, id=program.name, marks=marks)
 
 
