@@ -6,11 +6,10 @@ PATCHER_KILLS=every (`make kills`) tries every call that reaches the process; wi
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
-from patch.test_reclaim_departed import BY_POINTER, LIBRARY, MAIN, OWN
+from patch.test_reclaim_departed import BY_POINTER, loading
 from project import Project, Running, assert_untouched
 
 import patcher
@@ -24,10 +23,7 @@ CALLS, STRIDE = (REACHING, 1) if EVERY else ("18", 5)
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    sources = {"main.c": MAIN, "own.c": OWN, "lib.c": LIBRARY}
-    project = Project(tmp_path_factory.mktemp("departed") / "p", sources, shared=("lib.c",))
-    subprocess.run(["gcc", "-o", "program", "main.o", "own.o", "-pthread"], cwd=project.root, check=True)
-    return project
+    return loading(tmp_path_factory.mktemp("departed") / "p")
 
 
 @pytest.fixture(scope="module")

@@ -93,12 +93,16 @@ int (*give(void))(int)
 OWN = f"static volatile int bulk;\nint own(int n)\n{{\n{BULK}    return n + 100;\n}}\n"
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    sources = {"main.c": MAIN, "own.c": OWN, "lib.c": LIBRARY}
-    project = Project(tmp_path_factory.mktemp("departed") / "p", sources, shared=("lib.c",))
+def loading(root: Path) -> Project:
+    """A program that is not linked with its library: it is unloaded when it is closed."""
+    project = Project(root, {"main.c": MAIN, "own.c": OWN, "lib.c": LIBRARY}, shared=("lib.c",))
     subprocess.run(["gcc", "-o", "program", "main.o", "own.o", "-pthread"], cwd=project.root, check=True)
     return project
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return loading(tmp_path_factory.mktemp("departed") / "p")
 
 
 @pytest.fixture(scope="module")
