@@ -49,9 +49,7 @@ class Touched:
             self._gathering.close()
         # Commands of its own: what is read in the background is not shared.
         commands = commands_for(self._image, self._options)
-        names = self._file_names()
-        counts = self._file_counts() if names else Counter()
-        self._gathering = Gathering(self._dependencies, partial(_units_in, commands, counts))
+        self._gathering = Gathering(self._dependencies, partial(_units_in, commands, self._file_counts()))
         self._gathering.start()
 
     def close(self) -> None:
@@ -69,8 +67,8 @@ class Touched:
 
     def may_have(self, unit: Path) -> bool:
         """Tell whether the process may have been built from a unit."""
-        names = self._file_names()
-        return not names or unit.name in {Path(name).name for name in names}
+        counts = self._file_counts()
+        return not counts or unit.name in counts
 
     def by(self, headers: Iterable[Path], cancelled: Callable[[], bool]) -> dict[Path, frozenset[Path]]:
         """Return the units that each header touches, of those that are there. Raises BuildCancelled.
@@ -90,24 +88,21 @@ class Touched:
         what = "one unit" if count == 1 else f"{count} units"
         self._say(f"asking the compiler what {what} of the program include{'s' if count == 1 else ''}")
 
-    def _file_names(self) -> frozenset[str]:
-        """Return the names of the files that the process was built from; none where nothing tells."""
-        tables = [m.module.symbols for m in self._image.modules if len(m.module.symbols)]
-        names = frozenset(name for table in tables for name in table.file_names)
-        told = self._image.executable.module.symbols.has_files and not names & MADE_OF_ALL
-        return names if told else frozenset()
-
     def _file_counts(self) -> Counter[str]:
-        """Return how many units the process may have of files of each name, without their directories."""
+        """Return how many units the process may have of files of each name; empty where nothing tells."""
+        tables = [m.module.symbols for m in self._image.modules if len(m.module.symbols)]
         found: Counter[str] = Counter()
-        for table in (m.module.symbols for m in self._image.modules):
-            for name in table.file_names if len(table) else ():
-                found[Path(name).name] += len(table.groups(name))
-        return found
+        for table in tables:
+            for name, count in table.file_counts.items():
+                found[Path(name).name] += count
+        told = self._image.executable.module.symbols.has_files and all(
+            MADE_OF_ALL.isdisjoint(t.file_counts) for t in tables
+        )
+        return found if told else Counter()
 
 
 def _units_in(commands: Commands, counts: Counter[str]) -> tuple[CompileCommand, ...]:
-    """Return the units that may be in a process; `counts` are how many it has of each name, empty if nothing tells."""
+    """Return the units that may be in a process; `counts` as of `_file_counts`."""
     units = commands.every_unit()
     if not counts:
         return units

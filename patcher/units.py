@@ -421,7 +421,7 @@ class Units:
 
     def _is_linked_as_one(self, source: Source, module: LoadedModule) -> bool:
         """Tell whether a unit was linked with -flto: the module does not know its file's name."""
-        lost = bool(MADE_OF_ALL & module.module.symbols.file_names)
+        lost = not MADE_OF_ALL.isdisjoint(module.module.symbols.file_counts)
         return lost or self.commands.compiled_with(source.file, "-flto")
 
     def _is_the_one(self, source: Source, together: Counter[str]) -> bool:

@@ -10,6 +10,7 @@ defining file; mold turns every global of an executable that nobody imports loca
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
 from typing import NamedTuple
 
@@ -152,12 +153,12 @@ class SymbolIndex:
     @cached_property
     def has_files(self) -> bool:
         """Tell whether the table says which files the module was built from."""
-        return bool(self.file_names)
+        return bool(self.file_counts)
 
     @cached_property
-    def file_names(self) -> frozenset[str]:
-        """The names of the files that the module was built from, as the table has them."""
-        return frozenset(filter(None, map(self._name, self._files.tolist())))
+    def file_counts(self) -> Counter[str]:
+        """How many units the module was built from of files of each name, as the table has them."""
+        return Counter(filter(None, map(self._name, self._files.tolist())))
 
     def group_name(self, group: int) -> str:
         return self._name(int(self._files[group])) if 0 <= group < len(self._files) else ""
