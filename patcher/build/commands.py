@@ -101,7 +101,8 @@ class Commands:
 
     def find_each(self, sources: Sequence[Path]) -> list[CompileCommand]:
         """Return a command of each of several source files, as `find` does, with each build file asked once."""
-        self.foresee(sources)
+        if len(sources) > 1:  # one is asked for as it is found
+            self.foresee(sources)
         return [self.find(source) for source in sources]
 
     def foresee(self, sources: Iterable[Path]) -> None:

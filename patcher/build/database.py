@@ -109,9 +109,9 @@ def places_near(start: Path, name: str) -> Iterator[Path]:
 
 
 def _build_directories(directory: str) -> Iterator[str]:
-    for name in _told(directory, beside=True):
-        yield os.path.join(directory, name)
-    if "out" in _told(directory, beside=True):
+    names = _told(directory, beside=True)
+    yield from (os.path.join(directory, name) for name in names)
+    if "out" in names:
         out = os.path.join(directory, "out")
         yield from (os.path.join(out, name) for name in _told(out, beside=False))
 
