@@ -1,13 +1,14 @@
 """TOUCHED: which units of a process a saved header touches.
 
 Decides which units are in the process at all: those of a file's name that one of its modules was built from. Another
-program's unit of the same name is left out where debug information tells where all of that name in the process are.
+program's unit of the same name is left out where a database lists all those that debug information has of that name.
 Else it may be a unit too many, which shows when it is matched; it is never one too few. What they include is `build`'s
 business.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -109,7 +110,8 @@ def _units_in(commands: Commands, counts: Counter[str]) -> tuple[CompileCommand,
     places: dict[str, list[Path]] = {}
     for file in commands.recorded_files():
         places.setdefault(file.name, []).append(file)
-    listed = {command.file for command in units}
-    # Where a program was compiled in another place, or a part of it without debug information, its name has to do.
+    # Where a program was compiled in another place, or a part of it without debug information, its name has to do: the
+    # database has to list what is recorded. A copy that lies where the program was compiled is not what is edited.
+    listed = {Path(os.path.realpath(command.file)) for command in commands.known() if command.file.name in places}
     told = {n: set(p) for n, p in places.items() if len(p) >= counts[n] and listed.issuperset(p)}
     return tuple(c for c in units if c.file.name in counts and c.file in told.get(c.file.name, (c.file,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,16 @@ def test_where_the_program_was_compiled_elsewhere_the_name_has_to_do(project, tm
         with patcher.attach(program.pid, watched=[moved / "src", moved / "include"]) as session:
             files = {unit.relative_to(moved.resolve()) for unit in saved(project, session)}
             assert files == {Path("src/unit.c"), Path("src/part.c"), Path("other/part.c")}
+
+
+def test_where_the_program_was_compiled_from_a_copy_that_is_still_there(project, tmp_path):
+    """The copy is what debug information names; what is edited is the other one."""
+    edited = tmp_path / "edited"
+    shutil.copytree(project.root, edited)
+    commands = (edited / "compile_commands.json").read_text().replace(str(project.root), str(edited))
+    (edited / "compile_commands.json").write_text(commands)
+    with project.running() as program:
+        project.root = edited
+        with patcher.attach(program.pid, watched=[edited / "src", edited / "include"]) as session:
+            files = {unit.relative_to(edited.resolve()) for unit in saved(project, session)}
+            assert {Path("src/unit.c"), Path("src/part.c")} <= files
