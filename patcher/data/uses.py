@@ -109,8 +109,12 @@ class Uses:
         """Tell whether some code refers to a variable."""
         if thread_local:
             return any(self._accesses(body, variable.address) for body in bodies)
-        within = range(variable.address, variable.address + max(variable.size, 1))
-        return any(a in within for body in bodies for a in self.touched(body))
+        end = variable.address + max(variable.size, 1)
+        within = range(variable.address, end)
+        # A loop that counts up to zero names the end of its array alone.
+        return any(
+            a in within or (a == end and not self.part.unit.names_at(end)) for body in bodies for a in self.touched(body)
+        )
 
     def touched(self, live: LiveFunction) -> frozenset[int]:
         """Return every address that a body's instructions name, and those in the cells that they read."""
