@@ -113,7 +113,9 @@ class Uses:
         within = range(variable.address, end)
         # A loop that counts up to zero names the end of its array alone.
         return any(
-            a in within or (a == end and not self.part.unit.names_at(end)) for body in bodies for a in self.touched(body)
+            address in within or (address == end and not self.part.unit.names_at(end))
+            for body in bodies
+            for address in self.touched(body)
         )
 
     def touched(self, live: LiveFunction) -> frozenset[int]:

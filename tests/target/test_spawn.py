@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -182,6 +183,22 @@ def read_until(terminal, text):
     return seen
 
 
+def only_child_of(pid):
+    (child,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(child)
+
+
+def is_stopped(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_terminal_reaches_the_program_once_and_stops_both(build, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
@@ -194,11 +211,15 @@ def test_a_terminal_reaches_the_program_once_and_stops_both(build, tmp_path):
         read_until(terminal, "ready")
         os.write(terminal, b"\x03")
         read_until(terminal, "signal 2")
+        child = only_child_of(only_child_of(shell))
         os.write(terminal, b"one\n")
         assert "signal" not in read_until(terminal, "got one")
         os.write(terminal, b"\x1a")
         read_until(terminal, "Stopped")
+        # The shell speaks when the driver is stopped; what is typed before the program is, the program may still read.
+        wait_until(lambda: is_stopped(child))
         os.write(terminal, b"fg\n")
+        wait_until(lambda: not is_stopped(child))
         os.write(terminal, b"two\n")
         read_until(terminal, "got two")
         os.write(terminal, b"\x04")
