@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
-from patcher.blocks import Block, Place
+from patcher.blocks import Block, Place, Reference
 from patcher.data.constants import Constant, listed, place_of, replaced
 from patcher.data.holders import MOST, Holders, Range, displacements, numbers
 from patcher.data.initial import FirstContents
@@ -30,6 +30,7 @@ from patcher.patch.journal import ArenaView
 _LONGEST = 4096  # bytes of a text that is looked for
 _SHOWN = 40
 _WORD = 8
+_FIELD = 4  # bytes of a distance in code; the instruction ends behind it
 _PRIVATE = ".L"  # compilers' names for what has none; mold keeps them
 _BEYOND = frozenset("\t\n\r\f\v\b\a\x1b")  # that is part of texts, and not printed
 
@@ -153,9 +154,20 @@ class _Texts:
     def _referred(self) -> frozenset[bytes]:
         """The texts to which the object refers: some are tails of others."""
         blocks = self._part.blocks
-        references = (r for b in (*blocks.functions, *blocks.data_blocks()) for r in blocks.references(b))
-        targets = (r.target for r in references if isinstance(r.target, Place) and r.target.block.anonymous)
-        return frozenset(t.block.data[t.offset :].partition(b"\0")[0] for t in targets)
+        owners = [(b, _FIELD) for b in blocks.functions] + [(b, 0) for b in blocks.data_blocks()]
+        return frozenset(text for b, field in owners for r in blocks.references(b) if (text := _tail(r, field)))
+
+
+def _tail(reference: Reference, field: int) -> bytes:
+    """Return what a reference leads to in a constant without a name; `field`: its bytes, in code that takes addresses.
+
+    In a constant, distances count from its start.
+    """
+    target = reference.target
+    if not isinstance(target, Place) or not target.block.anonymous:
+        return b""
+    bias = (field or -reference.offset) if is_pc_relative(reference.type) else 0
+    return target.block.data[max(target.offset + reference.addend + bias, 0) :].partition(b"\0")[0]
 
 
 def _is_text(data: bytes) -> bool:
