@@ -31,7 +31,7 @@ proof: $(VENV)/dev.stamp ## hold the linker against four others, on 300 programs
 	@PATCHER_PROGRAMS=300 PATCHER_RUNS=1000 $(BIN)/python -m pytest -q tests/proof tests/link/test_against_linkers.py \
 		tests/data/test_model.py $(PYTEST_ARGS)
 
-kills: $(VENV)/dev.stamp ## kill a patcher, stop it, or fail what it asks, at each of its system calls (gcc; an hour)
+kills: $(VENV)/dev.stamp ## kill a patcher, stop it, or fail what it asks, at each of its system calls (gcc; two hours)
 	@PATCHER_KILLS=every $(BIN)/python -m pytest -q tests/crash $(PYTEST_ARGS)
 
 generations: $(VENV)/dev.stamp ## apply 100,000 generations to a program under load, old code poisoned as soon as it is free (gcc; an hour)

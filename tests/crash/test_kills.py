@@ -1,6 +1,7 @@
 """A patcher that is killed, stopped, or runs out of something, at any of its system calls, and what is then.
 
-PATCHER_KILLS=every (`make kills`) tries every call that reaches the process; without it, every so many.
+PATCHER_KILLS=every (`make kills`) tries every call that reaches the process; without it, every so many. Of a patch of
+520 functions, which makes the same calls for each, the full form tries every seventh.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from crash.scene import READING, kill_at_every
 
 EVERY = os.environ.get("PATCHER_KILLS") == "every"
 PWRITE = "18"
+REPEATED = 7  # calls between two tries where hundreds of functions are patched for the first time, or for the last
 # What comes to harm, how many calls are between two tries, and the answers that are found when all are tried.
 CASES = {
     "first": (23, {"1", "2"}),
@@ -44,7 +46,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_killed_at_any_call_the_program_runs_one_generation_and_patchers_go_on(name, case, mortals):
     stride, answers = CASES[name]
-    seen = kill_at_every(case(name), mortals, stride=1 if EVERY else stride)
+    seen = kill_at_every(case(name), mortals, stride=(REPEATED if stride > 400 else 1) if EVERY else stride)
     assert seen == answers if EVERY else seen <= answers
 
 
