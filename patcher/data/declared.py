@@ -8,7 +8,7 @@ is seen through. Specification: DWARF 5, chapter 5; bit-fields of DWARF 4 in sec
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -124,6 +124,7 @@ class Declared:
         self._names: dict[int, str] = {}
         self._nodes: dict[int, Node] = {_NOWHERE: VOID}
         self._bare: dict[int, int] = {_NOWHERE: _NOWHERE}
+        self._ends: dict[int, int] = {}
 
     def stand_for(self, file: str, variables: tuple[Variable, ...]) -> None:
         """Have the unit speak for another file, which has these variables."""
@@ -209,11 +210,28 @@ class Declared:
     def _subprograms(self) -> tuple[Entry, ...]:
         return tuple(e for e in self._entries if e.tag == Tag.SUBPROGRAM)
 
-    def functions_naming(self, wanted: Callable[[int], bool]) -> tuple[str, ...]:
-        """Return the functions whose result, parameters or variables are of a wanted type, by qualified name."""
-        of = self._mentions.by_function
-        found = (self._qualified(e) for e in self._subprograms if any(map(wanted, of.get(e.offset, ()))))
+    def functions_naming(self, type_: int) -> tuple[str, ...]:
+        """Return the functions whose result, parameters or variables lead to a type, by qualified name."""
+        found = map(self._qualified, self._naming.get(type_, ()))
         return tuple(name for name in dict.fromkeys(found) if name)
+
+    @cached_property
+    def _naming(self) -> Mapping[int, Sequence[Entry]]:
+        found: dict[int, list[Entry]] = {}
+        for entry in self._subprograms:
+            for end in dict.fromkeys(map(self._end, self._mentions.by_function.get(entry.offset, ()))):
+                found.setdefault(end, []).append(entry)
+        return found
+
+    def _end(self, place: int) -> int:
+        """Return the place of the type that is left of one without pointers, references and arrays."""
+        if place not in self._ends:
+            at, seen = self.bare(place), {place}
+            while (of := self.node(at).of) and of not in seen:
+                seen.add(of)
+                at = self.bare(of)
+            self._ends[place] = at
+        return self._ends[place]
 
     @property
     def passed(self) -> frozenset[int]:
@@ -263,7 +281,7 @@ class Declared:
         return not _is_static(raw.get(At.LOCATION, b"")) and At.DECLARATION not in raw
 
     def _type_at(self, offset: int) -> int:
-        return self._reference(self._dies.attributes(offset), At.TYPE)
+        return self._dies.type_at(offset)
 
     @cached_property
     def plain_typedefs(self) -> Mapping[str, tuple[int, ...]]:
@@ -325,7 +343,7 @@ class Declared:
         if offset not in self._bare:
             seen = [offset]
             while offset and self._dies.tag(offset) in _SEEN_THROUGH:
-                offset = self._reference(self._dies.attributes(offset), At.TYPE)
+                offset = self._type_at(offset)
                 if offset in seen:
                     raise ValueError("a typedef of itself")
                 seen.append(offset)

@@ -311,6 +311,15 @@ class Dies:
     def tag(self, offset: int) -> int:
         return self._abbreviations[_leb(self._info, offset)[0]].tag
 
+    def type_at(self, offset: int) -> int:
+        """Return the place of an entry's type, 0 for none. Raises `NotUnderstood` for one elsewhere."""
+        code, place = _leb(self._info, offset)
+        step = self._abbreviations[code]
+        if step.type < 0:
+            return self.reference(self.attributes(offset).get(At.TYPE))
+        place += step.type
+        return self.reference(self.header.start + int.from_bytes(self._info[place : place + 4], "little"))
+
     def attributes(self, offset: int) -> dict[int, Value]:
         """Return an entry's attributes: references as places in the section, strings as what `text` takes."""
         info, start = self._info, self.header.start

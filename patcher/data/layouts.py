@@ -395,14 +395,13 @@ class Holders:
         self.unit = unit
         self.type = unit.bare(type_)
         self._within: dict[int, bool] = {}
-        self._named: dict[int, bool] = {}
         every = [v for each in unit.variables.values() for v in each]
         self.variables = tuple(v for v in every if self.contains(v.type))
         self.leading = tuple(
             dict.fromkeys(v.name for v in every if v not in self.variables and self._leads(v.type, set()))
         )
         self.escaping = any(map(self.contains, unit.pointed | unit.passed))
-        self.functions = unit.functions_naming(self._mentions)
+        self.functions = unit.functions_naming(self.type)
         self.local = any(map(self.contains, unit.automatic))
 
     def contains(self, place: int) -> bool:
@@ -425,15 +424,6 @@ class Holders:
         node = self.unit.node(place)
         inner = [m.type for m in node.members] + ([node.of] if node.of else [])
         return place == self.type or any(self._leads(p, seen) for p in inner)
-
-    def _mentions(self, place: int) -> bool:
-        if place not in self._named:
-            node, at = self.unit.node(place), self.unit.bare(place)
-            while node.of and at != self.type:
-                at = self.unit.bare(node.of)
-                node = self.unit.node(at)
-            self._named[place] = at == self.type
-        return self._named[place]
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
