@@ -7,7 +7,7 @@ Nothing here looks at the target process; ELF files are read by path, for their 
 from patcher.build.build_command import BuildCommand
 from patcher.build.command import LINE_SHIFT, CompileCommand, Variant, is_header, is_unit, object_of
 from patcher.build.commands import Commands
-from patcher.build.compiler import CompiledUnit, Compiler, kept_directory
+from patcher.build.compiler import CompiledUnit, Compiler
 from patcher.build.debuginfo import DebugInformation, Recorded
 from patcher.build.dependencies import Dependencies
 from patcher.build.gathering import Gathering
@@ -17,6 +17,7 @@ from patcher.build.probe import PREFIX as PROBED
 from patcher.build.probe import Probes
 from patcher.build.running import BuildCancelled
 from patcher.build.toolchain import Family, identify, program_index
+from patcher.build.workplace import kept_directory
 
 PLAIN = Variant.PLAIN
 SHIFTED = Variant.SHIFTED

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from patcher.build.running import BuildCancelled, Job, never, run_all
+from patcher.build.workplace import Workplace
 from patcher.errors import BuildError
 
 _OBJECT_SUFFIXES = (".o", ".obj")
@@ -54,16 +53,14 @@ class BuildCommand:
 
     def _run(self, changed: Sequence[Path], cancelled: Callable[[], bool]) -> tuple[Path, ...]:
         before = self._objects()
-        private = Path(tempfile.mkdtemp(prefix="patcher-build-"))
-        try:
-            job = Job(("/bin/sh", "-c", self.command), self.directory, private / "output")
-            (outcome,) = run_all([job], environment=dict(os.environ), cancelled=cancelled)
-        except OSError as error:
-            raise BuildError(
-                f"--build {self.command}: {error.filename}: {error.strerror}", "name a directory that is there"
-            ) from None
-        finally:
-            shutil.rmtree(private, ignore_errors=True)
+        with Workplace() as place:
+            try:
+                job = Job(("/bin/sh", "-c", self.command), self.directory, place.path / "output")
+                (outcome,) = run_all([job], environment=dict(os.environ), cancelled=cancelled)
+            except OSError as error:
+                raise BuildError(
+                    f"--build {self.command}: {error.filename}: {error.strerror}", "name a directory that is there"
+                ) from None
         if outcome.status != 0:
             how = f"signal {-outcome.status}" if outcome.status < 0 else f"status {outcome.status}"
             raise BuildError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -34,7 +33,7 @@ from patcher.build.mirror import mirrored, write_texts
 from patcher.build.preamble import Preambles, Ready
 from patcher.build.running import Job, Outcome, never, run_all
 from patcher.build.toolchain import identify
-from patcher.build.trust import is_private_directory
+from patcher.build.workplace import Workplace
 from patcher.errors import BuildError
 
 # gcc writes dependencies where these say, whatever the switches are
@@ -94,7 +93,8 @@ class Compiler:
         `progress` is told how many units of how many have been compiled.
         """
         self._progress = progress
-        self.directory = _private_directory(directory)
+        self._workplace = Workplace(directory)
+        self.directory = self._workplace.path
         self._colour = colour
         self._numbers = count(1)
         self._learning: _Learning | None = None
@@ -165,7 +165,7 @@ class Compiler:
         """Remove the directory and all objects in it."""
         if self._learning is not None:
             self._learning.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        self._workplace.close()
 
     def __enter__(self) -> Self:
         return self
@@ -342,39 +342,6 @@ def _is_good(task: _Task, outcome: Outcome) -> bool:
     """Tell whether a task behind a preamble made the object of the text that the preamble was chosen for."""
     still = task.ready is None or task.ready.still_reads()
     return outcome.status == 0 and task.object.exists() and still
-
-
-def _private_directory(parent: Path | None) -> Path:
-    if parent is None:
-        parent = _runtime_directory() or Path(tempfile.gettempdir())
-    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(prefix="patcher-build-", dir=parent))  # for nobody but us
-
-
-def _runtime_directory() -> Path | None:
-    """Return our directory below the user's runtime directory, None where somebody else may interfere in it."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    if not os.path.isabs(runtime):
-        return None
-    own = Path(runtime, "patcher")
-    try:
-        if not is_private_directory(os.lstat(runtime)):
-            return None
-        own.mkdir(mode=0o700, exist_ok=True)
-        return own if is_private_directory(os.lstat(own)) else None
-    except OSError:
-        return None
-
-
-def kept_directory(name: str) -> Path | None:
-    """Return a directory for what outlives a session, made if it is not there; None where others may interfere."""
-    own = _runtime_directory() or Path(tempfile.gettempdir(), f"patcher-{os.geteuid()}")
-    try:
-        (own / name).mkdir(mode=0o700, parents=True, exist_ok=True)
-        private = all(is_private_directory(os.lstat(path)) for path in (own, own / name))
-        return own / name if private else None
-    except OSError:
-        return None
 
 
 def _write_text(place: Path, command: CompileCommand, text: bytes | None, variant: Variant) -> Path:

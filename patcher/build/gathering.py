@@ -19,6 +19,7 @@ from pathlib import Path
 from patcher.build.command import CompileCommand, listing_arguments, object_of
 from patcher.build.dependencies import Dependencies, beside_object, noted_by_ninja, prerequisites, read_listing
 from patcher.build.running import BuildCancelled, Job, never, run_all
+from patcher.build.workplace import Workplace
 from patcher.errors import PatcherError
 
 _LEAST = 19
@@ -42,14 +43,14 @@ class Gathering:
         self._free.set()
         self._holds = 0
         self._thread: threading.Thread | None = None
-        self._directory: Path | None = None
+        self._workplace: Workplace | None = None
 
     def start(self) -> None:
         """Begin to gather in the background, anew if that was done before."""
         self._end()
         self._closed.clear()
         self._listed.clear()
-        self._directory = Path(tempfile.mkdtemp(prefix="patcher-dependencies-"))
+        self._workplace = Workplace()
         self._thread = threading.Thread(target=self._gather, name="dependencies", daemon=True)
         self._thread.start()
 
@@ -102,9 +103,9 @@ class Gathering:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
+        if self._workplace is not None:
+            self._workplace.close()
+            self._workplace = None
 
     # --- in the background -------------------------------------------------------------------------------------
 
@@ -144,9 +145,9 @@ class Gathering:
         at_once: int,
         progress: Progress | None = None,
     ) -> None:
-        if not commands or self._directory is None:
+        if not commands or self._workplace is None:
             return
-        place = Path(tempfile.mkdtemp(dir=self._directory))
+        place = Path(tempfile.mkdtemp(dir=self._workplace.path))
         asked = []
         for number, command in enumerate(commands):
             with suppress(PatcherError):  # a command that cannot be rewritten tells nothing
