@@ -110,13 +110,18 @@ class Uses:
         if thread_local:
             return any(self._accesses(body, variable.address) for body in bodies)
         end = variable.address + max(variable.size, 1)
-        within = range(variable.address, end)
-        # A loop that counts up to zero names the end of its array alone.
-        return any(
-            address in within or (address == end and not self.part.unit.names_at(end))
-            for body in bodies
-            for address in self.touched(body)
-        )
+        within = range(variable.address, end + self._ends_alone(variable, end))
+        return any(a in within for body in bodies for a in self.touched(body))
+
+    def _ends_alone(self, variable: LiveVariable, end: int) -> bool:
+        """Tell whether nothing else is where a variable ends: code that counts up to zero may name that alone.
+
+        Behind a constant there may be one that has no name.
+        """
+        unit = self.part.unit
+        constant = unit.module.module.constant(variable.address - unit.module.bias, variable.size)
+        constant = constant or any(low <= variable.address < high for low, high in unit.view.constants)
+        return not constant and not unit.names_at(end)
 
     def touched(self, live: LiveFunction) -> frozenset[int]:
         """Return every address that a body's instructions name, and those in the cells that they read."""
