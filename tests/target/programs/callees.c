@@ -73,9 +73,22 @@ static void handle_traps(void)
     sigaction(SIGILL, &action, NULL);
 }
 
+static int ends[2];
+static char *code, *stack;
+
+static void greet(void)
+{
+    printf("%p %p %p %p %p %p %p %p %p %x %x %p %p %p %p %p %p\n", (void *)__errno_location, (void *)sum, (void *)length, (void *)deep,
+           (void *)where, (void *)wait_for, (void *)give_up, (void *)fault, (void *)count_calls, ends[0], ends[1], (void *)code,
+           (void *)stack, (void *)_exit, (void *)hold, (void *)trap, (void *)count_spoiled);
+    fflush(stdout);
+}
+
+/* Greets when it is where it stays. */
 static void compute(void)
 {
     char line[64];
+    greet();
     for (;;) {
         struct pollfd in = {0, POLLIN, 0};
         errno = 1234;
@@ -95,17 +108,12 @@ static void compute(void)
 int main(int count, char **arguments)
 {
     (void)arguments;
-    int ends[2];
     if (pipe(ends))
         return 1;
     signal(SIGUSR1, on_signal);
     handle_traps();
-    char *code = mmap(0, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    char *stack = mmap(0, 256 << 10, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    printf("%p %p %p %p %p %p %p %p %p %x %x %p %p %p %p %p %p\n", (void *)__errno_location, (void *)sum, (void *)length, (void *)deep,
-           (void *)where, (void *)wait_for, (void *)give_up, (void *)fault, (void *)count_calls, ends[0], ends[1], (void *)code,
-           (void *)stack, (void *)_exit, (void *)hold, (void *)trap, (void *)count_spoiled);
-    fflush(stdout);
+    code = mmap(0, 4096, PROT_READ | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    stack = mmap(0, 256 << 10, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (count > 2) {
         pthread_t other;
         pthread_create(&other, NULL, rest, NULL);
