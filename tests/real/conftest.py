@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,15 @@ from .trees import LUA, LUA_WITH_TESTS, MEMCACHED, NGINX, REDIS, Recipe, Tree, b
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     asked_for = "real" in str(config.option.markexpr).replace("not real", "")
     return None if asked_for or collection_path.suffix != ".py" else True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def alone() -> Iterator[None]:
+    """Wait until no other run edits the trees in the cache."""
+    cache_directory().mkdir(parents=True, exist_ok=True)
+    with (cache_directory() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def built_tree(recipe: Recipe) -> Tree:
