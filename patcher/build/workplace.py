@@ -33,7 +33,8 @@ class Workplace:
         _remove_left_behind(parent)
         self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        with suppress(OSError):  # where there are no locks, nobody can take it for left behind
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
     def close(self) -> None:
         """Remove it; no more than once."""
