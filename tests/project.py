@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -168,6 +169,14 @@ def statuses(pid: int, name: str) -> set[str]:
                 if line.startswith(name + ":"):
                     found.add(line.split(":", 1)[1].split()[0])
     return found
+
+
+def wait_for_state(pid: int, states: set[str], seconds: float = 10) -> None:
+    """Wait until all threads are in one of some states."""
+    deadline = time.monotonic() + seconds
+    while statuses(pid, "State") - states:
+        assert time.monotonic() < deadline, statuses(pid, "State")
+        time.sleep(0.001)
 
 
 def assert_untouched(pid: int) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from project import Project, statuses
+from project import Project, statuses, wait_for_state
 
 from .conftest import ROOT, SECONDS
 
@@ -102,12 +102,6 @@ def shell() -> Iterator[Shell]:
 UNIT = "int count;\nint answer(int n)\n{\n    count++;\n    return n + 1;\n}\n"
 
 
-def wait_for_state(pid: int, states: set[str]) -> None:
-    deadline = time.monotonic() + LONGEST
-    while statuses(pid, "State") - states:
-        assert time.monotonic() < deadline, statuses(pid, "State")
-
-
 @pytest.mark.timeout(180)
 def test_a_session_on_a_terminal(tmp_path, shell):
     project = Project(tmp_path / "p", {"main.c": PROGRAM, "unit.c": UNIT})
@@ -138,10 +132,10 @@ def test_a_session_on_a_terminal(tmp_path, shell):
     assert terminations == "1"
     shell.type("\x1a")
     shell.expect("Stopped .*patcher spawn")
-    wait_for_state(pid, {"T"})
+    wait_for_state(pid, {"T"}, LONGEST)
     shell.type("fg\n")
     shell.expect("patcher spawn")
-    wait_for_state(pid, {"S", "R"})
+    wait_for_state(pid, {"S", "R"}, LONGEST)
     shell.type("d\n")
     shell.expect(r"\[d int=1 term=1 winch=0 cont=1 answer=42\]")
 

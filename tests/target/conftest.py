@@ -101,14 +101,3 @@ def attach() -> Iterator[Callable[[int], Target]]:
     yield attach_to
     for target in targets:
         target.close()
-
-
-def statuses(pid: int, name: str) -> set[str]:
-    """One field of the status of all threads."""
-    found = set()
-    for tid in os.listdir(f"/proc/{pid}/task"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for line in Path(f"/proc/{pid}/task/{tid}/status").read_text().splitlines():
-                if line.startswith(name + ":"):
-                    found.add(line.split(":", 1)[1].split()[0])
-    return found

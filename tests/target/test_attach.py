@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from project import statuses
 
 from patcher.errors import AttachDenied, ObjectError, PatcherError, TargetBusy, TargetGone
 from patcher.target import Mapping, SystemCall, Target, WriteRefused, stop
 from patcher.target.maps import read_mappings
 from patcher.target.process import tracer_of
-
-from .conftest import statuses
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another user")
 

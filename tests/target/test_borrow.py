@@ -11,11 +11,10 @@ import threading
 import time
 
 import pytest
+from project import statuses
 
 from patcher.errors import PatcherError, TargetBusy, TargetGone
 from patcher.target import FunctionCall, Result, SystemCall, Target, wait_exit
-
-from .conftest import statuses
 
 GETPID, MMAP, NANOSLEEP, CLOSE, OPEN = 39, 9, 35, 3, 2
 PAUSE_ARGS = ((600).to_bytes(8, "little") + bytes(8), 0)

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from project import statuses
 
 from patcher.errors import PatcherError, TargetBusy, TargetGone
 from patcher.target import FunctionCall, Result, SystemCall, Target, tracing
-
-from .conftest import statuses
 
 MMAP = 9
 STACK_SIZE = 256 << 10

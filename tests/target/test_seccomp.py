@@ -12,14 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from project import statuses
 
 import patcher.target.confined as confined
 import patcher.target.stop as stop
 from patcher.errors import Forbidden, TargetGone
 from patcher.target import FunctionCall, SystemCall, wait_exit
 from patcher.target.seccomp import Action, harshest
-
-from .conftest import statuses
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="the filters of another process are shown to root only")

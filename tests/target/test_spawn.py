@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from project import wait_for_state
 
 from patcher.target import JobControl, NoSuchProgram, Target, exit_code, spawn, wait_exit
 
@@ -188,17 +189,6 @@ def only_child_of(pid):
     return int(child)
 
 
-def is_stopped(pid):
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-
-
-def wait_until(holds):
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_a_terminal_reaches_the_program_once_and_stops_both(build, tmp_path):
     driver = tmp_path / "driver.py"
     driver.write_text(DRIVER)
@@ -217,9 +207,9 @@ def test_a_terminal_reaches_the_program_once_and_stops_both(build, tmp_path):
         os.write(terminal, b"\x1a")
         read_until(terminal, "Stopped")
         # The shell speaks when the driver is stopped; what is typed before the program is, the program may still read.
-        wait_until(lambda: is_stopped(child))
+        wait_for_state(child, {"T"})
         os.write(terminal, b"fg\n")
-        wait_until(lambda: not is_stopped(child))
+        wait_for_state(child, {"S", "R"})
         os.write(terminal, b"two\n")
         read_until(terminal, "got two")
         os.write(terminal, b"\x04")

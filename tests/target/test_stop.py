@@ -11,13 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from project import statuses
 
 import patcher.target.stop as stop
 from patcher.errors import AttachDenied, PatcherError, TargetBusy, TargetGone
 from patcher.target import Target
 from patcher.target.tracing import thread_state
-
-from .conftest import statuses
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.sigqueue.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
