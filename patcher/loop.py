@@ -41,6 +41,7 @@ from patcher.watch import Watcher, gathered, git_lock, is_build_file, source_fil
 Pending = Callable[[], bool]
 
 _TICK_SECONDS = 0.5
+_GIVEN_UP_TICK_SECONDS = 0.02
 _BUSY_SECONDS = 1.0  # another patcher needs the process for less
 _BUSY_POLL_SECONDS = 0.02
 _NAMED = 4
@@ -88,6 +89,7 @@ class Loop:
         self.wants_restart = False
         self._begun: Session | None = None  # what is ready
         self._restarted = False  # and what was pending is to be tried at once
+        self._given_up = False  # a round, for something that was being saved: there may be nothing to follow
         self._restarted_if_refused = restarted_if_refused
         self.paths = tuple(paths)
         self._wanted = wanted if wanted is not None else saves_wanted(session.options, paths)
@@ -122,7 +124,7 @@ class Loop:
     def _attend(self, watcher: Watcher, stop: threading.Event, lock: Pending) -> None:
         session = self.session
         while not stop.is_set() and not self.wants_restart:
-            saved = watcher.next(_TICK_SECONDS)
+            saved = watcher.next(_GIVEN_UP_TICK_SECONDS if self._given_up else _TICK_SECONDS)
             self._say_left_out()
             self._tell_of_background(session.in_background())
             if saved is None:
@@ -135,6 +137,8 @@ class Loop:
                 session.target.check_alive()
                 if not self.paused:
                     self._look_at_commands(watcher.pending)
+                if not self.paused and self._given_up and not watcher.pending():  # it was a temporary file
+                    self._go(_Round(time.perf_counter(), 0.0, watcher.pending))
             if self._control is not None:
                 self._obey(self._control, watcher)
 
@@ -227,10 +231,12 @@ class Loop:
 
     def _go(self, round_: _Round) -> None:
         self._tell("building", files=sorted(map(str, self.edits.core())))
+        self._given_up = False
         try:
             self._try_all(round_)
         except BuildCancelled:  # saved again while it was compiled: the next round has everything
             self.edits.cancelled()
+            self._given_up = True
         except TargetGone:
             self.edits.gone()
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from project import MAIN, UNIT, Project, assert_untouched
 
-from .conftest import Session, run, sentences
+from .conftest import ENVIRONMENT, SECONDS, Session, run, sentences
 
 VALUE = "n + 1000 * calls"
 TWO_UNITS = {
@@ -122,37 +123,75 @@ def test_files_saved_together_are_one_generation(tmp_path, watching):
     assert session.ask(1) == "32"
 
 
+# What is asked of the compiler in the background, as what a unit includes, passes at once.
 SLOW = """\
 import os, subprocess, sys
-with open(os.environ["STARTED"], "w") as started:
-    started.write("compiling")
-with open(os.environ["GO_ON"]) as go_on:
-    go_on.read()
+if "-c" in sys.argv:
+    with open(os.environ["STARTED"], "w") as started:
+        started.write(str(os.getpid()))
+    with open(os.environ["GO_ON"]) as go_on:
+        go_on.read()
 sys.exit(subprocess.call(sys.argv[1:]))
 """
 
 
+class SlowCompiler:
+    """A compiler that says when it is started, and waits to be told to go on."""
+
+    def __init__(self, project: Project, place: Path, monkeypatch) -> None:
+        wrapper = place / "slow.py"
+        wrapper.write_text(SLOW)
+        database = project.root / "compile_commands.json"
+        commands = json.loads(database.read_text())
+        for command in commands:
+            command["arguments"] = [sys.executable, str(wrapper), *command["arguments"]]
+        database.write_text(json.dumps(commands))
+        self._fifos = {name: place / name for name in ("STARTED", "GO_ON")}
+        for name, fifo in self._fifos.items():
+            os.mkfifo(fifo)
+            monkeypatch.setitem(ENVIRONMENT, name, str(fifo))
+
+    def started(self) -> int:
+        """Wait until it is started; return its pid."""
+        with os.fdopen(os.open(self._fifos["STARTED"], os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as fifo:
+            ready, _, _ = select.select([fifo], [], [], SECONDS)
+            assert ready, "nothing is compiled"
+            return int(fifo.read(20))
+
+    def go_on(self) -> None:
+        self._fifos["GO_ON"].write_text("")
+
+
 def test_a_save_during_the_build_counts(project, watching, tmp_path, monkeypatch):
     """The compile that is no longer wanted is ended, and the newest text goes live, as one generation."""
-    wrapper = tmp_path / "slow.py"
-    wrapper.write_text(SLOW)
-    database = project.root / "compile_commands.json"
-    commands = json.loads(database.read_text())
-    for command in commands:
-        command["arguments"] = [sys.executable, str(wrapper), *command["arguments"]]
-    database.write_text(json.dumps(commands))
-    for name in ("STARTED", "GO_ON"):
-        os.mkfifo(tmp_path / name)
-        monkeypatch.setitem(__import__("cli.conftest", fromlist=["x"]).ENVIRONMENT, name, str(tmp_path / name))
+    compiler = SlowCompiler(project, tmp_path, monkeypatch)
     session = watching(project, "spawn", "./program", "--watch", "src")
     project.edit("unit.c", VALUE, "3")
-    assert (tmp_path / "STARTED").read_text() == "compiling"
+    compiler.started()
     project.edit("unit.c", "return 3", "return 4")
-    assert (tmp_path / "STARTED").read_text() == "compiling", "the newer text is compiled instead"
-    (tmp_path / "GO_ON").write_text("")
+    compiler.started()
+    compiler.go_on()
     applied = session.event("applied", "build_failed")
     assert (applied["event"], applied["generation"]) == ("applied", 1)
     assert session.ask(5) == "4"
+
+
+def test_a_temporary_file_during_the_build_costs_no_save(project, watching, tmp_path, monkeypatch):
+    """What was being saved when the build was given up never came: what was built before is built again."""
+    compiler = SlowCompiler(project, tmp_path, monkeypatch)
+    session = watching(project, "spawn", "./program", "--watch", "src")
+    project.edit("unit.c", VALUE, "3")
+    build = os.pidfd_open(compiler.started())
+    with (project.sources / "temporary.c").open("w") as temporary:
+        ended, _, _ = select.select([build], [], [], SECONDS)
+        assert ended, "a file that is being saved may be one of the change"
+        Path(temporary.name).unlink()
+    os.close(build)
+    compiler.started()
+    compiler.go_on()
+    applied = session.event("applied", "build_failed")
+    assert (applied["event"], applied["generation"]) == ("applied", 1)
+    assert session.ask(5) == "3"
 
 
 def test_a_touch_or_a_comment_changes_nothing(project, watching):
