@@ -12,7 +12,8 @@ of an entry it is made by several writes, each of which leaves it whole (`code/b
 
 Slots on more than one page, or in more than one arena, cannot change in one write. Each is first led to a switch,
 which goes on to the old body until the generation's number is the new one; then that number alone is written, and
-then each slot is led to where its switch goes by now. Every one of these writes may be the last.
+then each slot is led to where its switch goes by now. Every one of these writes may be the last. Switches that were in
+use before are written while all stand still, and none in them.
 
 Taking detours away goes the other way round: the slots first.
 """
@@ -24,7 +25,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import numpy as np
@@ -135,8 +136,7 @@ def flip(target: Target, change: Flip) -> FlipResult:
         return _flip(target, change, [_slot_write(arena, values) for arena, values in change.slots])
     slots = [_Slots(arena, values) for arena, values in change.slots]
     try:
-        for each in slots:
-            each.write_switches(number)
+        stood_ns = _write_switches(target, slots, number)
         for each in slots:
             each.lead_to_switches()
         result = _flip(target, change, [TextWrite(primary.live, _word(live), _word(number))])
@@ -150,7 +150,39 @@ def flip(target: Target, change: Flip) -> FlipResult:
     with suppress(PatcherError):
         for each in slots:
             each.settle(number)
-    return result
+    return replace(result, stop_ns=stood_ns + result.stop_ns)
+
+
+def _write_switches(target: Target, slots: Sequence[_Slots], number: int) -> int:
+    """Put a switch for each slot that changes where nobody looks yet; return for how many ns the target stood still.
+
+    Not under a thread that was held up in one when it was last in use: having looked which generation was live then,
+    it would enter a body of this one before its time. Raises `TargetBusy` where one stays there.
+    """
+    writes = [write for each in slots for write in each.switches(number)]
+    guard = _Guard((extent for each in slots for extent in each.were_in_use()), include_start=True)
+    if not guard:
+        _write_all(target, writes)
+        return 0
+    for attempt in range(_TRIES):
+        stacks = _Stacks(target)
+        with target.stopped() as stopped:
+            clear = stacks.are_clear(stopped, [guard])
+            if clear:
+                _write_all(target, writes)
+        if clear:
+            return stopped.duration_ns
+        time.sleep(0.001 * attempt)
+    raise TargetBusy(
+        f"process {target.pid}: a thread was interrupted where it calls a patched function, and is not back there yet",
+        "try again when the signal handler that it is in has returned, or apply fewer functions at once",
+        code="switch-busy",
+    )
+
+
+def _write_all(target: Target, writes: Iterable[tuple[int, bytes]]) -> None:
+    for address, contents in writes:
+        target.memory.write(address, contents)
 
 
 class _Slots:
@@ -161,14 +193,19 @@ class _Slots:
         self._before = arena.read_slots(max(values) + 1)
         self._values = {i: body for i, body in values.items() if i and body != self._before[i]}
 
-    def write_switches(self, number: int) -> None:
-        """Put a switch for each slot that changes where nobody looks yet."""
+    def were_in_use(self) -> tuple[tuple[int, int], ...]:
+        """Return the extent of the switches, if any of them was in use before."""
+        count = len(self._before)
+        return ((self._arena.switches, self._arena.switch(count)),) if self._arena.switched(count) else ()
+
+    def switches(self, number: int) -> Iterator[tuple[int, bytes]]:
+        """Yield what a switch for each slot that changes takes: addresses and contents."""
         arena = self._arena
-        arena.target.memory.write(arena.coming, _word(number))
+        yield arena.coming, _word(number)
         run, following = bytearray(), 0
         for index in [*sorted(self._values), 0]:
             if run and index != following:
-                arena.target.memory.write(arena.switch(following) - len(run), bytes(run))
+                yield arena.switch(following) - len(run), bytes(run)
                 run.clear()
             if index:
                 place = arena.switch(index)
