@@ -132,7 +132,7 @@ class Loop:
             if saved and self.paused:
                 self._hold(saved)
             elif saved:
-                self.round(gathered(watcher, saved, lock), watcher.pending)
+                self.round(self._with_others(watcher, saved, lock), watcher.pending)
             else:
                 session.target.check_alive()
                 if not self.paused:
@@ -141,6 +141,12 @@ class Loop:
                     self._go(_Round(time.perf_counter(), 0.0, watcher.pending))
             if self._control is not None:
                 self._obey(self._control, watcher)
+
+    def _with_others(self, watcher: Watcher, saved: frozenset[Path], lock: Pending) -> frozenset[Path]:
+        if len(saved) == 1:
+            return saved
+        with self.session.working("waiting until all files are saved"):
+            return gathered(watcher, saved, lock)
 
     def _tell_of_background(self, works: Iterable[tuple[str, int]]) -> None:
         """Have it told how far the work in the background has come; what is not among `works` is over."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 from patcher.errors import AttachDenied, Forbidden, PatcherError, TargetGone
 from patcher.loop import Loop
 from patcher.options import Options
-from patcher.report import Applied, BuildFailed, Event, Note, Refused, Saved
+from patcher.report import Applied, BuildFailed, Event, Note, Refused, Saved, Working
 from patcher.session import Session
 from patcher.target import Target
 
@@ -71,6 +73,36 @@ def looped(root: Path, options: Options) -> Iterator[tuple[Loop, Seen]]:
 def save(loop: Loop, file: Path, text: str) -> None:
     file.write_text(text)
     loop.round({file}, lambda: False)
+
+
+def test_a_checkout_that_takes_its_time_is_told_of(loop: tuple[Loop, Seen, Path]) -> None:
+    watching, seen, source = loop
+    repository = source.parent / ".git"
+    repository.mkdir()
+    (repository / "index.lock").touch()
+    deadline = time.monotonic() + 20
+
+    def is_told(*, ended: bool) -> bool:
+        assert time.monotonic() < deadline
+        told = [event for event in seen.events if isinstance(event, Working) and event.ended == ended]
+        return "waiting until all files are saved" in {event.text for event in told}
+
+    stop = threading.Event()
+    thread = threading.Thread(target=watching.run, args=(stop,))
+    thread.start()
+    try:
+        number = 0
+        while not is_told(ended=False):
+            number += 1
+            for name in ("one.h", "two.h"):
+                (source.parent / name).write_text(f"/* {number} */\n")
+            time.sleep(0.02)
+        (repository / "index.lock").unlink()
+        while not is_told(ended=True):
+            time.sleep(0.02)
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_advice_on_commands_ends_once_a_file_has_compiled(loop: tuple[Loop, Seen, Path]) -> None:
