@@ -13,7 +13,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from patcher.data.dies import Sections, units
 from patcher.errors import PatcherError
 from patcher.target import read_stat
 
-_INDEX = "index.json"
+_INDEX = "index.json"  # which file has what
+_TIMES = "times"  # a line for each generation, added when all that it brought is in files
 _LARGEST = 256 << 20  # bytes of one process's files
 _PARTS = ("info", "abbreviations", "strings", "line_strings", "string_offsets", "addresses")
 
@@ -38,11 +39,17 @@ class Kept:
     declared: tuple[Declared, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _File:
+    name: str
+    checksum: int
+    size: int
+
+
 @dataclass(slots=True)
 class _Index:
     times: dict[int, float] = field(default_factory=dict)
-    files: dict[tuple[str, str, int], tuple[str, int]] = field(default_factory=dict)  # name and checksum
-    size: int = 0
+    files: dict[tuple[str, str, int], _File] = field(default_factory=dict)  # by module, unit and generation
 
 
 class Memory:
@@ -78,26 +85,37 @@ class Memory:
         """
         if self._own is None:
             return
-        if not self._index.times:
+        first = not self._index.times
+        if first:
             tuple(self._directories())  # those of processes that have ended go
         try:
             self._own.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for kept in layers:
-                self._write(self._own, kept)
+            if first:
+                (self._own / _TIMES).unlink(missing_ok=True)
+            written = [self._write(self._own, kept) for kept in layers]
+            if first or any(written):
+                _replace(self._own / _INDEX, _as_text(self._index))
+            with (self._own / _TIMES).open("ab") as file:
+                file.write(_line(generation, time))
             self._index.times[generation] = time
-            _replace(self._own / _INDEX, _as_text(self._index))
         except (OSError, ValueError):
             return
 
-    def _write(self, own: Path, kept: Kept) -> None:
+    def _write(self, own: Path, kept: Kept) -> bool:
+        """Write what a unit declares; tell whether that is anything new."""
         key = kept.module, kept.unit, kept.generation
         data = _packed(kept.declared)
-        name = self._index.files.get(key, (f"{len(self._index.files)}.types", 0))[0]
-        self._index.size += len(data)
-        if self._index.size > _LARGEST:
+        new = _File(f"{len(self._index.files)}.types", zlib.crc32(data), len(data))
+        old = self._index.files.get(key)
+        if old is not None:
+            new = replace(new, name=old.name)
+        if new == old:
+            return False
+        if sum(f.size for f in self._index.files.values()) - (old.size if old else 0) + new.size > _LARGEST:
             raise ValueError("too much to keep")
-        _replace(own / name, data)
-        self._index.files[key] = name, zlib.crc32(data)
+        _replace(own / new.name, data)
+        self._index.files[key] = new
+        return True
 
     def _directories(self) -> Iterator[Path]:
         """Find the directories of processes that run, the own one first."""
@@ -132,19 +150,33 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def _as_text(index: _Index) -> bytes:
-    files = [[*key, *value] for key, value in index.files.items()]
-    return json.dumps({"times": list(index.times.items()), "files": files, "size": index.size}).encode()
+    return json.dumps([[*key, *astuple(file)] for key, file in index.files.items()]).encode()
 
 
 def _index_in(directory: Path) -> _Index:
     """Read an index; an empty one when it is damaged, or there is none."""
     try:
         found = json.loads((directory / _INDEX).read_bytes())
-        times = {int(n): float(time) for n, time in found["times"]}
-        files = {(str(m), str(u), int(g)): (os.path.basename(str(n)), int(c)) for m, u, g, n, c in found["files"]}
-        return _Index(times, files, int(found["size"]))
-    except (OSError, ValueError, TypeError, KeyError):
+        files = {
+            (str(module), str(unit), int(generation)): _File(os.path.basename(str(name)), int(checksum), int(size))
+            for module, unit, generation, name, checksum, size in found
+        }
+        return _Index(dict(_lines((directory / _TIMES).read_text())), files)
+    except (OSError, ValueError, TypeError):
         return _Index()
+
+
+def _line(generation: int, time: float) -> bytes:
+    # Whoever wrote the line before may have been killed meanwhile.
+    return f"\n{generation} {time!r};".encode()
+
+
+def _lines(text: str) -> Iterator[tuple[int, float]]:
+    """Yield number and time of generations. Raises ValueError; a line without its end does not count."""
+    for line in text.split("\n"):
+        if line.endswith(";"):
+            number, _, time = line[:-1].partition(" ")
+            yield int(number), float(time)
 
 
 # --- what a unit declares ---------------------------------------------------------------------------------------------
@@ -164,11 +196,11 @@ def _packed(declared: Sequence[Declared]) -> bytes:
 
 def _read(directory: Path, index: _Index, known: set[int]) -> Iterator[tuple[int, Kept | None]]:
     """Yield what units declare, by generation; None where that cannot be read."""
-    for (module, unit, generation), (name, checksum) in index.files.items():
+    for (module, unit, generation), file in index.files.items():
         if generation in known:
             try:
-                data = (directory / name).read_bytes()
-                if zlib.crc32(data) != checksum:
+                data = (directory / file.name).read_bytes()
+                if zlib.crc32(data) != file.checksum:
                     raise ValueError("of another state")
                 yield generation, Kept(module, unit, generation, _unpacked(data))
             except (OSError, ValueError, KeyError, IndexError, TypeError, PatcherError):

@@ -129,16 +129,48 @@ def cut_short(folder: Path) -> None:
 
 
 def of_another(folder: Path) -> None:
-    (file,) = folder.glob("*/index.json")
-    file.write_text(file.read_text().replace('"times": [[1, ', '"times": [[1, 1'))
+    (file,) = folder.glob("*/times")
+    assert "\n1 " in file.read_text()
+    file.write_text(file.read_text().replace("\n1 ", "\n1 1"))
 
 
-@pytest.mark.parametrize("harm", [damage, cut_short, of_another])
+def torn(folder: Path) -> None:
+    (file,) = folder.glob("*/times")
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize("harm", [damage, cut_short, of_another, torn])
 def test_what_does_not_fit_is_as_good_as_gone(tmp_path: Path, harm: Callable[[Path], None]) -> None:
     said = twice(
         tmp_path / "p", MORE, saving(tmp_path / "p", SWAPPED), again=True, between=lambda: harm(types_of(tmp_path))
     )
     assert "generation 1 may have brought it" in said
+
+
+def test_many_generations_take_no_more_room_than_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": UNIT})
+
+    def number(n: int) -> str:
+        return MORE.replace("return n + base", "n++;\n    " * (n % 3 + 1) + f"return {n} + base")
+
+    with project.running() as program:
+        with patcher.attach(program.pid, watched=[project.sources]) as session:
+            session.apply(save(project, number(1)))
+            (directory,) = types_of(tmp_path).iterdir()
+            monkeypatch.setattr("patcher.data.remembered._LARGEST", 2 * (directory / "0.types").stat().st_size)
+            index = (directory / "index.json").stat().st_size
+            for n in range(2, 32):
+                assert session.apply(save(project, number(n))).number == n
+                assert program.ask(1) == str(n + 5 + 10 + n - 1 + 20)
+        assert sorted(path.name for path in directory.iterdir()) == ["0.types", "index.json", "times"]
+        assert abs((directory / "index.json").stat().st_size - index) < 16
+        assert len((directory / "times").read_text().split()) == 2 * 31
+        with patcher.attach(program.pid, watched=[project.sources]) as session:
+            with pytest.raises(UnsafeChange, match="member `a` offset 0 -> 4"):
+                session.apply(save(project, SWAPPED))
+            session.apply(save(project, number(32)))
+        assert program.ask(1) == str(32 + 5 + 10 + 31 + 20)
+        assert_untouched(program.pid)
 
 
 def test_directories_of_ended_processes_go(tmp_path: Path) -> None:
