@@ -15,7 +15,6 @@ Decides also which of those frames are loops that will not return. Does not deci
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -36,10 +35,7 @@ from patcher.unwind import Backtrace, Unwinder
 
 Array = npt.NDArray[np.uint64]
 
-_PAGE = 4096
 _CHUNK = 256 << 10  # what a processor's cache holds: four times as fast as 4 MiB
-_PAGES_AT_ONCE = 1 << 20
-_RESIDENT = np.uint64(3 << 62)  # in memory, or swapped out (proc(5), pagemap)
 _COMPARED = 64
 _SAME_STACK = 16 << 10  # return addresses closer than this are of one coroutine
 _CONTROL_BLOCK = 16 << 10  # from the end of a thread's stack, there is its control block
@@ -419,20 +415,14 @@ class _Look:
     def _unclaimed(self, layout: _Layout) -> Iterator[tuple[int, int]]:
         claims = sorted(self._claims)
         threads = frozenset(self._target.threads())
-        for mapping in layout.mappings:
-            if not _may_hold_stacks(mapping):
-                continue
-            if layout.is_guarded(mapping) and _is_left(self._target, mapping, threads):
-                continue
-            for start, end in _present(self._target.pid, mapping):
-                position = start
-                for low, high in claims:
-                    if high > position and low < end:
-                        if low > position:
-                            yield position, low
-                        position = max(position, high)
-                if position < end:
-                    yield (position + 7) & -8, end
+        with self._target.pages() as pages:
+            for mapping in layout.mappings:
+                if not _may_hold_stacks(mapping):
+                    continue
+                if layout.is_guarded(mapping) and _is_left(self._target, mapping, threads):
+                    continue
+                for start, end in pages.of(mapping):
+                    yield from _between(start, end, claims)
 
 
 def _may_hold_stacks(mapping: Mapping) -> bool:
@@ -441,25 +431,15 @@ def _may_hold_stacks(mapping: Mapping) -> bool:
     return not mapping.path.startswith("/dev/") or mapping.path.startswith(("/dev/zero", "/dev/shm/"))
 
 
-def _present(pid: int, mapping: Mapping) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a mapping that have pages: to read others would make them."""
-    try:
-        descriptor = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        yield mapping.start, mapping.end
-        return
-    try:
-        for first in range(mapping.start // _PAGE, mapping.end // _PAGE, _PAGES_AT_ONCE):
-            count = min(_PAGES_AT_ONCE, mapping.end // _PAGE - first)
-            entries = np.frombuffer(os.pread(descriptor, 8 * count, 8 * first), np.uint64)
-            there = np.concatenate(([False], (entries & _RESIDENT) != 0, [False]))
-            edges = np.flatnonzero(there[1:] != there[:-1]).tolist()
-            for low, high in zip(edges[::2], edges[1::2], strict=True):
-                yield (first + low) * _PAGE, (first + high) * _PAGE
-    except OSError:
-        yield mapping.start, mapping.end
-    finally:
-        os.close(descriptor)
+def _between(start: int, end: int, claims: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield what of a stretch nobody claims."""
+    for low, high in claims:
+        if high > start and low < end:
+            if low > start:
+                yield start, low
+            start = max(start, high)
+    if start < end:
+        yield (start + 7) & -8, end
 
 
 def _call_ends(code: bytes) -> set[int]:

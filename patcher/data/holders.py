@@ -16,7 +16,6 @@ Specification: AMD64 supplement, section 3.5 (code models), table 4.9.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,10 +40,7 @@ Array = np.ndarray[Any, Any]
 
 MOST = 64 << 20  # bytes of a running program's own memory that are looked through
 _COPY_SIZE = 128  # more than any displaced entry takes
-_PAGE = 4096
 _MARKING = ("deregister_tm_clones", "register_tm_clones")  # they compare the address where the data ends
-_PIECE = 16 << 20  # looked at together
-_PRESENT = np.uint64(0b11 << 62)  # present, or in swap (pagemap)
 _IMMEDIATES = (0, 1, 2, 4)  # bytes of one behind a displacement, which counts from the end of its instruction
 _MOVABS = re.compile(rb"[\x48\x49][\xb8-\xbf]")
 _GUARD = 64 << 10  # what lies below a thread's stack; what an allocator keeps back is larger
@@ -274,10 +270,10 @@ class Holders:
     def _read(self, mappings: Iterable[Mapping], most: int | None) -> Iterator[tuple[int, Array]]:
         """Yield what some mappings hold; pages that were never touched hold nothing."""
         left = most
-        with open(f"/proc/{self._image.target.pid}/pagemap", "rb") as pagemap:
+        with self._image.target.pages() as pages:
             for mapping in mappings:
                 known = left is None or self._is_known(mapping.start)
-                for start, end in _present(pagemap.fileno(), mapping):
+                for start, end in pages.of(mapping):
                     size = end - start if known or left is None else min(end - start, left)
                     try:
                         data = self._memory.read_available(start, size)
@@ -313,17 +309,6 @@ class Holders:
             symbol = module.module.symbols.covering(at - module.bias) if module is not None else None
             name = symbol.name if symbol is not None else ""
         return f"`{base_name(name)}`" if name else ""
-
-
-def _present(pagemap: int, mapping: Mapping) -> Iterator[Range]:
-    for start in range(mapping.start, mapping.end, _PIECE):
-        count = (min(mapping.end, start + _PIECE) - start) // _PAGE
-        found = np.frombuffer(os.pread(pagemap, 8 * count, start // _PAGE * 8), np.uint64)
-        there = np.flatnonzero(found & _PRESENT)
-        if len(there):
-            breaks = np.flatnonzero(np.diff(there) > 1) + 1
-            for run in np.split(there, breaks):
-                yield start + int(run[0]) * _PAGE, start + (int(run[-1]) + 1) * _PAGE
 
 
 def displacements(text: bytes, address: int, ranges: Sequence[Range]) -> Iterator[tuple[int, int]]:

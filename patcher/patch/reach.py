@@ -10,7 +10,6 @@ Does not decide what may be freed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -20,7 +19,6 @@ from patcher.target import Mapping, Stopped, Target
 
 _PAGE = 4096
 _CHUNK = 1 << 18
-_PRESENT, _SWAPPED, _FILE = 1 << 63, 1 << 62, 1 << 61
 _NOT_MEMORY = ("[vvar", "[vdso]", "[vsyscall]")
 
 Words = npt.NDArray[np.uint64]
@@ -30,11 +28,14 @@ Extents = Sequence[tuple[int, int]]
 def memory_of(target: Target, left_out: Extents) -> list[tuple[int, int]]:
     """Return the stretches of a process's memory that can hold an address, without some."""
     found: list[tuple[int, int]] = []
-    with open(f"/proc/{target.pid}/pagemap", "rb", buffering=0) as pagemap:
+    with target.pages() as pages:
         for mapping in target.mappings():
             if not mapping.path.startswith(_NOT_MEMORY):
                 for start, end in _around(mapping, left_out):
-                    found += _touched(pagemap.fileno(), mapping, start, end)
+                    if mapping.private:
+                        found += pages.between(start, end, own=mapping.path.startswith("/"))
+                    else:  # what another process wrote need not be in this one's page table
+                        found.append((start, end))
     return found
 
 
@@ -90,18 +91,3 @@ def _around(mapping: Mapping, left_out: Extents) -> Iterator[tuple[int, int]]:
             start = max(start, high)
     if start < mapping.end:
         yield start, mapping.end
-
-
-def _touched(pagemap: int, mapping: Mapping, start: int, end: int) -> Iterator[tuple[int, int]]:
-    first, last = start // _PAGE, -(-end // _PAGE)
-    for page in range(first, last, _CHUNK // 8):
-        count = min(last - page, _CHUNK // 8)
-        entries = np.frombuffer(os.pread(pagemap, 8 * count, 8 * page), np.uint64)
-        there = (entries & np.uint64(_PRESENT | _SWAPPED)) != 0
-        if mapping.path.startswith("/") and mapping.private:
-            there &= (entries & np.uint64(_FILE)) == 0
-        elif not mapping.private:
-            there[:] = True  # what another process wrote need not be in this one's page table
-        edges = np.flatnonzero(np.diff(np.concatenate(([False], there, [False]))))
-        for a, b in edges.reshape(-1, 2).tolist():
-            yield max(start, (page + a) * _PAGE), min(end, (page + b) * _PAGE)

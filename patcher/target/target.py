@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Mapping as MappingOf
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from patcher.errors import PatcherError, TargetBusy, TargetGone, named_shortages
 from patcher.target.borrow import Borrowing
@@ -35,6 +36,9 @@ from patcher.target.stop import (
     stopped_thread,
 )
 from patcher.target.tracing import Tracee, forget_exit, noted_exit, thread_state
+
+if TYPE_CHECKING:
+    from patcher.target.pages import Pages
 
 _LEAVING_SECONDS = 1.0
 _BITE = 512  # bytes poked while one thread stands still: some 0.1 ms
@@ -108,6 +112,13 @@ class Target:
             text = path.read_text(encoding="utf-8", errors="surrogateescape")
         found = text.partition(f"{mapping.start:08x}-{mapping.end:08x} ")[2].partition("VmFlags:")
         return "\nRss:                   0 kB\n" in found[0] and "nr" in found[2].partition("\n")[0].split()
+
+    def pages(self) -> Pages:
+        """Return who tells the pages that the process has, to be closed; raises TargetGone."""
+        from patcher.target.pages import Pages  # and numpy, which starts threads
+
+        with self._proc("pagemap"):
+            return Pages(self.pid)
 
     def open_image(self, mapping: Mapping) -> Path:
         """Return a path of ours by which the very file behind `mapping` can be read; raises ObjectError."""
