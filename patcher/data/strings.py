@@ -12,6 +12,7 @@ without decoding anything, as long as none is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 
@@ -30,6 +31,7 @@ from patcher.patch.journal import ArenaView
 _LONGEST = 4096  # bytes of a text that is looked for
 _SHOWN = 40
 _WORD = 8
+_PIECE = re.compile(rb"[^\0]+")
 _FIELD = 4  # bytes of a distance in code; the instruction ends behind it
 _PRIVATE = ".L"  # compilers' names for what has none; mold keeps them
 _BEYOND = frozenset("\t\n\r\f\v\b\a\x1b")  # that is part of texts, and not printed
@@ -148,7 +150,7 @@ class _Texts:
     def _pieces(self) -> frozenset[bytes]:
         """What stands between zeros in the object's constants: nearly every text that it has, and more."""
         sections = self._part.blocks.object.sections.values()
-        return frozenset(p for s in sections if s.read_only and not s.code for p in bytes(s.data).split(b"\0"))
+        return frozenset(p for s in sections if s.read_only and not s.code for p in _PIECE.findall(s.data))
 
     @cached_property
     def _referred(self) -> frozenset[bytes]:
