@@ -50,7 +50,7 @@ def test_killed_at_any_call_the_program_runs_one_generation_and_patchers_go_on(n
     assert seen == answers if EVERY else seen <= answers
 
 
-@pytest.mark.timeout(600 if EVERY else 120)
+@pytest.mark.timeout(3600 if EVERY else 120)
 @pytest.mark.parametrize(
     "name",
     [
