@@ -124,7 +124,7 @@ class Loop:
     def _attend(self, watcher: Watcher, stop: threading.Event, lock: Pending) -> None:
         session = self.session
         while not stop.is_set() and not self.wants_restart:
-            saved = watcher.next(_GIVEN_UP_TICK_SECONDS if self._given_up else _TICK_SECONDS)
+            saved = watcher.next(_GIVEN_UP_TICK_SECONDS if self._given_up and not self.paused else _TICK_SECONDS)
             self._say_left_out()
             self._tell_of_background(session.in_background())
             if saved is None:

@@ -8,6 +8,7 @@ be careful (`Admission`). Directories of processes that have ended are removed.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -59,6 +60,7 @@ class Memory:
         self._folder = folder
         self._own = folder / f"{pid}-{read_stat(pid).start_time}" if folder is not None else None
         self._index = _Index()
+        self._size = -1  # of the file of times, as we left it
 
     def read(self, times: Mapping[int, float]) -> tuple[frozenset[int], tuple[Kept, ...]]:
         """Return the generations that are known of those made at some times, and what their units declare."""
@@ -85,18 +87,23 @@ class Memory:
         """
         if self._own is None:
             return
-        first = not self._index.times
-        if first:
+        if not self._index.times:
             tuple(self._directories())  # those of processes that have ended go
         try:
             self._own.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if first:
-                (self._own / _TIMES).unlink(missing_ok=True)
-            written = [self._write(self._own, kept) for kept in layers]
-            if first or any(written):
-                _replace(self._own / _INDEX, _as_text(self._index))
-            with (self._own / _TIMES).open("ab") as file:
-                file.write(_line(generation, time))
+            with (self._own / _TIMES).open("ab") as times:
+                fcntl.flock(times, fcntl.LOCK_EX)
+                if self._index.times and os.fstat(times.fileno()).st_size != self._size:
+                    self._index = _index_in(self._own)  # another controller was here
+                first = not self._index.times
+                if first:
+                    times.truncate(0)
+                written = [self._write(self._own, kept) for kept in layers]
+                if first or any(written):
+                    _replace(self._own / _INDEX, _as_text(self._index))
+                times.write(_line(generation, time))
+                times.flush()
+                self._size = os.fstat(times.fileno()).st_size
             self._index.times[generation] = time
         except (OSError, ValueError):
             return

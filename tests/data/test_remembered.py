@@ -173,6 +173,30 @@ def test_many_generations_take_no_more_room_than_few(tmp_path: Path, monkeypatch
         assert_untouched(program.pid)
 
 
+def test_two_controllers_at_once_forget_nothing_of_each_other(tmp_path: Path) -> None:
+    other = "int spare(int n)\n{\n    return n;\n}\n"
+    project = Project(tmp_path / "p", {"main.c": MAIN, "unit.c": UNIT, "other.c": other})
+
+    def change(session: Session, steps: int) -> None:
+        path = project.sources / "other.c"
+        path.write_text(other.replace("return", "n++;\n    " * steps + "return"))
+        session.apply(path)
+
+    with project.running() as program:
+        with patcher.attach(program.pid, watched=[project.sources]) as one:
+            change(one, 1)
+            with patcher.attach(program.pid, watched=[project.sources]) as two:
+                two.apply(save(project, MORE))
+                change(one, 2)
+                two.apply(save(project, MORE.replace("n + base", "100 + n + base")))
+        with patcher.attach(program.pid, watched=[project.sources]) as later:
+            with pytest.raises(UnsafeChange, match="member `a` offset 0 -> 4"):
+                later.apply(save(project, SWAPPED))
+            later.apply(save(project, MORE.replace("n + base", "200 + n + base")))
+        assert program.ask(1) == str(200 + 1 + 5 + 11 + 20)
+        assert_untouched(program.pid)
+
+
 def test_directories_of_ended_processes_go(tmp_path: Path) -> None:
     twice(tmp_path / "p", MORE, saving(tmp_path / "p", SWAPPED), again=False)
     (ended,) = types_of(tmp_path).iterdir()
