@@ -26,6 +26,7 @@ import patcher.loader
 import patcher.match
 import patcher.relink
 import patcher.session
+import patcher.target.pages
 import patcher.units
 from patcher.errors import PatcherError
 from patcher.patch.reclaim import Policy

@@ -13,6 +13,7 @@ import patcher.activity
 import patcher.match
 import patcher.relink
 import patcher.session
+import patcher.target.pages
 from patcher.target import Memory
 
 
