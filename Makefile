@@ -31,10 +31,10 @@ proof: $(VENV)/dev.stamp ## hold the linker against four others, on 300 programs
 	@PATCHER_PROGRAMS=300 PATCHER_RUNS=1000 $(BIN)/python -m pytest -q tests/proof tests/link/test_against_linkers.py \
 		tests/data/test_model.py $(PYTEST_ARGS)
 
-kills: $(VENV)/dev.stamp ## kill a patcher, stop it, or fail what it asks, at each of its system calls (gcc; two hours)
-	@PATCHER_KILLS=every $(BIN)/python -m pytest -q tests/crash $(PYTEST_ARGS)
+kills: $(VENV)/dev.stamp ## kill a patcher, stop it, or fail what it asks, at each of its system calls (gcc; an hour with two processors)
+	@PATCHER_KILLS=every $(BIN)/python -m pytest -q -n auto --maxprocesses 2 --dist worksteal tests/crash $(PYTEST_ARGS)
 
-generations: $(VENV)/dev.stamp ## apply 100,000 generations to a program under load, old code poisoned as soon as it is free (gcc; an hour)
+generations: $(VENV)/dev.stamp ## apply 100,000 generations to a program under load, old code poisoned as soon as it is free (gcc; 40 minutes)
 	@GENERATIONS=100000 $(BIN)/python -m pytest -q tests/patch/test_reclaim.py -k without_end $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.stamp ## check style, format and types
