@@ -28,6 +28,7 @@ from patcher.code.instructions import UndecodableCode, decode_lite, lite_target
 from patcher.errors import PatcherError, TargetGone
 from patcher.image import Image
 from patcher.patch.bodies import Version
+from patcher.patch.reach import around
 from patcher.patch.transaction import Seen, read_stack
 from patcher.report import OldFrame
 from patcher.target import Mapping, Memory, Stopped, StoppedThread, Target
@@ -422,24 +423,13 @@ class _Look:
                 if layout.is_guarded(mapping) and _is_left(self._target, mapping, threads):
                     continue
                 for start, end in pages.of(mapping):
-                    yield from _between(start, end, claims)
+                    yield from (((low + 7) & -8, high) for low, high in around(start, end, claims))
 
 
 def _may_hold_stacks(mapping: Mapping) -> bool:
     if not (mapping.readable and mapping.writable):
         return False
     return not mapping.path.startswith("/dev/") or mapping.path.startswith(("/dev/zero", "/dev/shm/"))
-
-
-def _between(start: int, end: int, claims: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield what of a stretch nobody claims."""
-    for low, high in claims:
-        if high > start and low < end:
-            if low > start:
-                yield start, low
-            start = max(start, high)
-    if start < end:
-        yield (start + 7) & -8, end
 
 
 def _call_ends(code: bytes) -> set[int]:

@@ -137,8 +137,8 @@ class Loop:
                 session.target.check_alive()
                 if not self.paused:
                     self._look_at_commands(watcher.pending)
-                if not self.paused and self._given_up and not watcher.pending():  # it was a temporary file
-                    self._go(_Round(time.perf_counter(), 0.0, watcher.pending))
+                    if self._given_up and not watcher.pending():  # it was a temporary file
+                        self._go(_Round(time.perf_counter(), 0.0, watcher.pending))
             if self._control is not None:
                 self._obey(self._control, watcher)
 

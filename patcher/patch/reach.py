@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from patcher.target import Mapping, Stopped, Target
+from patcher.target import Stopped, Target
 
 _PAGE = 4096
 _CHUNK = 1 << 18
@@ -28,10 +28,11 @@ Extents = Sequence[tuple[int, int]]
 def memory_of(target: Target, left_out: Extents) -> list[tuple[int, int]]:
     """Return the stretches of a process's memory that can hold an address, without some."""
     found: list[tuple[int, int]] = []
+    left_out = sorted(left_out)
     with target.pages() as pages:
         for mapping in target.mappings():
             if not mapping.path.startswith(_NOT_MEMORY):
-                for start, end in _around(mapping, left_out):
+                for start, end in around(mapping.start, mapping.end, left_out):
                     if mapping.private:
                         found += pages.between(start, end, own=mapping.path.startswith("/"))
                     else:  # what another process wrote need not be in this one's page table
@@ -82,12 +83,12 @@ class _Search:
                 self.found.update(before.tolist())
 
 
-def _around(mapping: Mapping, left_out: Extents) -> Iterator[tuple[int, int]]:
-    start = mapping.start
-    for low, high in sorted(left_out):
-        if low < mapping.end and high > start:
+def around(start: int, end: int, left_out: Extents) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a stretch that are in none of some others, which rise."""
+    for low, high in left_out:
+        if low < end and high > start:
             if low > start:
                 yield start, low
             start = max(start, high)
-    if start < mapping.end:
-        yield start, mapping.end
+    if start < end:
+        yield start, end
