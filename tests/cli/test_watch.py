@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -150,21 +152,36 @@ class SlowCompiler:
         for name, fifo in self._fifos.items():
             os.mkfifo(fifo)
             monkeypatch.setitem(ENVIRONMENT, name, str(fifo))
+        self._started: list[int] = []
 
     def started(self) -> int:
         """Wait until it is started; return its pid."""
         with os.fdopen(os.open(self._fifos["STARTED"], os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as fifo:
             ready, _, _ = select.select([fifo], [], [], SECONDS)
             assert ready, "nothing is compiled"
-            return int(fifo.read(20))
+            self._started.append(int(fifo.read(20)))
+        return self._started[-1]
 
     def go_on(self) -> None:
         self._fifos["GO_ON"].write_text("")
 
+    def end(self) -> None:
+        """End those that wait still, as after a test that failed."""
+        for pid in self._started:
+            with contextlib.suppress(FileNotFoundError):
+                if b"slow.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
 
-def test_a_save_during_the_build_counts(project, watching, tmp_path, monkeypatch):
+
+@pytest.fixture
+def compiler(project, tmp_path, monkeypatch) -> Iterator[SlowCompiler]:
+    made = SlowCompiler(project, tmp_path, monkeypatch)
+    yield made
+    made.end()
+
+
+def test_a_save_during_the_build_counts(project, watching, compiler):
     """The compile that is no longer wanted is ended, and the newest text goes live, as one generation."""
-    compiler = SlowCompiler(project, tmp_path, monkeypatch)
     session = watching(project, "spawn", "./program", "--watch", "src")
     project.edit("unit.c", VALUE, "3")
     compiler.started()
@@ -176,9 +193,8 @@ def test_a_save_during_the_build_counts(project, watching, tmp_path, monkeypatch
     assert session.ask(5) == "4"
 
 
-def test_a_temporary_file_during_the_build_costs_no_save(project, watching, tmp_path, monkeypatch):
+def test_a_temporary_file_during_the_build_costs_no_save(project, watching, compiler):
     """What was being saved when the build was given up never came: what was built before is built again."""
-    compiler = SlowCompiler(project, tmp_path, monkeypatch)
     session = watching(project, "spawn", "./program", "--watch", "src")
     project.edit("unit.c", VALUE, "3")
     build = os.pidfd_open(compiler.started())
